@@ -1,0 +1,227 @@
+"""A trained artefact on disk, and predictions from it.
+
+A bundle is a folder: ``run.toml``, ``schema.json``, ``vocabularies/``, ``weights.safetensors``, ``metrics.json``,
+``environment.json``, ``report.md``.  Nothing in it is a pickle.  Loading refuses what does not match, by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from unbraid import config, store
+from unbraid.data.encode import encode_query
+from unbraid.data.fitted import Fitted
+from unbraid.data.source import Tables, scan
+from unbraid.data.table import Encoded
+from unbraid.model import Model
+from unbraid.train import predict
+from unbraid.types import Schema, Scores
+
+
+class BundleError(ValueError):
+    """A bundle is not whole, or its parts do not belong together."""
+
+
+def build(run: config.Run, schema: Schema) -> Model:
+    """The run's model, initialised from the run's seed."""
+    torch.manual_seed(run.seed)
+    choice = run.model
+    return Model(schema, choice.tower, choice.tables, choice.interaction, choice.history, choice.heads)
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computed the numbers."""
+    versions = {}
+    for name in ("unbraid", "torch", "numpy", "polars", "scikit-learn", "safetensors"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine(),
+            "threads": torch.get_num_threads(), "cuda": torch.version.cuda, "versions": versions}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A trained model with everything that says what it is."""
+
+    run: config.Run
+    fitted: Fitted
+    model: Model
+    metrics: Mapping[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write the bundle; the weights come last, so that a folder with weights is whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        store.write_text(folder / "run.toml", config.dumps(self.run))
+        self.fitted.save(folder)
+        store.write_text(folder / "metrics.json", json.dumps(self.metrics, indent=1))
+        store.write_text(folder / "environment.json", json.dumps(environment(), indent=1))
+        store.save(folder / "weights.safetensors", self.model.state_dict())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Bundle:
+        """Read a bundle.
+
+        Raises:
+            BundleError: a part is missing, or the weights are not those of the run: the names are listed.
+        """
+        folder = Path(folder)
+        missing = [n for n in ("run.toml", "schema.json", "weights.safetensors") if not (folder / n).exists()]
+        if missing:
+            unfinished = " It holds an unfinished run: continue it with `--resume`." if list(folder.glob("fit-*")) else ""
+            raise BundleError(f"{folder} is not a bundle: there is no {', '.join(missing)}.{unfinished}")
+        try:
+            run, fitted = config.load(folder / "run.toml"), Fitted.load(folder)
+            weights = store.load(folder / "weights.safetensors")
+        except Exception as error:
+            raise BundleError(f"{folder} cannot be loaded: {error}") from error
+        for part in ("features", "tasks", "histories", "fields"):
+            if getattr(run.data, part) != getattr(fitted.schema, part):
+                raise BundleError(f"{folder}: `{part}` of run.toml and schema.json differ. They are from different runs.")
+        model = build(run, fitted.schema)
+        _check_weights(folder, {k: tuple(v.shape) for k, v in model.state_dict().items()}, weights)
+        model.load_state_dict(weights)
+        model.eval()
+        metrics = folder / "metrics.json"
+        return cls(run, fitted, model, json.loads(metrics.read_text()) if metrics.exists() else {})
+
+
+def _check_weights(folder: Path, want: Mapping[str, tuple], have: Mapping[str, torch.Tensor]) -> None:
+    wrong = [f"{k} is {tuple(have[k].shape)}, not {want[k]}" for k in want if k in have and tuple(have[k].shape) != want[k]]
+    wrong += [f"{k} is missing" for k in want if k not in have] + [f"{k} is not in the model" for k in have if k not in want]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise BundleError(f"{folder}: weights.safetensors does not fit run.toml and schema.json: {'; '.join(wrong[:5])}{more}.")
+
+
+# ---------------------------------------------------------------------------------------------------------- predictions
+class Predictor:
+    """Rows in, probabilities out.
+
+    Args:
+        bundle: a loaded bundle or its folder.
+        folder: where the joined tables and the events of the run are read from now; the run's own folder by default.
+    """
+
+    def __init__(self, bundle: Bundle | str | Path, folder: str | Path | None = None, device: str = "cpu") -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        data = self.bundle.run.data
+        self.data = data if folder is None else dataclasses.replace(data, folder=str(Path(folder).resolve()))
+        self.device = device
+        self.bundle.model.to(device)
+
+    def scores(self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None) -> Scores:
+        """Logits (and labels, where there are any) of rows: a frame, or a Parquet or CSV file or folder.
+
+        Args:
+            tables: tables in memory instead of files, by the name that the run uses.
+        """
+        if isinstance(rows, str | Path):
+            rows = scan("", str(Path(rows).resolve()), Path("/"), None)
+        with tempfile.TemporaryDirectory(prefix="unbraid-") as place:
+            encode_query(self.data, rows.lazy(), self.bundle.fitted, Path(place), tables=tables)
+            encoded = Encoded(Path(place))
+            batches = encoded.in_order(encoded.split("all"), 4 * self.bundle.run.training.batch_size)
+            return predict(self.bundle.model, batches, self.bundle.fitted.schema, device=self.device)
+
+    def predict(self, rows: pl.DataFrame | str | Path, tables: Tables | None = None) -> pl.DataFrame:
+        """The rows' predictions in their order: ``TASK`` -> probability, a list of K probabilities, or a number."""
+        return as_frame(self.scores(rows, tables), self.bundle.fitted.schema)
+
+
+def as_frame(scores: Scores, schema: Schema) -> pl.DataFrame:
+    """Logits as probabilities (binary, multiclass) or values (real), one column per task."""
+    columns: dict[str, Any] = {}
+    for task in schema.tasks:
+        logits = scores.logits[task.name].astype(np.float64)
+        if task.kind == "binary":
+            columns[task.name] = 0.5 * (1.0 + np.tanh(0.5 * logits))  # the sigmoid, without overflow
+        elif task.kind == "multiclass":
+            raised = np.exp(logits - logits.max(1, keepdims=True))
+            columns[task.name] = raised / raised.sum(1, keepdims=True)
+        else:
+            columns[task.name] = logits
+    return pl.DataFrame(columns)
+
+
+# ----------------------------------------------------------------------------------------------------------- warm start
+def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
+    """Copy what an earlier model knows: table rows by value, heads by domain, everything else by name.
+
+    Returns:
+        Counts: table rows copied and new; other tensors copied and new.
+
+    Raises:
+        BundleError: a tensor of one name has another shape in the two models, or a task's classes differ.
+    """
+    counts = {"rows copied": 0, "rows new": 0, "tensors copied": 0, "tensors new": 0}
+    theirs, ours = old.model.state_dict(), model.state_dict()
+    for name, classes in fitted.schema.classes.items():
+        if name in old.fitted.schema.classes and old.fitted.schema.classes[name] != classes:
+            raise BundleError(f"Task `{name}` has classes {classes}; the bundle to start from has {old.fitted.schema.classes[name]}.")
+    with torch.no_grad():
+        for key, table in ours.items():
+            source = _same_place(key, fitted.schema, old.fitted.schema)
+            if source not in theirs:
+                counts["tensors new"] += 1
+            elif key.startswith("embeddings."):
+                vocabulary = key.split("/")[1]
+                here, there = _matching_rows(fitted, old.fitted, vocabulary, len(table))
+                if table.shape[1] != theirs[source].shape[1]:
+                    raise BundleError(f"{key} is {table.shape[1]} wide; in the bundle to start from {theirs[source].shape[1]}.")
+                table[here] = theirs[source][there]
+                counts["rows copied"] += len(here)
+                counts["rows new"] += len(table) - len(here)
+            elif table.shape != theirs[source].shape:
+                raise BundleError(
+                    f"{key} is {tuple(table.shape)}, in the bundle to start from {tuple(theirs[source].shape)}. "
+                    f"A warm start needs the same model."
+                )
+            else:
+                table.copy_(theirs[source])
+                counts["tensors copied"] += 1
+    return counts
+
+
+def _same_place(key: str, new: Schema, old: Schema) -> str:
+    """A per-domain head's name in the old model: its domain may have had another code there."""
+    head, found, rest = key.partition(".linears.")
+    if not found:
+        return key
+    code, _, part = rest.partition(".")
+    name = new.domains[int(code)]  # one head for all domains is number 0 in both
+    return f"{head}.linears.{old.domains.index(name)}.{part}" if name in old.domains else ""
+
+
+def _matching_rows(new: Fitted, old: Fitted, vocabulary: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the new table and of the old one that mean the same value."""
+    if vocabulary not in new.vocabularies:  # a fixed table, such as time gaps
+        both = torch.arange(min(size, old.schema.sizes.get(vocabulary, 0)))
+        return both, both
+    if vocabulary not in old.vocabularies:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    ours, theirs = new.vocabularies[vocabulary], old.vocabularies[vocabulary]
+    if ours.values.dtype != theirs.values.dtype:
+        raise BundleError(f"Vocabulary `{vocabulary}` holds {ours.values.dtype}; in the bundle to start from {theirs.values.dtype}.")
+    codes = ours.encode(theirs.values).astype(np.int64)
+    known = codes >= 2
+    here = np.concatenate([[0, 1], codes[known]])
+    there = np.concatenate([[0, 1], np.flatnonzero(known) + 2])
+    if ours.buckets and ours.buckets == theirs.buckets:
+        here = np.concatenate([here, ours.size - ours.buckets + np.arange(ours.buckets)])
+        there = np.concatenate([there, theirs.size - theirs.buckets + np.arange(theirs.buckets)])
+    return torch.from_numpy(here), torch.from_numpy(there)
+
+

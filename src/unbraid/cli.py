@@ -1,0 +1,211 @@
+"""Commands.  torch and the rest are imported when a command runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from unbraid.config import Run
+
+app = typer.Typer(
+    help="Train recommendation and transfer models whose tasks and domains share parameters without hurting each other.",
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False,
+)  # fmt: skip
+data_app = typer.Typer(help="Look at data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+RunFile = Annotated[Path | None, typer.Argument(help="Run file (TOML). None: the bundled log with the recipe `stem`.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Change a value: `--set model.tower.kind=mmoe`. Repeat it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def fail(error: Exception) -> NoReturn:
+    """Print one clear message and end with 2."""
+    typer.secho(f"unbraid: {error}", fg="red", err=True)
+    raise typer.Exit(2)
+
+
+def load_run(path: Path | None, settings: list[str] | None, seed: int | None = None, steps: int | None = None) -> Run:
+    """The run of a file (or the default recipe) with the command line's changes."""
+    import dataclasses
+
+    from unbraid import config, recipes
+
+    run = recipes.stem() if path is None else config.load(path)
+    if settings:
+        run = config.override(run, settings)
+    if seed is not None:
+        run = dataclasses.replace(run, seed=seed)
+    if steps is not None:
+        run = dataclasses.replace(run, training=dataclasses.replace(run.training, steps=steps))
+    return run
+
+
+@app.command()
+def train(
+    run: RunFile = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the bundle. [default: runs/NAME]")] = None,
+    settings: Settings = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the run's seed.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, instead of the run's epochs.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the unfinished run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete what is in --out first.")] = False,
+    init: Annotated[Path | None, typer.Option(help="Start from this bundle: its values keep their rows, new ones are added.")] = None,
+    baseline: Annotated[bool, typer.Option(help="Fit target encoding, too, and print it beside the model.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train a run, print the test metrics of every task and domain, and write a bundle."""
+    from unbraid import config
+    from unbraid.evaluate import render_table
+    from unbraid.job import JobError
+    from unbraid.job import train as job
+    from unbraid.progress import Console
+
+    try:
+        if run is None and resume and out is not None and (out / "run.toml").exists():
+            run = out / "run.toml"
+        choice = load_run(run, settings, seed, steps)
+        folder = out or Path("runs") / choice.name
+        with Console(quiet=as_json) as watcher:
+            watcher.note(f"run `{choice.name}`, seed {choice.seed}")
+            result = job(choice, folder, resume=resume, overwrite=overwrite, init=init, baseline=baseline, watcher=watcher)
+    except (config.RunError, JobError, ValueError, OSError, FloatingPointError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail(RuntimeError("interrupted; continue with the same command and --resume"))
+    if as_json:
+        print(json.dumps(result.metrics))
+        return
+    from rich.console import Console as Rich
+
+    reference = result.metrics.get("baseline", {}).get("target_encoding")
+    Rich(width=None if sys.stdout.isatty() else 160).print(render_table(result.metrics["test"], reference))
+    print(f"model   {folder}   (unbraid predict {folder} ROWS.parquet --out PREDICTIONS.parquet)")
+    print(f"report  {folder / 'report.md'}   metrics  {folder / 'metrics.json'}")
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="A trained bundle.")],
+    rows: Annotated[Path | None, typer.Argument(help="Labelled rows (Parquet or CSV) instead of a split of the run's data.")] = None,
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    folder: Annotated[Path | None, typer.Option(help="Read the run's tables from this folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Metrics of a bundle, per task and domain, with intervals."""
+    from unbraid.bundle import Bundle
+    from unbraid.data.source import SPLITS
+    from unbraid.evaluate import render_table
+    from unbraid.job import evaluate_bundle
+
+    try:
+        if split not in SPLITS:
+            raise ValueError(f"--split should be one of {', '.join(SPLITS)}. Found {split}.")
+        metrics = evaluate_bundle(Bundle.load(bundle), split=split, rows=rows, folder=folder)
+    except (ValueError, OSError) as error:
+        fail(error)
+    if as_json:
+        print(json.dumps({split if rows is None else "rows": metrics}))
+        return
+    from rich.console import Console as Rich
+
+    Rich(width=None if sys.stdout.isatty() else 160).print(render_table(metrics))
+
+
+@app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="A trained bundle.")],
+    rows: Annotated[Path, typer.Argument(help="Rows to predict (Parquet or CSV).")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write: the rows and one predicted_TASK column per task.")],
+    folder: Annotated[Path | None, typer.Option(help="Read the run's tables (joins, events) from this folder.")] = None,
+) -> None:
+    """Predict rows: Parquet in, Parquet out.  Histories come from the run's event tables, strictly before each row."""
+    from unbraid.bundle import Predictor
+    from unbraid.job import JobError, write_predictions
+
+    try:
+        predictor = Predictor(bundle, folder)
+        scores = predictor.scores(rows)
+        write_predictions(rows, scores, predictor.bundle.fitted.schema, out)
+    except (ValueError, OSError, JobError) as error:
+        fail(error)
+    print(f"{out}: {len(scores.row):,} rows, tasks {', '.join(scores.logits)}")
+
+
+@app.command()
+def recipe(name: Annotated[str, typer.Argument(help="See `unbraid recipes`.")], settings: Settings = None) -> None:
+    """Print a recipe's run file."""
+    from unbraid import config, recipes
+
+    try:
+        run = recipes.get(name)
+        print(config.dumps(config.override(run, settings) if settings else run), end="")
+    except ValueError as error:
+        fail(error)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes."""
+    from unbraid import recipes as known
+
+    found = {name: (make.__doc__ or "").strip().splitlines()[0] for name, make in known.RECIPES.items()}
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, line in found.items():
+        print(f"{name:16} {line}")
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Argument(help="A Parquet or CSV file, or a folder of them.")],
+    label: Annotated[list[str], typer.Option(help="A label column. Repeat it for several tasks.")],
+    user: Annotated[str, typer.Option(help="User column (guessed if empty).")] = "",
+    time: Annotated[str, typer.Option(help="Time column (guessed if empty).")] = "",
+    domain: Annotated[str, typer.Option(help="Domain (scenario) column.")] = "",
+) -> None:
+    """Look at the columns and print a commented run file."""
+    from unbraid.data.infer import infer
+
+    try:
+        print(infer(data, label, user=user, time=time, domain=domain), end="")
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+@app.command()
+def cite(run: RunFile = None, settings: Settings = None) -> None:
+    """Print BibTeX of exactly the methods and data that a run uses."""
+    from unbraid.citations import citations
+
+    try:
+        print(citations(load_run(run, settings)), end="")
+    except ValueError as error:
+        fail(error)
+
+
+@data_app.command()
+def describe(run: RunFile = None, settings: Settings = None, as_json: AsJson = False) -> None:
+    """What is there: rows, users, items, label rates per task and domain, histories, time span, missing values, duplicates."""
+    from unbraid.data.describe import describe as look
+    from unbraid.data.describe import render
+
+    try:
+        found: dict[str, Any] = look(load_run(run, settings).data)
+    except (ValueError, OSError) as error:
+        fail(error)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        render(found)
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    app()

@@ -1,0 +1,212 @@
+"""A run as a tree of frozen dataclasses, from Python or from one TOML file.
+
+A slot is a union of the dataclasses that may stand in it, told apart by ``kind``.  A new method adds its name to one of the
+unions below and nowhere else.  An unknown key, a value of the wrong type and an unknown ``kind`` are errors that name the
+place and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import tomli_w
+from pydantic import Field, TypeAdapter, ValidationError
+
+from unbraid.data.source import Data, bundled
+from unbraid.encoders.attention import TargetAttention
+from unbraid.encoders.pooling import Mean
+from unbraid.encoders.table import Views
+from unbraid.interactions.flat import Flat
+from unbraid.losses.supervised import Supervised
+from unbraid.model import Heads
+from unbraid.optim.joint import Joint
+from unbraid.schedules.one_stage import OneStage
+from unbraid.towers.experts import MMoE
+from unbraid.towers.mlp import SharedBottom
+from unbraid.towers.stem import STEM
+from unbraid.train import Training
+from unbraid.types import FORBID
+
+kind = Field(discriminator="kind")
+HistoryChoice = Annotated[Mean | TargetAttention, kind]
+InteractionChoice = Flat  # a union from the second member on
+TowerChoice = Annotated[SharedBottom | MMoE | STEM, kind]
+TermChoice = Supervised
+UpdateChoice = Joint
+ScheduleChoice = OneStage
+
+
+class RunError(ValueError):
+    """A run file says something that is not allowed.  The message names the place and what is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """The members of the model's slots.  See each member's own page."""
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    tower: TowerChoice = dataclasses.field(default_factory=SharedBottom)
+    tables: Views = dataclasses.field(default_factory=Views)
+    history: HistoryChoice = dataclasses.field(default_factory=Mean)
+    interaction: InteractionChoice = dataclasses.field(default_factory=Flat)
+    heads: Heads = dataclasses.field(default_factory=Heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that a training run is: data, model, losses, update, schedule, training, seed.
+
+    ``baseline`` names the columns of the target-encoding baseline: id features, ``user``, ``domain``; empty means all.
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    data: Data
+    name: str = "run"
+    seed: int = 0
+    baseline: tuple[str, ...] = ()
+    model: ModelChoice = dataclasses.field(default_factory=ModelChoice)
+    losses: tuple[TermChoice, ...] = (Supervised(),)
+    update: UpdateChoice = dataclasses.field(default_factory=Joint)
+    schedule: ScheduleChoice = dataclasses.field(default_factory=OneStage)
+    training: Training = dataclasses.field(default_factory=Training)
+
+    def __post_init__(self) -> None:
+        ids = [f.name for f in self.data.features if f.kind == "id"]
+        allowed = [*(role for role in ("user", "domain") if getattr(self.data, role)), *ids]
+        if not set(self.baseline) <= set(allowed):
+            raise ValueError(f"`baseline` should name columns among {allowed}. Found {list(self.baseline)}.")
+
+
+ADAPTER = TypeAdapter(Run)
+SLOTS = [["model", "tower"], ["model", "history"], ["model", "interaction"], ["update"], ["schedule"]]
+
+
+def from_dict(plain: dict[str, Any], where: str = "the run") -> Run:
+    """A run from plain dicts.  Raises RunError."""
+    try:
+        return ADAPTER.validate_python(plain)
+    except ValidationError as error:
+        raise RunError(explain(error, where)) from None
+
+
+def load(path: str | Path) -> Run:
+    """A run from a TOML file; its ``data.folder`` is made absolute.  Raises RunError."""
+    path = Path(path)
+    try:
+        plain = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"There is no run file {path}. `unbraid recipe NAME > {path.name}` writes one.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not TOML: {error}.") from None
+    run = from_dict(plain, str(path))
+    return with_base(run, path.parent)
+
+
+def with_base(run: Run, base: Path) -> Run:
+    """The run with its data folder absolute, so that it means the same from anywhere."""
+    if bundled(run.data.folder):
+        return run
+    folder = str((base / run.data.folder).resolve())
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, folder=folder))
+
+
+def to_dict(run: Run, *, defaults: bool = True) -> dict[str, Any]:
+    """Plain dicts without nulls, as TOML needs; without values that equal their defaults if asked (kinds stay)."""
+    return _plain(run, defaults)
+
+
+def _plain(value: Any, defaults: bool) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        out = {}
+        for part in dataclasses.fields(value):
+            item = getattr(value, part.name)
+            default = part.default_factory() if part.default_factory is not dataclasses.MISSING else part.default
+            if item is None or (not defaults and item == default and part.name != "kind"):
+                continue
+            out[part.name] = _plain(item, defaults)
+        return out
+    if isinstance(value, dict | types.MappingProxyType):
+        return {k: _plain(v, defaults) for k, v in value.items()}
+    return [_plain(v, defaults) for v in value] if isinstance(value, tuple | list) else value
+
+
+def dumps(run: Run, *, defaults: bool = False) -> str:
+    """The run as TOML."""
+    return tomli_w.dumps(to_dict(run, defaults=defaults))
+
+
+def override(run: Run, settings: Sequence[str]) -> Run:
+    """The run with ``a.b=value`` settings (values in TOML; a bare word is text).  Raises RunError for unknown paths."""
+    plain = to_dict(run)
+    for setting in settings:
+        path, eq, text = setting.partition("=")
+        if not eq:
+            raise RunError(f"`--set {setting}` should look like `--set model.tower.kind=mmoe`.")
+        try:
+            value = tomllib.loads(f"x = {text}")["x"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        _assign(plain, path.strip().split("."), value, setting)
+    return from_dict(plain, f"--set {' '.join(settings)}")
+
+
+def _assign(plain: Any, keys: list[str], value: Any, setting: str) -> None:
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(plain, list):
+            if not (key.isdigit() and int(key) < len(plain)):
+                named = {item.get("name"): i for i, item in enumerate(plain) if isinstance(item, dict)}
+                if key not in named:
+                    raise RunError(f"`--set {setting}`: `{key}` is not one of {[n for n in named if n] or len(plain)}.")
+                key = str(named[key])
+            if last:
+                plain[int(key)] = value
+            else:
+                plain = plain[int(key)]
+        elif last and key == "kind" and keys[:depth] in SLOTS and plain.get("kind") != value:
+            plain.clear()  # another member of the slot: its own defaults, not the old member's values
+            plain["kind"] = value
+        elif last:
+            plain[key] = value
+        else:
+            plain = plain.setdefault(key, {})
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One line per mistake: the path, what was found, what is allowed."""
+    lines = []
+    for mistake in error.errors():
+        path = ".".join(str(p) for p in mistake["loc"])
+        if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            allowed = _allowed(mistake["loc"][:-1])
+            lines.append(f"unknown key `{path}`. Allowed: {', '.join(allowed)}.")
+        elif mistake["type"].startswith("union_tag"):
+            lines.append(f"`{path}`: {mistake['msg']}")
+        else:
+            found = f" Found {mistake['input']!r}." if not isinstance(mistake["input"], dict | list) else ""
+            lines.append(f"`{path or where}`: {mistake['msg'].removeprefix('Value error, ')}.{found}".replace("..", "."))
+    return f"{where}: " + "\n  ".join(lines)
+
+
+def _allowed(loc: Sequence[Any]) -> list[str]:
+    """The keys of the dataclass at a path (union tags and list positions are steps of the path)."""
+    at: Any = Run
+    for step in loc:
+        if dataclasses.is_dataclass(at) and isinstance(step, str):
+            hints = typing.get_type_hints(at, include_extras=False)
+            at = hints.get(step, at)
+        members = [m for m in _members(at) if dataclasses.is_dataclass(m)]
+        tagged = [m for m in members if step == getattr(m, "kind", None)]
+        at = (tagged or members or [at])[0] if tagged or len(members) == 1 else at
+    return [f.name for f in dataclasses.fields(at)] if dataclasses.is_dataclass(at) else []
+
+
+def _members(at: Any) -> list[Any]:
+    args = typing.get_args(at)
+    return [m for a in args for m in _members(a)] if args else [at]

@@ -1,0 +1,506 @@
+"""Encode a log once: vocabularies and scales from the training split, then one pass that writes integer columns.
+
+The result is a folder of plain binary columns that `unbraid.data.table` maps into memory, named by a fingerprint of the
+declaration, the files and the fitted state, so that a second run reuses it.  Everything is written beside its final
+name and renamed at the end: an interrupted encode leaves nothing that a later run could take for whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from unbraid.data import vocabulary
+from unbraid.data.events import write_events
+from unbraid.data.fitted import Fitted
+from unbraid.data.source import (
+    SPLIT, SPLITS, Data, DataError, Tables, _dtype, add_joins, check_joins, event_plans, expression, files_of,
+    instant, rows_plan, to_time,
+)  # fmt: skip
+from unbraid.data.vocabulary import Vocabulary, canonical
+from unbraid.store import atomic_folder
+from unbraid.types import GAP, Feature, Schema
+
+FORMAT = 1  # raise it when the folder's layout or the meaning of a column changes
+GAP_BUCKETS = 34  # unknown, missing, then floor(log2(seconds + 1)): 2**32 seconds are 136 years
+CHUNK = 200_000
+Progress = Callable[[str, int, int], None]  # (what, done, total): total 0 when unknown
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Say nothing."""
+
+
+def cache_folder(data: Data) -> Path:
+    """Where encoded data lie: ``data.cache``, else $UNBRAID_CACHE, else the user's cache folder."""
+    if data.cache:
+        return Path(data.cache)
+    home = os.environ.get("UNBRAID_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "unbraid"
+    return Path(home)
+
+
+def fingerprint(data: Data, base: Path, tables: Tables | None, fitted: Fitted | None) -> str:
+    """Names the encoded folder: declaration, files (name, size, time of change), in-memory tables, fitted state."""
+    declared = dataclasses.asdict(dataclasses.replace(data, cache=""))
+    names = {data.rows, *(j.table for j in data.joins), *(e.table for e in data.events)} - {"rows"}
+    sources: list[Any] = []
+    for name in sorted(names):
+        if tables and name in tables:
+            frame = tables[name].lazy().collect()
+            sources.append((name, frame.shape, str(frame.schema), int(frame.hash_rows(0, 1, 2, 3).sum() or 0)))
+        else:
+            stats = [(str(p.resolve()), p.stat()) for p in files_of(data.folder, name, base)]
+            sources.append((name, [(p, s.st_size, s.st_mtime_ns) for p, s in stats]))
+    text = json.dumps([FORMAT, declared, sources, fitted.digest() if fitted else ""], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def encode(
+    data: Data, base: Path = Path(), *, tables: Tables | None = None, fitted: Fitted | None = None,
+    grow: Fitted | None = None, progress: Progress = no_progress,
+) -> Path:  # fmt: skip
+    """Encode the rows, or find them encoded.
+
+    Args:
+        data: the declaration; base: the folder it is relative to; tables: in-memory tables by name.
+        fitted: use a trained model's vocabularies and scales instead of fitting.
+        grow: a model to start from: its vocabulary values stay.
+
+    Returns:
+        The folder, for `unbraid.data.table.Encoded`.
+
+    Raises:
+        DataError: for anything in the data that contradicts the declaration.
+        OSError: the disk is full; nothing half-written remains.
+    """
+    final = cache_folder(data) / fingerprint(data, base, tables, fitted or grow)
+    if (final / "columns.json").exists():
+        return final
+    check_joins(data, base, tables)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(final) as folder:
+        state = fitted or fit(data, base, tables, grow, progress)
+        write(data, base, tables, state, folder, teach=fitted is None, progress=progress)
+    return final
+
+
+def encode_query(
+    data: Data, query: pl.LazyFrame, fitted: Fitted, folder: Path, base: Path = Path(), *,
+    tables: Tables | None = None, progress: Progress = no_progress,
+) -> None:  # fmt: skip
+    """Encode other rows for a trained model into an empty folder: every row, no split, labels where there are any.
+
+    Histories come from the declared event sources; the query's own rows are no events.
+    """
+    check_joins(data, base, tables)
+    write(data, base, tables, fitted, folder, query=query, progress=progress)
+
+
+# ---------------------------------------------------------------------------------------------------------- fit (pass 1)
+def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, progress: Progress) -> Fitted:
+    """Vocabularies, scales, domains and classes of the training split."""
+    plan = rows_plan(data, base, tables)
+    schema = plan.collect_schema()
+    _check_split(data, plan)
+    train = plan.filter(pl.col(SPLIT) == 0)
+    progress("fitting vocabularies", 0, 0)
+    vocabularies = _fit_vocabularies(data, base, tables, train, schema, grow)
+    numbers = {f.name: _fit_number(f, train, schema) for f in data.features if f.kind == "number"}
+    widths = {f.name: _fit_width(f, train, schema) for f in data.features if f.kind == "vector"}
+    classes = {t.name: _fit_classes(t.source, t.name, train, schema) for t in data.tasks if t.kind == "multiclass"}
+    domains = tuple(vocabularies["domain "].names()) if data.domain else ("(unknown)", "(missing)", "all")
+    sizes = {name: v.size for name, v in vocabularies.items() if name != "domain "}
+    if data.histories:
+        sizes[GAP] = GAP_BUCKETS
+    return Fitted(
+        Schema(data.features, data.tasks, data.histories, data.fields, domains, sizes, widths, numbers, classes),
+        vocabularies,
+    )
+
+
+def _check_split(data: Data, plan: pl.LazyFrame) -> None:
+    counts = dict(plan.group_by(SPLIT).len().collect().rows())
+    if None in counts:
+        what = data.split.column or data.time or data.user
+        raise DataError(f"{counts[None]:,} rows belong to no split: check `{what}` for nulls or other words than {SPLITS}.")
+    empty = [name for code, name in enumerate(SPLITS) if not counts.get(code)]
+    if empty:
+        have = ", ".join(f"{name} {counts.get(code, 0):,}" for code, name in enumerate(SPLITS))
+        raise DataError(f"The {' and '.join(empty)} split is empty ({have} rows). Move the boundaries of `data.split`.")
+
+
+def _fit_vocabularies(
+    data: Data, base: Path, tables: Tables | None, train: pl.LazyFrame, schema: Mapping[str, Any], grow: Fitted | None
+) -> dict[str, Vocabulary]:
+    counts: dict[str, list[pl.DataFrame]] = {}
+    need: dict[str, tuple[int, int]] = {}
+
+    def want(name: str, frame: pl.LazyFrame, min_count: int, buckets: int) -> None:
+        counts.setdefault(name, []).append(frame.group_by("value").len("count").collect(engine="streaming"))
+        old = need.get(name, (1, 0))
+        need[name] = (max(old[0], min_count), max(old[1], buckets))
+
+    for feature in data.features:
+        if feature.kind in ("id", "bag"):
+            want(feature.vocab, train.select(id_values(feature, schema).alias("value")), feature.min_count, feature.buckets)
+    if data.domain:
+        dtype = _dtype(data.domain, schema)
+        want("domain ", train.select(canonical(expression(data.domain, schema, "data.domain"), dtype).alias("value")), 1, 0)
+    for source, plan in event_plans(data, base, tables):
+        plan = training_events(data, source.table, source.time, plan, train)
+        joined = add_joins(plan.drop(SPLIT, strict=False), data, base, tables)
+        have = joined.collect_schema()
+        for field in data.fields:
+            if field.name in source.columns:
+                expr, dtype = event_values(source.columns[field.name], have, source.table)
+                want(field.vocab, joined.select(canonical(expr, dtype).alias("value")), field.min_count, field.buckets)
+    for field in data.fields:
+        if field.vocab not in counts:
+            raise DataError(f"Event field `{field.name}` is in no `[[data.events]]` columns.")
+    fitted = {}
+    for name, frames in counts.items():
+        kinds = {str(f.schema["value"]) for f in frames if f.schema["value"] != pl.Null and len(f)}
+        if len(kinds) > 1:
+            raise DataError(f"Vocabulary `{name}` is read from columns of different types: {', '.join(sorted(kinds))}.")
+        for frame in frames:
+            if frame.schema["value"] == pl.Float64 and frame["value"].is_nan().any():
+                raise DataError(f"Vocabulary `{name}`: its columns hold NaN. Write nulls for missing ids.")
+        kind = next((f.schema["value"] for f in frames if f.schema["value"] != pl.Null), pl.String)
+        old = grow.vocabularies.get(name) if grow else None
+        fitted[name] = vocabulary.fit([f.cast({"value": kind}) for f in frames], *need[name], old)
+    return fitted
+
+
+def training_events(data: Data, table: str, time: str, plan: pl.LazyFrame, train: pl.LazyFrame) -> pl.LazyFrame:
+    """The events that vocabularies may be fitted on: of training rows, before the training split ends, or of its users."""
+    have = plan.collect_schema()
+    if table == "rows":
+        return plan.filter(pl.col(SPLIT) == 0)
+    if data.split.kind == "time" and time != "none":
+        expr, per_second = to_time(
+            expression(time or data.time, have, f"data.events `{table}`"), _dtype(time or data.time, have), data.time_unit,
+            f"Time of `{table}`",
+        )  # fmt: skip
+        return plan.filter(expr < instant(data.split.valid_from, per_second))
+    user = _dtype(data.user, have)
+    users = train.select(pl.col(data.user).cast(user)).unique()
+    return plan.join(users, on=data.user, how="semi")
+
+
+def id_values(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
+    """A feature's ids in canonical type, bags exploded."""
+    expr = expression(feature.source, schema, f"Feature `{feature.name}`")
+    dtype = _dtype(feature.source, schema)
+    if feature.kind == "bag":
+        expr, dtype = bag_lists(feature, expr, dtype)
+        return canonical(expr.explode(), dtype.inner)
+    if isinstance(dtype, pl.List | pl.Array):
+        raise DataError(f"Feature `{feature.name}`: `{feature.source}` holds lists. Use kind `bag`, or `vector` for numbers.")
+    return canonical(expr, dtype)
+
+
+def bag_lists(feature: Feature, expr: pl.Expr, dtype: Any) -> tuple[pl.Expr, Any]:
+    """A bag's column as lists."""
+    if dtype == pl.String and feature.separator:
+        return expr.str.split(feature.separator), pl.List(pl.String)
+    if isinstance(dtype, pl.Array):
+        return expr.arr.to_list(), pl.List(dtype.inner)
+    if not isinstance(dtype, pl.List):
+        raise DataError(f"Feature `{feature.name}`: a bag needs lists, or text and `separator`. Found {dtype}.")
+    return expr, dtype
+
+
+def event_values(source: str, schema: Mapping[str, Any], table: str) -> tuple[pl.Expr, Any]:
+    """An event field's expression (lists exploded) and type."""
+    expr, dtype = expression(source, schema, f"data.events `{table}`"), _dtype(source, schema)
+    return (expr.explode(), dtype.inner) if isinstance(dtype, pl.List) else (expr, dtype)
+
+
+def number_expression(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
+    """A number after its transform, null where missing."""
+    dtype = _dtype(feature.source, schema)
+    if not (dtype.is_numeric() or dtype == pl.Boolean):
+        raise DataError(f"Feature `{feature.name}`: kind `number` needs numbers. Found {dtype} in `{feature.source}`.")
+    expr = expression(feature.source, schema, f"Feature `{feature.name}`").cast(pl.Float64)
+    if feature.nan == "missing":
+        expr = expr.fill_nan(None)
+    return expr.sign() * expr.abs().log1p() if feature.transform == "log1p" else expr
+
+
+def _fit_number(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[float, float]:
+    expr = number_expression(feature, schema)
+    mean, std, bad = train.select(
+        expr.mean().alias("m"), expr.std(ddof=0).alias("s"), (~expr.is_finite()).sum().alias("bad")
+    ).collect(engine="streaming").row(0)  # fmt: skip
+    _refuse_bad_numbers(feature, bad)
+    return (mean or 0.0, std or 1.0)  # a constant or empty column becomes 0
+
+
+def _refuse_bad_numbers(feature: Feature, bad: int | None) -> None:
+    if bad:
+        raise DataError(
+            f"Feature `{feature.name}`: `{feature.source}` holds NaN or infinity in {bad:,} rows. A null is missing; "
+            f'to read a NaN as missing too, set nan = "missing" on the feature.'
+        )
+
+
+def _fit_width(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]) -> int:
+    dtype = _dtype(feature.source, schema)
+    if not isinstance(dtype, pl.List | pl.Array):
+        raise DataError(f"Feature `{feature.name}`: a vector needs lists of numbers. Found {dtype} in `{feature.source}`.")
+    expr = expression(feature.source, schema, f"Feature `{feature.name}`").cast(pl.List(pl.Float32))
+    widths = train.select(expr.drop_nulls().list.len().unique().alias("n")).collect()["n"].to_list()
+    if len(widths) != 1:
+        raise DataError(f"Feature `{feature.name}`: vectors should have one length. Found {sorted(widths)}.")
+    return widths[0]
+
+
+def _fit_classes(source: str, name: str, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[str, ...]:
+    expr = canonical(expression(source, schema, f"Task `{name}`"), _dtype(source, schema))
+    values = train.select(expr.drop_nulls().unique().sort().alias("value")).collect()["value"]
+    if len(values) < 2:
+        raise DataError(f"Task `{name}`: the training split has {len(values)} class(es) of `{source}`; two are needed.")
+    return tuple(map(str, values))
+
+
+# -------------------------------------------------------------------------------------------------------- write (pass 2)
+class Columns:
+    """Binary columns of one folder, appended chunk by chunk and described in ``columns.json`` at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files, self.about = folder, {}, {}  # type: ignore[var-annotated]
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Append (n, ...) values.  Raises OSError when the disk is full."""
+        values = np.ascontiguousarray(values)
+        if name not in self.files:
+            place = f"{len(self.files):03d}.bin"
+            self.files[name] = (self.folder / place).open("wb")
+            self.about[name] = {"file": place, "dtype": str(values.dtype), "shape": [0, *values.shape[1:]]}
+        if self.about[name]["dtype"] != str(values.dtype):
+            raise AssertionError(f"{name}: {values.dtype} after {self.about[name]['dtype']}")
+        self.files[name].write(values.data if values.size else b"")
+        self.about[name]["shape"][0] += len(values)
+
+    def read(self, name: str) -> np.ndarray:
+        """Map a column that is written so far."""
+        self.files[name].flush()
+        about = self.about[name]
+        return np.memmap(self.folder / about["file"], dtype=about["dtype"], mode="r", shape=tuple(about["shape"]))
+
+    def close(self, **extra: Any) -> None:
+        """Flush, sync and describe."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        (self.folder / "columns.json").write_text(json.dumps({"columns": self.about, **extra}))
+
+
+def write(
+    data: Data, base: Path, tables: Tables | None, fitted: Fitted, folder: Path, *,
+    query: pl.LazyFrame | None = None, teach: bool = False, progress: Progress = no_progress,
+) -> None:  # fmt: skip
+    """One pass over the rows, one over each event source, into ``folder``.
+
+    Args:
+        query: rows to predict instead of the declared ones; teach: raise when the training split cannot teach a task.
+    """
+    plan = rows_plan(data, base, tables, query)
+    schema, labels = plan.collect_schema(), query is None
+    total = plan.select(pl.len()).collect(engine="streaming").item()
+    if not total:
+        raise DataError("There are no rows" + (" to predict." if query is not None else f" in `{data.rows}`."))
+    columns, per_second = Columns(folder), 1.0
+    checks = LabelChecks(data, fitted.schema)
+    exprs = row_expressions(data, schema, labels)
+    if data.time:
+        _, per_second = to_time(pl.lit(0), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`")
+    done = 0
+    for frame in chunks(plan.select(**exprs)):
+        write_rows(frame, data, fitted, columns, checks, labels)
+        done += len(frame)
+        progress("encoding rows", done, total)
+    if teach:
+        checks.finish()
+    if data.histories:
+        write_events(data, base, tables, fitted, columns, per_second, progress)
+    columns.close(rows=total, per_second=per_second)
+    fitted.save(folder)
+
+
+def chunks(plan: pl.LazyFrame) -> Iterator[pl.DataFrame]:
+    """The plan's rows in order, a chunk at a time."""
+    for frame in plan.collect_batches(chunk_size=CHUNK, maintain_order=True, engine="streaming"):
+        if len(frame):
+            yield frame
+
+
+def row_expressions(data: Data, schema: Mapping[str, Any], labels: bool) -> dict[str, pl.Expr]:
+    """Everything that is read from a row, by encoded name."""
+    exprs: dict[str, pl.Expr] = {}
+    for f in data.features:
+        expr, dtype = expression(f.source, schema, f"Feature `{f.name}`"), _dtype(f.source, schema)
+        if f.kind == "id":
+            exprs[f"feature.{f.name}"] = id_values(f, schema)
+        elif f.kind == "number":
+            exprs[f"feature.{f.name}"] = number_expression(f, schema).cast(pl.Float32)
+        elif f.kind == "vector":
+            exprs[f"feature.{f.name}"] = expr.cast(pl.List(pl.Float32))
+        else:
+            lists, kind = bag_lists(f, expr, dtype)
+            exprs[f"feature.{f.name}"] = lists.cast(pl.List(_canonical_type(kind.inner)))
+    for role, source in (("domain", data.domain), ("request", data.request), ("user", data.user)):
+        if source:
+            exprs[role] = canonical(expression(source, schema, f"data.{role}"), _dtype(source, schema))
+    if data.time:
+        exprs["time"], _ = to_time(
+            expression(data.time, schema, "data.time"), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`"
+        )
+    if data.weight and (labels or data.weight in schema):
+        exprs["weight"] = expression(data.weight, schema, "data.weight").cast(pl.Float32)
+    for task in data.tasks:
+        if not labels and not _available(task.source, schema):
+            continue
+        expr = expression(task.source, schema, f"Task `{task.name}`")
+        kind = _dtype(task.source, schema)
+        exprs[f"label.{task.name}"] = canonical(expr, kind) if task.kind == "multiclass" else expr.cast(pl.Float64)
+        if isinstance(task.sampling_rate, str):
+            rate = expression(task.sampling_rate, schema, f"Sampling rate of task `{task.name}`")
+            exprs[f"rate.{task.name}"] = rate.cast(pl.Float32)
+    if labels:
+        exprs["split"] = pl.col(SPLIT).cast(pl.Int8)
+    return exprs
+
+
+def _canonical_type(dtype: Any) -> Any:
+    return pl.Int64 if dtype.is_integer() or dtype == pl.Boolean else pl.Float64 if dtype.is_float() else pl.String
+
+
+def _available(source: str, schema: Mapping[str, Any]) -> bool:
+    if source in schema:
+        return True
+    try:
+        return set(pl.sql_expr(source).meta.root_names()) <= set(schema)
+    except Exception:
+        return False
+
+
+def write_rows(
+    frame: pl.DataFrame, data: Data, fitted: Fitted, columns: Columns, checks: LabelChecks, labels: bool
+) -> None:
+    """Encode and append one chunk of rows."""
+    vocabularies, schema = fitted.vocabularies, fitted.schema
+    for f in data.features:
+        column = frame[f"feature.{f.name}"]
+        if f.kind == "id":
+            columns.append(f"feature.{f.name}", vocabularies[f.vocab].encode(column))
+        elif f.kind == "number":
+            values = column.to_numpy()
+            _refuse_bad_numbers(f, int((~np.isfinite(column.drop_nulls().to_numpy())).sum()))
+            columns.append(f"feature.{f.name}", values.astype(np.float32))  # a null becomes NaN
+        elif f.kind == "vector":
+            columns.append(f"feature.{f.name}", _vectors(f, column, schema.widths[f.name]))
+        else:
+            inner = column.explode(empty_as_null=False, keep_nulls=False)
+            columns.append(f"feature.{f.name}", vocabularies[f.vocab].encode(inner))
+            columns.append(f"length.{f.name}", column.list.len().fill_null(0).to_numpy().astype(np.int32))
+    if data.domain:
+        columns.append("domain", vocabularies["domain "].encode(frame["domain"]))
+    for role in ("user", "request"):
+        if getattr(data, role):
+            columns.append(role, vocabulary.stable_hash(frame[role]).view(np.int64))
+    if data.time:
+        if frame["time"].null_count():
+            raise DataError(f"Column `{data.time}`: {frame['time'].null_count():,} rows have no time.")
+        columns.append("time", frame["time"].to_numpy())
+    if "weight" in frame:
+        weight = frame["weight"]
+        if weight.null_count() or not bool((weight.is_finite() & (weight >= 0)).all()):
+            raise DataError(f"Column `{data.weight}`: weights should be finite and not negative, without nulls.")
+        columns.append("weight", weight.to_numpy())
+    for task in data.tasks:
+        if f"label.{task.name}" in frame:
+            columns.append(f"label.{task.name}", checks.encode(task, frame[f"label.{task.name}"]))
+        if f"rate.{task.name}" in frame:
+            columns.append(f"rate.{task.name}", checks.rate(task, frame[f"rate.{task.name}"]))
+    if labels:
+        columns.append("split", frame["split"].to_numpy())
+        checks.count(frame)
+
+
+def _vectors(feature: Feature, column: pl.Series, width: int) -> np.ndarray:
+    lengths = column.list.len()
+    wrong = int((lengths.drop_nulls() != width).sum())
+    if wrong:
+        raise DataError(f"Feature `{feature.name}`: vectors should have length {width}. Found others in {wrong:,} rows.")
+    out = np.zeros((len(column), width), dtype=np.float32)  # a null vector is zeros
+    flat = column.drop_nulls().explode()
+    if flat.null_count() or not np.isfinite(flat.to_numpy()).all():
+        raise DataError(f"Feature `{feature.name}`: vectors should hold finite numbers. Found nulls, NaN or infinity.")
+    out[~column.is_null().to_numpy()] = flat.to_numpy().reshape(-1, width)
+    return out
+
+
+class LabelChecks:
+    """Labels as stored: binary int8 with -1 unobserved, multiclass int32 with -1, real float32 with NaN."""
+
+    def __init__(self, data: Data, schema: Schema) -> None:
+        self.data, self.schema = data, schema
+        self.seen: dict[str, dict[float, int]] = {t.name: {} for t in data.tasks}
+
+    def encode(self, task: Any, column: pl.Series) -> np.ndarray:
+        """Stored form of a chunk's labels.  Raises DataError for values that the kind does not allow."""
+        if task.kind == "multiclass":
+            classes = self.schema.classes[task.name]
+            known = {c: i for i, c in enumerate(classes)}
+            codes = column.cast(pl.String).replace_strict(list(known), list(known.values()), default=-2, return_dtype=pl.Int32)
+            new = column.filter((codes == -2) & column.is_not_null()).unique().to_list()
+            if new:
+                raise DataError(f"Task `{task.name}`: label(s) {new[:5]} never occur in the training split, whose classes are {classes}.")  # fmt: skip
+            return pl.select(pl.when(column.is_null()).then(-1).otherwise(codes)).to_series().to_numpy().astype(np.int32)
+        if column.is_nan().any():
+            raise DataError(f"Task `{task.name}`: {int(column.is_nan().sum()):,} labels are NaN. Write nulls for labels that are not known.")  # fmt: skip
+        if task.kind == "real":
+            return column.to_numpy().astype(np.float32)
+        bad = column.drop_nulls().filter(~column.drop_nulls().is_in([0.0, 1.0]))
+        if len(bad):
+            raise DataError(
+                f"Task `{task.name}`: labels of `{task.source}` should be 0 or 1 (null where not known). Found "
+                f"{sorted(set(bad.to_list()))[:5]} in {len(bad):,} rows. Use kind `multiclass` or `real`, or an SQL expression."
+            )
+        return column.fill_null(-1.0).to_numpy().astype(np.int8)
+
+    def rate(self, task: Any, column: pl.Series) -> np.ndarray:
+        """A chunk's sampling rates.  Raises DataError outside (0, 1]."""
+        bad = column.null_count() + int((~((column > 0) & (column <= 1))).sum())
+        if bad:
+            raise DataError(f"Sampling rate of task `{task.name}`: rates should be in (0, 1]. Found others in {bad:,} rows.")
+        return column.to_numpy()
+
+    def count(self, frame: pl.DataFrame) -> None:
+        """Remember which labels the training split shows."""
+        train = frame.filter(pl.col("split") == 0)
+        for task in self.data.tasks:
+            column = train[f"label.{task.name}"].drop_nulls()
+            found = dict(column.value_counts().rows()) if task.kind == "binary" else {0.0: len(column)}
+            for value, n in found.items():
+                self.seen[task.name][value] = self.seen[task.name].get(value, 0) + n
+
+    def finish(self) -> None:
+        """Raises DataError for a task that the training split cannot teach."""
+        for task in self.data.tasks:
+            seen = {v: n for v, n in self.seen[task.name].items() if n}
+            if not seen:
+                raise DataError(f"Task `{task.name}`: no label is observed in the training split.")
+            if task.kind == "binary" and len(seen) == 1:
+                value, n = next(iter(seen.items()))
+                raise DataError(f"Task `{task.name}`: all {n:,} observed labels of the training split are {value:g}; both classes are needed.")  # fmt: skip

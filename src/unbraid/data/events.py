@@ -1,0 +1,150 @@
+"""The event table: stored once, sorted by user and time; a row's history is a slice that ends strictly before its time.
+
+On disk, per event: time (int64) and one small integer per field.  Per history with a filter: the positions of its events.
+Per row and history: where its slice starts and ends.  Memory is O(events + rows), whatever the lengths of histories.
+Events without a time come first for their user, in file order; events of the same instant as a row are not its history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from unbraid.data import source as src
+from unbraid.data.vocabulary import canonical, stable_hash
+from unbraid.types import FIRST_VALUE, GAP, MISSING
+
+if TYPE_CHECKING:
+    from unbraid.data.encode import Columns, Progress
+    from unbraid.data.fitted import Fitted
+
+NO_TIME = np.iinfo(np.int64).min  # before every row
+
+
+def write_events(
+    data: src.Data, base: Path, tables: src.Tables | None, fitted: Fitted, columns: Columns, per_second: float, progress: Progress
+) -> None:
+    """Encode and sort all events, then cut each row's slices.  The rows must be written."""
+    progress("encoding events", 0, 0)
+    parts: list[dict[str, np.ndarray]] = []
+    for source, plan in src.event_plans(data, base, tables, split=False):
+        joined = src.add_joins(plan, data, base, tables)
+        parts.extend(_event_chunks(data, source, joined, fitted, per_second))
+    events = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort((events["time"], events["user"]))  # stable: ties keep file order
+    events = {name: values[order] for name, values in events.items()}
+    columns.append("event.time", events["time"])
+    for field in data.fields:
+        columns.append(f"event.{field.name}", events[field.name])
+    starts, ends = _slices(columns, events["user"], events["time"])
+    for i, history in enumerate(data.histories):
+        first, last = starts, ends
+        if history.where:
+            keep = events[f"where.{i}"]
+            before = np.concatenate([[0], np.cumsum(keep)])  # kept events before each position
+            columns.append(f"view.{history.name}", np.flatnonzero(keep).astype(_index_type(len(keep))))
+            first, last = before[starts], before[ends]
+        first = np.maximum(first, last - history.length)
+        columns.append(f"start.{history.name}", first.astype(_index_type(len(events["time"]))))
+        columns.append(f"end.{history.name}", last.astype(_index_type(len(events["time"]))))
+
+
+def _index_type(n: int) -> type:
+    return np.int32 if n < 2**31 else np.int64
+
+
+def _event_chunks(data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted: Fitted, per_second: float) -> Any:
+    """Encoded events of one source: user (hash), time, one column per field, one bool per history with a filter."""
+    from unbraid.data.encode import chunks
+
+    have, where = plan.collect_schema(), f"data.events `{source.table}`"
+    user = canonical(src.expression(data.user, have, where), src._dtype(data.user, have))
+    exprs = {"user": user}
+    if source.time != "none":
+        time = source.time or data.time
+        exprs["time"], rate = src.to_time(src.expression(time, have, where), src._dtype(time, have), data.time_unit, f"Time of {where}")
+        if rate != per_second:
+            raise src.DataError(f"{where}: its time and `data.time` are in different units ({rate:g} and {per_second:g} per second).")
+    lists = []
+    for name, column in source.columns.items():
+        expr, dtype = src.expression(column, have, where), src._dtype(column, have)
+        if isinstance(dtype, pl.List):
+            lists.append(name)
+        exprs[name] = expr
+    for frame in chunks(plan.select(**exprs).filter(pl.col("user").is_not_null())):
+        frame = frame.explode(lists, empty_as_null=False, keep_nulls=False) if lists else frame
+        if source.time != "none" and frame["time"].null_count():
+            raise src.DataError(f"{where}: {frame['time'].null_count():,} events have no time. Filter them, or use time = \"none\".")
+        if len(frame):
+            yield _encode_events(data, source, frame, fitted)
+
+
+def _encode_events(data: src.Data, source: src.Events, frame: pl.DataFrame, fitted: Fitted) -> dict[str, np.ndarray]:
+    out = {"user": stable_hash(frame["user"]).view(np.int64)}
+    out["time"] = np.full(len(frame), NO_TIME) if source.time == "none" else frame["time"].to_numpy()
+    for field in data.fields:
+        vocabulary = fitted.vocabularies[field.vocab]
+        if field.name in frame.columns:
+            dtype = frame.schema[field.name]
+            codes = vocabulary.encode(frame.select(canonical(pl.col(field.name), dtype)).to_series())
+        else:
+            codes = np.full(len(frame), MISSING, dtype=vocabulary.dtype)
+        out[field.name] = codes
+    names = {f.name for f in data.fields} | set(frame.columns) | {n for s in data.events for n in s.columns}
+    full = frame.with_columns(pl.lit(None).alias(n) for n in sorted(names - set(frame.columns)))
+    for i, history in enumerate(data.histories):
+        if history.where:
+            keep = src.expression(history.where, full.collect_schema(), f"History `{history.name}`")
+            out[f"where.{i}"] = full.select(keep.fill_null(False).alias("keep"))["keep"].cast(pl.Boolean).to_numpy()
+    return out
+
+
+def _slices(columns: Columns, users: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For every row, the first event of its user and the end of those strictly before its time ((n,) int64 each)."""
+    row_user, row_time = columns.read("user"), columns.read("time")
+    low = np.searchsorted(users, row_user, side="left")
+    high = np.searchsorted(users, row_user, side="right")
+    high = np.where(row_user == 0, low, high)  # a row without a user has no history
+    start, end = low.copy(), high
+    while (todo := low < end).any():  # binary search in all users' slices at once
+        middle = (low + end) // 2
+        earlier = times[middle.clip(max=len(times) - 1)] < row_time
+        low = np.where(todo & earlier, middle + 1, low)
+        end = np.where(todo & ~earlier, middle, end)
+    return start, low
+
+
+def gap_codes(event_time: np.ndarray, row_time: np.ndarray, per_second: float) -> np.ndarray:
+    """(N,) bucket of the seconds between an event and its row: missing, or FIRST_VALUE + floor(log2(seconds + 1))."""
+    known = event_time != NO_TIME
+    seconds = np.where(known, row_time - np.where(known, event_time, row_time), 0) / per_second
+    return np.where(known, FIRST_VALUE + np.floor(np.log2(seconds + 1.0)).astype(np.int64).clip(0, 31), MISSING)
+
+
+def gather(store: Mapping[str, np.ndarray], name: str, fields: tuple[str, ...], rows: np.ndarray, per_second: float) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The packed histories of some rows.
+
+    Args:
+        store: the encoded columns; name, fields: of the history; rows: (n,) row numbers.
+
+    Returns:
+        field -> (N,) int64 codes, and (n + 1,) int64 offsets.
+    """
+    first = store[f"start.{name}"][rows].astype(np.int64)
+    lengths = store[f"end.{name}"][rows].astype(np.int64) - first
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    at = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
+    if f"view.{name}" in store:
+        at = store[f"view.{name}"][at]
+    values = {}
+    for field in fields:
+        if field == GAP:
+            row_time = np.repeat(store["time"][rows], lengths)
+            values[field] = gap_codes(store["event.time"][at], row_time, per_second)
+        else:
+            values[field] = store[f"event.{field}"][at].astype(np.int64)
+    return values, offsets

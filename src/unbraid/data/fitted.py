@@ -1,0 +1,75 @@
+"""What training data taught, in memory and on disk: ``schema.json`` and one Parquet file per vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from unbraid.data.source import DataError
+from unbraid.data.vocabulary import Vocabulary, stable_hash
+from unbraid.types import Feature, Field, History, Schema, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What the training split taught: enough to encode new rows exactly as training rows were."""
+
+    schema: Schema
+    vocabularies: Mapping[str, Vocabulary]
+
+    def digest(self) -> str:
+        """A hash of everything that encoding depends on."""
+        state = hashlib.sha256(json.dumps(dataclasses.asdict(self.schema), sort_keys=True, default=list).encode())
+        for name in sorted(self.vocabularies):
+            values = self.vocabularies[name].values
+            state.update(name.encode() + str(self.vocabularies[name].buckets).encode())
+            state.update(stable_hash(values).tobytes() if len(values) else b"")
+        return state.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the schema and the vocabularies into a folder."""
+        (folder / "vocabularies").mkdir(exist_ok=True)
+        about = {}
+        for i, (name, vocabulary) in enumerate(sorted(self.vocabularies.items())):
+            place = f"{i:03d}.parquet"  # names may hold any character
+            pl.DataFrame({"value": vocabulary.values}).write_parquet(folder / "vocabularies" / place)
+            about[name] = {"file": place, "buckets": vocabulary.buckets, "values": len(vocabulary.values)}
+        document = {"schema": dataclasses.asdict(self.schema), "vocabularies": about}
+        (folder / "schema.json").write_text(json.dumps(document, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Fitted:
+        """Read them back.  Raises DataError, naming what is missing or does not match."""
+        try:
+            document = json.loads((folder / "schema.json").read_text())
+            vocabularies = {}
+            for name, about in document["vocabularies"].items():
+                values = pl.read_parquet(folder / "vocabularies" / about["file"])["value"]
+                if len(values) != about["values"]:
+                    raise DataError(f"Vocabulary `{name}` should hold {about['values']:,} values. Found {len(values):,}.")
+                vocabularies[name] = Vocabulary(values, about["buckets"])
+            return cls(_schema(document["schema"]), vocabularies)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{folder} does not hold a readable schema and vocabularies: {error}") from error
+
+
+def _schema(plain: dict) -> Schema:
+    """A schema from its JSON form (lists for tuples, dicts for dataclasses)."""
+    return Schema(
+        features=tuple(Feature(**f) for f in plain["features"]),
+        tasks=tuple(Task(**t) for t in plain["tasks"]),
+        histories=tuple(History(**{**h, "fields": tuple(h["fields"])}) for h in plain["histories"]),
+        fields=tuple(Field(**f) for f in plain["fields"]),
+        domains=tuple(plain["domains"]),
+        sizes=plain["sizes"],
+        widths=plain["widths"],
+        numbers={name: (mean, std) for name, (mean, std) in plain["numbers"].items()},
+        classes={name: tuple(values) for name, values in plain["classes"].items()},
+    )

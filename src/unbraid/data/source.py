@@ -1,0 +1,359 @@
+"""What the user declares about their files, and the lazy Polars plans that read them.
+
+Nothing here looks at more data than a plan's schema: files larger than memory stream through the plans when
+`unbraid.data.encode` runs them.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import polars as pl
+
+from unbraid.data.vocabulary import canonical, stable_hash
+from unbraid.types import FORBID, Feature, Field, History, Task
+
+SPLITS = ("train", "valid", "test")
+SPLIT, ROW_KEY = "__split", "__row"
+Tables = Mapping[str, pl.DataFrame | pl.LazyFrame]  # tables handed over in memory, by the name that the run uses
+
+
+class DataError(ValueError):
+    """The data are not what the run says.  The message names the file, the column, the number of rows and the fix."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """Columns of another table, joined to the rows (and to event tables that have the key) by its unique key.
+
+    Args:
+        table: file, folder or glob under ``data.folder``.
+        on: the key column, of the same name on both sides.
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    table: str
+    on: str
+
+
+@dataclass(frozen=True)
+class Events:
+    """One source of the event table that histories are cut from.
+
+    Args:
+        columns: event field (or a name that only ``where`` of a history reads) -> column or SQL expression.  List
+            columns are exploded together, oldest first.
+        table: a file under ``data.folder``, or ``rows``: the rows themselves are events for later rows.
+        where: SQL filter on the table's own columns.
+        time: time column, empty for ``data.time``, ``none`` when the events have no time: they then precede every row
+            and have an unknown gap.
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    columns: Mapping[str, str]
+    table: str = "rows"
+    where: str = ""
+    time: str = ""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which rows train, validate and test.
+
+    Args:
+        kind: ``time`` (before ``valid_from``, before ``test_from``, the rest), ``column`` (a column that says train,
+            valid or test) or ``user`` (whole users by a seeded hash of their id).
+        valid_from, test_from: ISO dates or date-times (UTC unless they carry an offset), or numbers in the column's unit.
+        column: for kind ``column``.
+        valid, test: shares of users, for kind ``user``; seed: of the hash.
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    kind: Literal["time", "column", "user"] = "user"
+    valid_from: str | int = ""
+    test_from: str | int = ""
+    column: str = ""
+    valid: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind == "time" and (self.valid_from == "" or self.test_from == ""):
+            raise ValueError("A split by time needs `valid_from` and `test_from`.")
+        if self.kind == "column" and not self.column:
+            raise ValueError("A split by column needs `column`.")
+        if self.kind == "user" and not (0 < self.valid and 0 < self.test and self.valid + self.test < 1):
+            raise ValueError(f"Shares should be positive and leave rows to train on. Found {self.valid}, {self.test}.")
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Sampled negatives for a log that holds positives only.
+
+    Every row is copied ``per_positive`` times with another item of the training split and all labels 0; columns that
+    belong to the item should come from a join on it, so that they follow the new item.
+
+    Args:
+        item: the item column.
+        per_positive: copies per row.
+        sampling: ``uniform`` over the items or by ``popularity`` (their count in the training split).
+        labels: columns set to 1 on the rows and 0 on the copies (created where missing).
+        seed: of the draw.
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    item: str
+    per_positive: int = 4
+    sampling: Literal["uniform", "popularity"] = "uniform"
+    labels: tuple[str, ...] = ("label",)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_positive < 1:
+            raise ValueError(f"Parameter `per_positive` should be at least 1. Found {self.per_positive}.")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything that a run says about its data.
+
+    Args:
+        rows: the table whose rows are predicted: a file, a folder of files or a glob, Parquet or CSV.
+        folder: where tables lie, relative to the run file; ``kuairand`` is the bundled log.
+        keep: SQL filter on the rows.
+        drop_duplicates: drop rows that equal an earlier row in every column.
+        user, time, domain, weight, request: columns (or SQL expressions) with these roles; empty means there is none.
+        time_unit: of an integer time column.
+        joins, features, fields, events, histories, tasks, split, negatives: see their classes.
+        cache: folder of encoded data; empty for the user's cache folder.
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    rows: str
+    features: tuple[Feature, ...]
+    tasks: tuple[Task, ...]
+    folder: str = ""
+    keep: str = ""
+    drop_duplicates: bool = False
+    user: str = ""
+    time: str = ""
+    time_unit: Literal["s", "ms", "us", "ns"] = "ms"
+    domain: str = ""
+    weight: str = ""
+    request: str = ""
+    joins: tuple[Join, ...] = ()
+    fields: tuple[Field, ...] = ()
+    events: tuple[Events, ...] = ()
+    histories: tuple[History, ...] = ()
+    split: Split = field(default_factory=Split)
+    negatives: Negatives | None = None
+    cache: str = ""
+
+    def __post_init__(self) -> None:
+        names = [f.name for f in self.features] + [h.name for h in self.histories]
+        for what, found in (("feature or history", names), ("task", [t.name for t in self.tasks])):
+            twice = sorted({n for n in found if found.count(n) > 1})
+            if twice:
+                raise ValueError(f"Each {what} should have its own name. Found twice: {', '.join(twice)}.")
+        spaces = [f.vocab for f in self.features] + [f.vocab for f in self.fields] + [f.name for f in self.fields]
+        odd = sorted({n for n in [*names, *(t.name for t in self.tasks), *spaces] if set(n) & set("./") or not n})
+        if odd:
+            raise ValueError(f"Names should not be empty or hold dots or slashes. Found {odd}.")
+        if not self.tasks:
+            raise ValueError("There should be at least one task (`[[data.tasks]]`). Found none.")
+        if not names:
+            raise ValueError("There should be at least one feature (`[[data.features]]`). Found none.")
+        fields = {f.name for f in self.fields} | {"gap"}
+        for i, task in enumerate(self.tasks):
+            if task.given and task.given not in {t.name for t in self.tasks[:i] if t.kind == "binary"}:
+                raise ValueError(f"Task `{task.name}`: `given` should name a binary task above it. Found `{task.given}`.")
+        for history in self.histories:
+            unknown = set(history.fields) - fields
+            if unknown or not history.fields:
+                raise ValueError(
+                    f"History `{history.name}`: `fields` should be among {sorted(fields)}. Found {list(history.fields)}."
+                )
+        if self.histories and not (self.user and self.time and self.events):
+            raise ValueError("Histories need `data.user`, `data.time` and at least one `[[data.events]]`.")
+        if self.split.kind == "time" and not self.time:
+            raise ValueError("A split by time needs `data.time`.")
+        if self.split.kind == "user" and not self.user:
+            raise ValueError("A split by user needs `data.user`. Use kind `column` for rows without users.")
+
+
+# ------------------------------------------------------------------------------------------------------- reading tables
+def bundled(name: str) -> Path | None:
+    """Folder of a data set that ships with the package, or None."""
+    folder = Path(__file__).parent / name
+    return folder if name.isidentifier() and (folder / "README.md").exists() else None
+
+
+def files_of(folder: str, table: str, base: Path) -> list[Path]:
+    """The files of a table.  Raises DataError when there are none."""
+    root = bundled(folder) or base / folder
+    path = root / table
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix in {".parquet", ".csv"})
+    else:
+        found = sorted(root.glob(table)) if any(c in table for c in "*?[") else [path] if path.exists() else []
+    if not found:
+        there = ", ".join(sorted(p.name for p in root.iterdir())[:12]) if root.is_dir() else "the folder does not exist"
+        raise DataError(f"There is no table `{table}` (looked for {path}). In {root}: {there}.")
+    return found
+
+
+def scan(folder: str, table: str, base: Path, tables: Tables | None = None) -> pl.LazyFrame:
+    """A lazy plan over a table.  Raises DataError for files that are missing, truncated or of an unknown type."""
+    if tables and table in tables:
+        return tables[table].lazy()
+    files = files_of(folder, table, base)
+    kinds = {p.suffix for p in files}
+    if len(kinds) > 1 or not kinds <= {".parquet", ".csv"}:
+        raise DataError(f"Table `{table}` should be Parquet or CSV files of one kind. Found {sorted(kinds)}.")
+    for path in files:  # a truncated file shows in its footer, before hours of work
+        try:
+            (pl.read_parquet_schema if kinds == {".parquet"} else lambda p: pl.scan_csv(p).collect_schema())(path)
+        except Exception as error:
+            raise DataError(f"{path} cannot be read ({path.stat().st_size:,} bytes): {error}. Write the file again.") from error
+    plan = pl.scan_parquet if kinds == {".parquet"} else pl.scan_csv
+    return plan(files)  # type: ignore[operator]
+
+
+def expression(source: str, schema: Mapping[str, Any], where: str) -> pl.Expr:
+    """A column of that name, else an SQL expression.  Raises DataError, naming what there is, for unknown columns."""
+    if source in schema:
+        return pl.col(source)
+    try:
+        expr = pl.sql_expr(source)
+        missing = sorted(set(expr.meta.root_names()) - set(schema))
+    except Exception as error:
+        raise DataError(f"{where}: `{source}` is neither a column nor an SQL expression ({error}).") from error
+    if missing:
+        raise DataError(f"{where}: there is no column `{'`, `'.join(missing)}`. Columns: {', '.join(schema)}.")
+    return expr
+
+
+def add_joins(plan: pl.LazyFrame, data: Data, base: Path, tables: Tables | None) -> pl.LazyFrame:
+    """The plan with the columns of every declared join whose key it has; order and number of rows stay."""
+    for join in data.joins:
+        have = plan.collect_schema()
+        if join.on not in have:
+            continue
+        right = scan(data.folder, join.table, base, tables)
+        columns = right.collect_schema()
+        if join.on not in columns:
+            raise DataError(f"Join of `{join.table}`: there is no column `{join.on}`. Columns: {', '.join(columns)}.")
+        clash = sorted((set(columns) & set(have)) - {join.on})
+        if clash:
+            raise DataError(f"Join of `{join.table}`: both sides have {', '.join(clash)}. Rename one side's columns.")
+        sides = [p.with_columns(canonical(pl.col(join.on), s[join.on])) for p, s in ((plan, have), (right, columns))]
+        if sides[0].collect_schema()[join.on] != sides[1].collect_schema()[join.on]:
+            raise DataError(f"Join of `{join.table}`: `{join.on}` is {have[join.on]} in the rows and {columns[join.on]} there.")
+        plan = sides[0].join(sides[1], on=join.on, how="left", maintain_order="left")
+    return plan
+
+
+def check_joins(data: Data, base: Path, tables: Tables | None) -> None:
+    """Raises DataError when the key of a joined table is not unique: rows would multiply."""
+    for join in data.joins:
+        plan = scan(data.folder, join.table, base, tables)
+        if join.on not in plan.collect_schema():
+            raise DataError(f"Join of `{join.table}`: there is no column `{join.on}`.")
+        rows, keys = plan.select(pl.len(), pl.col(join.on).n_unique().alias("keys")).collect().row(0)
+        if rows != keys:
+            raise DataError(f"Join of `{join.table}`: `{join.on}` should be unique. Found {rows:,} rows, {keys:,} keys.")
+
+
+# ------------------------------------------------------------------------------------------------------------- the rows
+def to_time(expr: pl.Expr, dtype: Any, unit: str, where: str) -> tuple[pl.Expr, float]:
+    """The time as int64 and how many of its units make a second.  Raises DataError for other types."""
+    if dtype.is_integer():
+        return expr.cast(pl.Int64), {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[unit]
+    if dtype in (pl.Datetime, pl.Date):
+        return expr.cast(pl.Datetime("us")).dt.epoch("us"), 1e6
+    raise DataError(f"{where} should be an integer, a date or a date-time. Found {dtype}.")
+
+
+def instant(value: str | int, per_second: float) -> int:
+    """A point in time in the unit of the time column."""
+    if isinstance(value, int):
+        return value
+    try:
+        moment = dt.datetime.fromisoformat(value)
+    except ValueError as error:
+        raise DataError(f"`{value}` is not an ISO date or date-time (2022-05-05 or 2022-05-05T00:00+08:00).") from error
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
+    return round(moment.timestamp() * per_second)
+
+
+def split_expression(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
+    """0, 1 or 2 for train, valid and test; null where a split column says something else."""
+    split = data.split
+    if split.kind == "time":
+        time, per_second = to_time(
+            expression(data.time, schema, "data.time"), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`"
+        )
+        first, second = instant(split.valid_from, per_second), instant(split.test_from, per_second)
+        if first >= second:
+            raise DataError(f"`valid_from` should be before `test_from`. Found {split.valid_from}, {split.test_from}.")
+        return (time >= first).cast(pl.Int8) + (time >= second).cast(pl.Int8)
+    if split.kind == "column":
+        words = expression(split.column, schema, "data.split.column").cast(pl.String)
+        return words.replace_strict(list(SPLITS), [0, 1, 2], default=None, return_dtype=pl.Int8)
+    user = expression(data.user, schema, "data.user").cast(pl.String)
+    draw = user.map_batches(lambda s: stable_uniform(s, split.seed), return_dtype=pl.Float64, is_elementwise=True)
+    return (draw < split.test + split.valid).cast(pl.Int8) + (draw < split.test).cast(pl.Int8)
+
+
+def stable_uniform(values: pl.Series, seed: int) -> pl.Series:
+    """A number in [0, 1) for each text, the same on every machine and in every version."""
+    return pl.Series(values.name, stable_hash(values, seed).astype("float64") / 2.0**64)
+
+
+def _dtype(source: str, schema: Mapping[str, Any]) -> Any:
+    if source in schema:
+        return schema[source]
+    return pl.LazyFrame(schema=dict(schema)).select(pl.sql_expr(source)).collect_schema().dtypes()[0]
+
+
+def kept_rows(data: Data, base: Path, tables: Tables | None) -> pl.LazyFrame:
+    """The rows after ``keep`` and ``drop_duplicates``, in file order."""
+    plan = scan(data.folder, data.rows, base, tables)
+    if data.keep:
+        plan = plan.filter(expression(data.keep, plan.collect_schema(), "data.keep"))
+    return plan.unique(maintain_order=True, keep="first") if data.drop_duplicates else plan
+
+
+def rows_plan(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame | None = None) -> pl.LazyFrame:
+    """The rows with their joined columns: kept rows with their split and sampled negatives, or those of a query as is."""
+    if query is not None:
+        return add_joins(query, data, base, tables)
+    plan = kept_rows(data, base, tables)
+    plan = plan.with_columns(split_expression(data, plan.collect_schema()).alias(SPLIT))
+    if data.negatives is not None:
+        from unbraid.data.negatives import add_negatives
+
+        plan = add_negatives(plan, data.negatives)
+    return add_joins(plan, data, base, tables)
+
+
+def event_plans(
+    data: Data, base: Path, tables: Tables | None, split: bool = True
+) -> list[tuple[Events, pl.LazyFrame]]:
+    """For each event source, its filtered table (with the split, on request, where the rows are the events)."""
+    plans = []
+    for source in data.events:
+        if source.table == "rows":
+            plan = kept_rows(data, base, tables)
+            if split:
+                plan = plan.with_columns(split_expression(data, plan.collect_schema()).alias(SPLIT))
+        else:
+            plan = scan(data.folder, source.table, base, tables)
+        if source.where:
+            plan = plan.filter(expression(source.where, plan.collect_schema(), f"data.events `{source.table}`"))
+        plans.append((source, plan))
+    return plans

@@ -1,0 +1,187 @@
+"""The encoded table: memory-mapped columns, batches by vectorised gathers, in an order that any step can be resumed in."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unbraid.data.events import gather
+from unbraid.data.fitted import Fitted
+from unbraid.data.source import SPLITS, DataError
+from unbraid.types import Batch, Ragged, Schema
+
+
+class Encoded:
+    """An encoded folder, opened.
+
+    Args:
+        folder: what `unbraid.data.encode.encode` returned.  Raises DataError when it is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            about = json.loads((folder / "columns.json").read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder} is not an encoded table: {error}. Delete it; it is made again.") from error
+        self.folder, self.fitted, self.about = folder, Fitted.load(folder), about
+        self.schema: Schema = self.fitted.schema
+        self.columns: dict[str, np.ndarray] = {name: self._open(name, c) for name, c in about["columns"].items()}
+        self.rows: int = about["rows"]
+        # a bag's offsets are kept as lengths on disk (4 bytes a row) and summed once here
+        self.offsets = {
+            f.name: np.concatenate([[0], np.cumsum(self.columns[f"length.{f.name}"], dtype=np.int64)])
+            for f in self.schema.features
+            if f.kind == "bag"
+        }
+
+    def _open(self, name: str, about: dict) -> np.ndarray:
+        path, shape = self.folder / about["file"], tuple(about["shape"])
+        need = int(np.prod(shape)) * np.dtype(about["dtype"]).itemsize
+        if path.stat().st_size != need:
+            raise DataError(f"{path} (column `{name}`) should have {need:,} bytes. Found {path.stat().st_size:,}. Delete {self.folder}; it is made again.")  # fmt: skip
+        if not need:
+            return np.zeros(shape, dtype=about["dtype"])
+        return np.memmap(path, dtype=about["dtype"], mode="r", shape=shape)
+
+    def split(self, name: str) -> np.ndarray:
+        """(n,) row numbers of a split; ``all`` for every row."""
+        if name == "all" or "split" not in self.columns:
+            return np.arange(self.rows)
+        return np.flatnonzero(self.columns["split"] == SPLITS.index(name))
+
+    # ------------------------------------------------------------------------------------------------------- one batch
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The given rows ((n,) int64) as a batch."""
+        columns, n = self.columns, len(rows)
+        labels, observed = self.labels(rows)
+        domain = columns["domain"][rows].astype(np.int64) if "domain" in columns else np.full(n, 2)
+        meta = {name: _tensor(columns[name][rows]) for name in ("user", "time", "request") if name in columns}
+        for task in self.schema.tasks:
+            if f"rate.{task.name}" in columns:
+                meta[f"sampling_rate.{task.name}"] = _tensor(columns[f"rate.{task.name}"][rows])
+            elif isinstance(task.sampling_rate, float | int) and task.sampling_rate != 1.0:
+                meta[f"sampling_rate.{task.name}"] = torch.full((n,), float(task.sampling_rate))
+        return Batch(
+            features=self._features(rows),
+            labels=labels,
+            observed=observed,
+            domain=_tensor(domain),
+            weight=_tensor(columns["weight"][rows]) if "weight" in columns else None,
+            row=_tensor(rows.astype(np.int64)),
+            view=torch.zeros(n, dtype=torch.int8),
+            pair=torch.full((n,), -1),
+            meta=meta,
+        )
+
+    def _features(self, rows: np.ndarray) -> dict[str, Tensor | Ragged]:
+        out: dict[str, Tensor | Ragged] = {}
+        for f in self.schema.features:
+            column = self.columns[f"feature.{f.name}"]
+            if f.kind == "id":
+                out[f.name] = _tensor(column[rows].astype(np.int64))
+            elif f.kind == "vector":
+                out[f.name] = _tensor(column[rows])
+            elif f.kind == "number":
+                mean, std = self.schema.numbers[f.name]
+                value = (column[rows] - np.float32(mean)) / np.float32(std)
+                missing = np.isnan(value)
+                out[f.name] = _tensor(np.stack([np.where(missing, np.float32(0), value), missing.astype(np.float32)], 1))
+            else:
+                starts, stops = self.offsets[f.name][rows], self.offsets[f.name][rows + 1]
+                offsets = np.concatenate([[0], np.cumsum(stops - starts)])
+                at = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], stops - starts)
+                out[f.name] = Ragged({f.name: _tensor(column[at].astype(np.int64))}, _tensor(offsets))
+        for history in self.schema.histories:
+            values, offsets = gather(self.columns, history.name, history.fields, rows, self.about["per_second"])
+            out[history.name] = Ragged({k: _tensor(v) for k, v in values.items()}, _tensor(offsets))
+        return out
+
+    def labels(self, rows: np.ndarray) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """task -> (n,) labels, and which of them are observed."""
+        labels, observed = {}, {}
+        for task in self.schema.tasks:
+            if f"label.{task.name}" not in self.columns:  # rows to predict
+                labels[task.name] = torch.zeros(len(rows), dtype=torch.int64 if task.kind == "multiclass" else torch.float32)
+                observed[task.name] = torch.zeros(len(rows), dtype=torch.bool)
+                continue
+            stored = self.columns[f"label.{task.name}"][rows]
+            known = ~np.isnan(stored) if task.kind == "real" else stored >= 0
+            clean = np.where(known, stored, 0).astype(np.int64 if task.kind == "multiclass" else np.float32)
+            labels[task.name], observed[task.name] = _tensor(clean), _tensor(known)
+        for task in self.schema.tasks:  # parents stand before their children, so a chain is masked link by link
+            if task.given:
+                observed[task.name] = observed[task.name] & observed[task.given] & (labels[task.given] == 1)
+        return labels, observed
+
+    # -------------------------------------------------------------------------------------------------------- in order
+    def in_order(self, rows: np.ndarray, size: int) -> Iterator[Batch]:
+        """The rows in batches, first to last."""
+        return prefetch(self.batch(rows[at : at + size]) for at in range(0, len(rows), size))
+
+    def shuffled(self, rows: np.ndarray, size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Endless training batches from step ``start`` on.
+
+        The order of an epoch is a function of (seed, epoch), so that any step can be reached directly.  The rows that
+        do not fill a last batch are left out of that epoch (others in each), unless there is only one batch.
+        """
+        return prefetch(self.batch(part) for part in order(rows, size, seed, start))
+
+
+def steps_per_epoch(rows: int, size: int) -> int:
+    """Number of training batches in an epoch."""
+    return max(1, rows // size)
+
+
+def order(rows: np.ndarray, size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Row numbers of the training batches from step ``start`` on, without end."""
+    per_epoch = steps_per_epoch(len(rows), size)
+    epoch, at = divmod(start, per_epoch)
+    while True:
+        shuffled = np.random.default_rng([seed, epoch]).permutation(rows)
+        for step in range(at, per_epoch):
+            yield shuffled[step * size : (step + 1) * size]
+        epoch, at = epoch + 1, 0
+
+
+def prefetch(batches: Iterator[Batch], depth: int = 3) -> Iterator[Batch]:
+    """The same batches, made ahead in a background thread.  Its errors are raised here; closing it stops the thread."""
+    ready: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=work, daemon=True, name="unbraid-prefetch").start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))

@@ -1,0 +1,107 @@
+"""From values to codes: vocabularies fitted on the training split, and hashes that never change."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from unbraid.types import FIRST_VALUE, MISSING, UNKNOWN
+
+
+def canonical(expr: pl.Expr, dtype: Any) -> pl.Expr:
+    """Ids in one of three types: Int64, Float64 or String, so that readers of one vocabulary agree."""
+    if dtype.is_integer() or dtype == pl.Boolean:
+        return expr.cast(pl.Int64)
+    return expr.cast(pl.Float64) if dtype.is_float() else expr.cast(pl.String)
+
+
+def stable_hash(values: pl.Series, seed: int = 0) -> np.ndarray:
+    """(n,) uint64 hash of canonical ids, the same on every machine and in every version (Polars' own hash may change).
+
+    A null hashes to 0.
+    """
+    if values.dtype in (pl.Int64, pl.Float64):
+        bits = values.fill_null(0).to_numpy().view(np.uint64)
+    else:  # Python touches each distinct text once, not each row
+        unique = values.drop_nulls().unique()
+        digests = [int.from_bytes(hashlib.blake2b(v.encode(), digest_size=8).digest()) for v in unique]
+        table = pl.DataFrame({"value": unique, "hash": pl.Series(digests, dtype=pl.UInt64)})
+        joined = pl.DataFrame({"value": values}).join(table, on="value", how="left", maintain_order="left")
+        bits = joined["hash"].fill_null(0).to_numpy()
+    with np.errstate(over="ignore"):  # splitmix64
+        x = bits + np.uint64((0x9E3779B97F4A7C15 * (seed + 1)) & 0xFFFFFFFFFFFFFFFF)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    x[values.is_null().to_numpy()] = 0
+    return x
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Values of one id space in sorted order; value i has code ``FIRST_VALUE + i``.
+
+    Args:
+        values: the known values (Int64, Float64 or String, no nulls).
+        buckets: so many rows after the values, for unknown values by hash.
+    """
+
+    values: pl.Series
+    buckets: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of codes, unknown and missing included."""
+        return FIRST_VALUE + len(self.values) + self.buckets
+
+    @property
+    def dtype(self) -> str:
+        """Smallest NumPy integer type that holds every code."""
+        return "uint8" if self.size <= 2**8 else "uint16" if self.size <= 2**16 else "int32"
+
+    def names(self) -> list[str]:
+        """Each code in words."""
+        return ["(unknown)", "(missing)", *map(str, self.values), *(f"(bucket {i})" for i in range(self.buckets))]
+
+    def encode(self, column: pl.Series) -> np.ndarray:
+        """(n,) codes of a column in the vocabulary's type."""
+        codes = self._known(column)
+        missing = column.is_null().to_numpy()
+        if self.buckets:
+            strange = np.flatnonzero((codes == UNKNOWN) & ~missing)
+            if len(strange):
+                hashed = stable_hash(column.gather(strange)) % np.uint64(self.buckets)
+                codes[strange] = hashed.astype(np.int64) + FIRST_VALUE + len(self.values)
+        codes[missing] = MISSING
+        return codes.astype(self.dtype)
+
+    def _known(self, column: pl.Series) -> np.ndarray:
+        if column.dtype == pl.Int64 and len(self.values):
+            known, asked = self.values.to_numpy(), column.fill_null(0).to_numpy()
+            place = np.searchsorted(known, asked).clip(max=len(known) - 1)
+            return np.where(known[place] == asked, place + FIRST_VALUE, UNKNOWN)
+        table = pl.DataFrame({"value": self.values, "code": np.arange(len(self.values)) + FIRST_VALUE})
+        joined = pl.DataFrame({"value": column}).join(table, on="value", how="left", maintain_order="left")
+        return joined["code"].fill_null(UNKNOWN).to_numpy().astype(np.int64)
+
+
+def fit(counts: Sequence[pl.DataFrame], min_count: int, buckets: int, grow: Vocabulary | None = None) -> Vocabulary:
+    """The vocabulary of several readers.
+
+    Args:
+        counts: per reader a frame (value, count) of the training split.
+        min_count: a value stays when one reader sees it so often (the largest count, not the sum: a row that is also an
+            event would count twice).
+        grow: an earlier model's vocabulary, whose values stay whatever their count.
+    """
+    stacked = pl.concat([c.drop_nulls("value") for c in counts])
+    kept = stacked.group_by("value").agg(pl.col("count").max()).filter(pl.col("count") >= min_count)
+    values = kept["value"]
+    if grow is not None and len(grow.values):
+        values = pl.concat([values.cast(grow.values.dtype), grow.values]).unique()
+    return Vocabulary(values.sort(), buckets)

@@ -1,0 +1,55 @@
+"""Plain target attention over a history: a scaled product and a softmax.
+
+For each event, score = <k(event), q(row)> / sqrt(D), where q and k are the vectors of the event fields that the row itself
+has (the target item, its author); weights are the softmax over the row's events; the output is the weighted mean of every
+event field, the same weights for all.  Shared tables, no projections: the plainest form of what long-history models refine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from unbraid.encoders.packed import segment_softmax
+from unbraid.types import FORBID, Ragged, Rows
+
+
+@dataclass(frozen=True)
+class TargetAttention:
+    """Softmax of scaled products between the row's item and each event."""
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    kind: Literal["target_attention"] = "target_attention"
+
+    def build(self, widths: Mapping[str, int], targets: Mapping[str, int]) -> TargetAttentionHistory:
+        """widths: event field -> D; targets: the event fields that the row has, too.  Raises ValueError without any."""
+        if not targets:
+            raise ValueError(
+                f"Target attention needs an event field whose vocabulary is also a feature of the row. Found {list(widths)}."
+            )
+        return TargetAttentionHistory(widths, targets)
+
+
+class TargetAttentionHistory(nn.Module):
+    """See the module's docstring."""
+
+    def __init__(self, widths: Mapping[str, int], targets: Mapping[str, int]) -> None:
+        super().__init__()
+        self.widths, self.targets = dict(widths), tuple(targets)
+        self.scale = 1.0 / math.sqrt(sum(targets.values()))
+
+    def forward(
+        self, events: Mapping[str, Mapping[str, Rows]], history: Ragged, target: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """As `unbraid.encoders.pooling.MeanHistory.forward`."""
+        scores: Tensor | float = 0.0
+        for name in self.targets:
+            query = nn.functional.embedding(history.rows, target["value"][name])
+            scores = scores + (events["value"][name].gather() * query).sum(1)
+        assert isinstance(scores, Tensor)
+        weights = segment_softmax(scores * self.scale, history)
+        return {name: events["value"][name].pool(history.offsets, weights) for name in self.widths}

@@ -1,0 +1,157 @@
+"""Embedding tables, read through the distinct ids of a batch.
+
+A *view* is one set of tables over all vocabularies.  One view is the ordinary shared embedding; one view per task plus a
+shared one gives every task its own geometry; several views of any widths are multi-embedding.  All views of a vocabulary
+read the same ids, so the distinct ids of a batch are found once per vocabulary and every view gathers only those rows.
+
+While gradients are on, the gathered rows are what later steps differentiate at (`unbraid.types.Lookup`):
+a *lazy* table hands out a detached leaf and its optimiser writes back those rows alone, so that a row that no batch
+reads never moves; a *dense* table hands out a differentiable gather and its parameter trains as any other.
+Lazy pays only when a table is large (`benchmarks/table_crossover.py` measures where on a given machine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.types import FORBID, UNKNOWN, Lookup, Rows
+
+
+class Table(nn.Module):
+    """One embedding table.
+
+    Args:
+        size: number of rows; width: D.
+        std: standard deviation of the normal initialiser.
+        lazy: is it updated only at the rows that a batch read?
+    """
+
+    before_read: Callable[[Tensor], None] | None = None  # set by an update that brings rows up to date when they are read
+
+    def __init__(self, size: int, width: int, std: float, lazy: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, width).normal_(0.0, std))
+        self.lazy = lazy
+
+    def read(self, ids: Tensor) -> Tensor:
+        """(U, D) the given distinct rows, differentiable."""
+        if not self.lazy:
+            return nn.functional.embedding(ids, self.weight)
+        if self.before_read is not None and self.training:
+            self.before_read(ids)
+        return self.weight.detach().index_select(0, ids).requires_grad_(self.weight.requires_grad)
+
+
+def distinct(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The sorted distinct ids (U,) and, for each id, its place among them (N,).
+
+    Marking a vector as long as the vocabulary is several times faster than sorting while it is not much longer than
+    the batch; beyond that ``torch.unique`` wins.
+    """
+    if size > 16 * len(ids) + 65_536:
+        unique, place = torch.unique(ids, return_inverse=True)
+        return unique, place
+    seen = torch.zeros(size, dtype=torch.bool, device=ids.device)
+    seen[ids] = True
+    unique = seen.nonzero().squeeze(1)
+    place = torch.empty(size, dtype=torch.int64, device=ids.device)
+    place[unique] = torch.arange(len(unique), device=ids.device)
+    return unique, place[ids]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which tables there are.
+
+    Args:
+        kind: ``shared`` (one view), ``per_task`` (one per task and a shared one, in that order) or ``several``.
+        width: D of every table; widths: D of each view, only for ``several``.
+        std: standard deviation of the tables' normal initialiser.
+        lazy_rows: tables with at least this many rows are updated lazily, smaller ones densely (0: all lazy, -1: none).
+        unknown_rate: while training, this share of ids is read as *unknown*, so that row 0 learns what a new id is like.
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    kind: Literal["shared", "per_task", "several"] = "shared"
+    width: int = 16
+    widths: tuple[int, ...] = ()
+    std: float = 1e-2
+    lazy_rows: int = 100_000
+    unknown_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.width <= 0 or any(w <= 0 for w in self.widths):
+            raise ValueError(f"Parameter `width` should be positive. Found {self.widths or self.width}.")
+        if not 0 <= self.unknown_rate < 1:
+            raise ValueError(f"Parameter `unknown_rate` should be in [0, 1). Found {self.unknown_rate}.")
+        if (self.kind == "several") != bool(self.widths):
+            raise ValueError(f"Parameter `widths` belongs to kind `several`. Found kind `{self.kind}`, {self.widths}.")
+
+    def names(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Names of the views in order."""
+        if self.kind == "several":
+            return tuple(f"view{i}" for i in range(len(self.widths)))
+        return (*tasks, "shared") if self.kind == "per_task" else ("shared",)
+
+    def build(self, tasks: Sequence[str], sizes: Mapping[str, int], roles: Sequence[str] = ("value",)) -> Tables:
+        """The tables of all views, vocabularies and roles."""
+        names = self.names(tasks)
+        return Tables(dict(zip(names, self.widths or (self.width,) * len(names), strict=True)), sizes, roles, self)
+
+
+class Tables(nn.Module):
+    """All tables of a model, keyed ``view/vocabulary/role``.
+
+    Args:
+        widths: view -> D; sizes: vocabulary -> rows.
+        roles: ``value`` and, for encoders that keep a second table for attention, ``attention``.
+        config: initialiser, laziness, unknown rate.
+    """
+
+    def __init__(self, widths: Mapping[str, int], sizes: Mapping[str, int], roles: Sequence[str], config: Views) -> None:
+        super().__init__()
+        self.widths, self.sizes, self.roles, self.unknown_rate = dict(widths), dict(sizes), tuple(roles), config.unknown_rate
+        self.tables = nn.ModuleDict()
+        for view, width in widths.items():
+            for vocabulary, size in sizes.items():
+                lazy = config.lazy_rows >= 0 and size >= config.lazy_rows
+                for role in roles:
+                    self.tables[self.key(view, vocabulary, role)] = Table(size, width, config.std, lazy)
+
+    @staticmethod
+    def key(view: str, vocabulary: str, role: str) -> str:
+        """Name of a table."""
+        return f"{view}/{vocabulary}/{role}"
+
+    def forward(self, ids: Mapping[str, Sequence[Tensor]]) -> tuple[dict[tuple[str, str, str], list[Rows]], tuple[Lookup, ...]]:
+        """Read all ids of a batch.
+
+        Args:
+            ids: vocabulary -> list of (n,) int64 ids, one per reader.
+
+        Returns:
+            (view, vocabulary, role) -> one `Rows` per reader; and the lookups (empty while gradients are off).
+        """
+        read: dict[tuple[str, str, str], list[Rows]] = {}
+        lookups: list[Lookup] = []
+        for vocabulary, parts in ids.items():
+            flat = torch.cat(list(parts))
+            if self.training and self.unknown_rate > 0:
+                flat = torch.where(torch.rand(len(flat), device=flat.device) < self.unknown_rate, UNKNOWN, flat)
+            learn = torch.is_grad_enabled()
+            unique, place = distinct(flat, self.sizes[vocabulary]) if learn else (flat, flat)
+            pieces = place.split([len(part) for part in parts])
+            for view in self.widths:
+                for role in self.roles:
+                    name = self.key(view, vocabulary, role)
+                    table = self.tables[name]
+                    vectors = table.read(unique) if learn else table.weight
+                    if learn:
+                        lookups.append(Lookup(name, unique, vectors))
+                    read[view, vocabulary, role] = [Rows(vectors, piece) for piece in pieces]
+        return read, tuple(lookups)

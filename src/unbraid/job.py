@@ -1,0 +1,217 @@
+"""The main job: a run becomes a bundle, with the baseline that it has to beat beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from unbraid import config, store
+from unbraid.baseline import TargetEncoding
+from unbraid.bundle import Bundle, as_frame, build, warm_start
+from unbraid.data.encode import encode
+from unbraid.data.source import Tables
+from unbraid.data.table import Encoded
+from unbraid.evaluate import evaluate, render_markdown
+from unbraid.model import Model
+from unbraid.train import Local, Watcher, predict
+from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores, Term
+
+EVALUATION_ROWS = 16_384
+
+
+class JobError(RuntimeError):
+    """The job cannot start as asked; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `train` made: the bundle, the test metrics of the model and of the baseline, where everything lies."""
+
+    bundle: Bundle
+    metrics: Mapping[str, Any]
+    folder: Path | None
+
+
+def train(
+    run: config.Run, out: str | Path | None = None, *, tables: Tables | None = None, resume: bool = False,
+    overwrite: bool = False, init: str | Path | None = None, baseline: bool = True, watcher: Watcher | None = None,
+) -> Result:  # fmt: skip
+    """Encode, train, evaluate and write the bundle.
+
+    Args:
+        run: what to do; out: the bundle's folder (None: nothing is written); tables: tables in memory by name.
+        resume: continue the unfinished run in ``out``; overwrite: delete what is in ``out`` first.
+        init: a bundle to start from; baseline: fit and report target encoding, too.
+
+    Raises:
+        JobError: ``out`` holds another run, or a finished one; DataError, BundleError, OSError as they say.
+    """
+    watcher = watcher or Watcher()
+    folder = None if out is None else Path(out)
+    if folder is not None and _prepare(folder, run, resume, overwrite):
+        watcher.note(f"{folder} is finished; nothing to resume")
+        bundle = Bundle.load(folder)
+        return Result(bundle, bundle.metrics, folder)
+    old = Bundle.load(init) if init else None
+    encoded = Encoded(encode(run.data, tables=tables, grow=old.fitted if old else None, progress=watcher.stage))
+    schema = encoded.schema
+    for warning in one_class_domains(encoded):
+        watcher.note(warning)
+    model = build(run, schema)
+    if old is not None:
+        counts = warm_start(model, encoded.fitted, old)
+        watcher.note("warm start: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if run.training.device == "auto" else run.training.device
+    session = Local(
+        encoded, bound_terms(run, schema, model), run.update, run.training, {t.name: t.weight for t in schema.tasks},
+        run.seed, folder, resume, device, watcher,
+    )  # fmt: skip
+    model = model.to(device)
+    trained = run.schedule(session, model, run.training.total_steps(len(session.rows("train"))))
+    assert isinstance(trained, Model)
+    metrics = measure(run, encoded, trained, session, baseline)
+    bundle = Bundle(run, encoded.fitted, trained.cpu().eval(), metrics)
+    if folder is not None:
+        bundle.save(folder)
+        store.write_text(folder / "report.md", report(run, metrics))
+        for path in folder.glob("*.safetensors"):  # a finished run needs its checkpoints no more
+            if path.name.startswith(("fit-", "schedule-")):
+                path.unlink()
+    return Result(bundle, metrics, folder)
+
+
+def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bool:
+    """Make the folder ready.  Returns whether a finished run was asked to be resumed.  Raises JobError."""
+    started, finished = (folder / "run.toml").exists(), (folder / "weights.safetensors").exists()
+    if overwrite and started:
+        shutil.rmtree(folder)
+        started = False
+    text = config.dumps(run)
+    if started and not resume:
+        what = "a finished run" if finished else "an unfinished run (continue it with --resume)"
+        raise JobError(f"{folder} holds {what}. Choose another --out, or delete it with --overwrite.")
+    if started and (folder / "run.toml").read_text() != text:
+        raise JobError(f"{folder} holds a different run than the one given: compare {folder / 'run.toml'}. Use another --out.")
+    if not started and folder.exists() and any(folder.iterdir()):
+        raise JobError(f"{folder} is not empty and holds no run. Choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not started:
+        store.write_text(folder / "run.toml", text)
+    return finished
+
+
+def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
+    """The run's loss terms for this schema."""
+    return [term.bind(schema) for term in run.losses]
+
+
+def one_class_domains(encoded: Encoded) -> list[str]:
+    """A warning for each task and domain whose training labels are all of one class."""
+    warnings = []
+    rows = encoded.split("train")
+    domain = encoded.columns["domain"][rows] if "domain" in encoded.columns else np.full(len(rows), 2)
+    for task in encoded.schema.tasks:
+        if task.kind == "binary":
+            label = encoded.columns[f"label.{task.name}"][rows]
+            for code in np.unique(domain):
+                found = np.unique(label[(domain == code) & (label >= 0)])
+                if len(found) < 2:
+                    what = f"only {found[0]}s" if len(found) else "no labels"
+                    warnings.append(f"task {task.name}, domain {encoded.schema.domains[code]}: {what} in the training split")
+    return warnings
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+def measure(run: config.Run, encoded: Encoded, model: Model, session: Local, baseline: bool) -> dict[str, Any]:
+    """Test metrics of the model and the baseline, cost and sizes: what ``metrics.json`` holds."""
+    session.watcher.stage("evaluating", 0, 0)
+    rows = encoded.split("test")
+    scores = predict(model, encoded.in_order(rows, EVALUATION_ROWS), encoded.schema, device=session.device)
+    metrics: dict[str, Any] = {"test": evaluate(scores, encoded.schema, seed=run.seed)}
+    if baseline:
+        session.watcher.stage("baseline", 0, 0)
+        metrics["baseline"] = {"target_encoding": evaluate(baseline_scores(run, encoded, scores), encoded.schema, seed=run.seed)}
+    metrics["rows"] = {name: len(encoded.split(name)) for name in ("train", "valid", "test")}
+    metrics["seconds"] = {"train": round(session.seconds, 2)}
+    tables = sum(t.weight.numel() for t in model.tables.values())
+    metrics["parameters"] = {"tables": tables, "dense": sum(p.numel() for p in model.parameters()) - tables}
+    metrics["lazy tables"] = sorted(name for name, t in model.tables.items() if t.lazy)
+    return metrics
+
+
+def baseline_scores(run: config.Run, encoded: Encoded, scores: Scores) -> Scores:
+    """The test scores with target encoding's logits instead of the model's."""
+    train_rows, test_rows = encoded.split("train"), scores.row
+    ids = {name: _codes(encoded, name, train_rows, test_rows) for name in run.baseline or default_baseline(run)}
+    labels, observed = encoded.labels(train_rows)
+    weight = encoded.columns["weight"][train_rows] if "weight" in encoded.columns else None
+    plain = ({k: v.numpy() for k, v in labels.items()}, {k: v.numpy() for k, v in observed.items()})
+    model = TargetEncoding(encoded.schema).fit({n: c[0] for n, c in ids.items()}, *plain, weight)
+    return dataclasses.replace(scores, logits=model.predict({n: c[1] for n, c in ids.items()}))
+
+
+def default_baseline(run: config.Run) -> tuple[str, ...]:
+    """The user, the domain and every id feature."""
+    roles = [role for role in ("user", "domain") if getattr(run.data, role)]
+    return (*roles, *(f.name for f in run.data.features if f.kind == "id"))
+
+
+def _codes(encoded: Encoded, name: str, train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A column's codes in two sets of rows; users have hashes and no vocabulary, so theirs are numbered here."""
+    column = encoded.columns[name if name in ("user", "domain") else f"feature.{name}"]
+    if name != "user":
+        return column[train].astype(np.int64), column[test].astype(np.int64)
+    known, codes = np.unique(column[train], return_inverse=True)
+    place = np.searchsorted(known, column[test]).clip(max=len(known) - 1)
+    return codes + FIRST_VALUE, np.where(known[place] == column[test], place + FIRST_VALUE, UNKNOWN)
+
+
+def report(run: config.Run, metrics: Mapping[str, Any]) -> str:
+    """The Markdown report."""
+    baseline = metrics.get("baseline", {}).get("target_encoding")
+    lines = [f"# {run.name}", "", f"Seed {run.seed}; rows: " + ", ".join(f"{k} {v:,}" for k, v in metrics["rows"].items())
+             + f"; {metrics['seconds']['train']:.0f} s of training; parameters: {metrics['parameters']['tables']:,} in tables, "
+             f"{metrics['parameters']['dense']:,} dense.", "", "Test split, 95 % intervals by a bootstrap over users.",
+             "", render_markdown(metrics["test"], baseline)]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def evaluate_bundle(
+    bundle: Bundle, *, split: str = "test", rows: Any = None, folder: str | Path | None = None, tables: Tables | None = None
+) -> dict[str, Any]:
+    """Metrics of a bundle on a split of its data (in ``folder`` now, if given) or on labelled rows of a file or frame."""
+    from unbraid.bundle import Predictor
+
+    predictor = Predictor(bundle, folder)
+    if rows is not None:
+        return evaluate(predictor.scores(rows, tables), bundle.fitted.schema, seed=bundle.run.seed)
+    encoded = Encoded(encode(predictor.data, tables=tables, fitted=bundle.fitted))
+    batches = encoded.in_order(encoded.split(split), EVALUATION_ROWS)
+    return evaluate(predict(bundle.model, batches, encoded.schema), encoded.schema, seed=bundle.run.seed)
+
+
+def write_predictions(rows: Path, predictions: Scores, schema: Schema, out: Path) -> None:
+    """The rows' file with one ``predicted_TASK`` column per task.  Raises JobError when such a column exists."""
+    from unbraid.data.source import scan
+
+    frame = scan("", str(rows.resolve()), Path("/"), None).collect()
+    columns = as_frame(predictions, schema).rename(lambda name: f"predicted_{name}")
+    clash = sorted(set(frame.columns) & set(columns.columns))
+    if clash:
+        raise JobError(f"{rows} already has {', '.join(clash)}. Rename them, or pass the rows without.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.part")
+    try:
+        pl.concat([frame, columns], how="horizontal").write_parquet(temporary)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+

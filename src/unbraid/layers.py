@@ -1,0 +1,64 @@
+"""Dense building blocks that interactions, towers and heads share: an MLP, the initialiser, names of tasks' parts.
+
+Every model starts from the same initialiser (`initialise`), so that a comparison of two methods never measures two ways
+to draw the first weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def mlp(width: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
+    """Linear and ReLU for every entry of ``hidden``, the last included: (B, width) -> (B, `mlp_width`).
+
+    Args:
+        width: width of the input.
+        hidden: width of each layer; empty gives the identity.
+        dropout: after every ReLU.
+    """
+    layers: list[nn.Module] = []
+    for before, after in zip((width, *hidden), hidden, strict=False):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+        if dropout > 0:
+            layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers)
+
+
+def mlp_width(width: int, hidden: Sequence[int]) -> int:
+    """Width of what `mlp` gives."""
+    return (width, *hidden)[-1]
+
+
+def initialise(module: nn.Module) -> nn.Module:
+    """Draw every Linear inside ``module`` anew, in place: Xavier-normal weights, zero biases.  Returns ``module``."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_normal_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    return module
+
+
+def task_key(task: str) -> str:
+    """Name of a task's part inside an ``nn.ModuleDict``.
+
+    A dot is not allowed in a module's name, and the slash keeps a task called ``keys`` or ``type`` from being refused
+    because a ModuleDict has an attribute of that name.
+    """
+    return f"task/{task}".replace(".", "_")
+
+
+def require_positive(**sizes: int | Sequence[int]) -> None:
+    """Raise ValueError, naming the parameter, if a size (or one of its entries) is not at least 1."""
+    for name, size in sizes.items():
+        if any(entry < 1 for entry in ([size] if isinstance(size, int) else size)):
+            raise ValueError(f"Parameter `{name}` should be positive. Found {size}.")
+
+
+def require_dropout(dropout: float) -> None:
+    """Raise ValueError unless ``dropout`` is in [0, 1)."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"Parameter `dropout` should be in [0, 1). Found {dropout}.")

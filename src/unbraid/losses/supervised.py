@@ -1,0 +1,99 @@
+"""The supervised loss: each task's labels against its logits, over the rows where that label is known.
+
+For a row with logit s and label y: binary, ``softplus(s) - y s`` (cross-entropy with logits); multiclass, cross-entropy
+over all classes; real, ``(s - y)^2``.  An objective is the mean over observed rows, weighted: ``sum w l / sum w``.
+
+**Logs that kept only a share of the negatives.**  Let the full log have P positives and N negatives at some x.  If all
+positives but only a share r of the negatives were kept, the kept log has odds ``P / (r N)``, 1/r times the true: so
+``kept logit = true logit - log r``.  A model that should speak about the full log is therefore compared with the kept
+labels at ``logit - log r``: the shift is in the loss and nowhere else, and the logit itself stays calibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unbraid.types import FORBID, Batch, Losses, Output, Schema, Task
+
+
+def sampling_offset(task: Task, batch: Batch, rows: Tensor) -> Tensor | float:
+    """What to add to the logits of the given rows, ``-log(rate)``: (n,) if the batch knows a rate per row, else 0."""
+    rate = batch.meta.get(f"sampling_rate.{task.name}")
+    return 0.0 if rate is None else -rate[rows].log()
+
+
+def row_losses(task: Task, output: Output, batch: Batch, rows: Tensor) -> Tensor:
+    """(n,) loss of one task on the given rows ((n,) int64), all of them observed."""
+    logits, labels = output.logits[task.name][rows], batch.labels[task.name][rows]
+    if task.kind == "multiclass":
+        return F.cross_entropy(logits, labels, reduction="none")
+    labels = labels.to(logits.dtype)
+    if task.kind == "real":
+        return F.mse_loss(logits, labels, reduction="none")
+    offset = sampling_offset(task, batch, rows)
+    shifted = logits + (offset.to(logits.dtype) if isinstance(offset, Tensor) else offset)
+    return F.binary_cross_entropy_with_logits(shifted, labels, reduction="none")
+
+
+def domain_means(losses: Tensor, weights: Tensor, domain: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
+    """(code, weighted mean) of each domain that occurs, of ``count``; losses, weights and domain codes are (n,)."""
+    totals = losses.new_zeros(count).index_add(0, domain, losses * weights)
+    mass = weights.new_zeros(count).index_add(0, domain, weights)
+    present = mass.nonzero().squeeze(1)
+    return zip(present.tolist(), (totals[present] / mass[present]).unbind(), strict=True)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """Supervised loss of all tasks.  It is data: `bind` makes the term.
+
+    Args:
+        by: which objectives there are.  ``task``: one per task.  ``domain``: one per domain, the *sum over tasks* of
+            the task's mean within that domain, so that each task counts the same there however many labels it has.
+            ``task@domain``: one per pair, named ``TASK@DOMAIN``.
+
+    Tasks' weights are not applied here; what turns several objectives into one step does that.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+    needs: ClassVar[tuple[str, ...]] = ()
+    kind: Literal["supervised"] = "supervised"
+    by: Literal["task", "domain", "task@domain"] = "task"
+
+    def bind(self, schema: Schema) -> Bound:
+        """The term for the tasks and domains of a schema."""
+        return Bound(schema, self.by)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """`Supervised` with the schema that names its tasks, their kinds and the domains."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    schema: Schema
+    by: Literal["task", "domain", "task@domain"] = "task"
+
+    def __call__(self, output: Output, batch: Batch, step: int) -> Losses:
+        """objective -> scalar.  One without an observed row of positive weight is absent."""
+        losses: dict[str, Tensor] = {}
+        counts = torch.ones_like(batch.row, dtype=torch.float32) if batch.weight is None else batch.weight
+        for task in self.schema.tasks:
+            rows = (batch.observed[task.name] & (counts > 0)).nonzero().squeeze(1)
+            if len(rows) == 0:
+                continue
+            loss = row_losses(task, output, batch, rows)
+            weights = counts[rows].to(loss.dtype)
+            if self.by == "task":
+                losses[task.name] = (loss * weights).sum() / weights.sum()
+                continue
+            for code, mean in domain_means(loss, weights, batch.domain[rows], len(self.schema.domains)):
+                name = self.schema.domains[code]
+                key = name if self.by == "domain" else f"{task.name}@{name}"
+                losses[key] = losses[key] + mean if key in losses else mean
+        return losses

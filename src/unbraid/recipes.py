@@ -1,0 +1,113 @@
+"""One function per method (and per baseline) that returns a whole run on the bundled log.
+
+``unbraid recipe NAME`` prints one as TOML; from Python, change one with ``dataclasses.replace``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from unbraid.config import ModelChoice, Run
+from unbraid.data.source import Data, Events, Join, Split
+from unbraid.encoders.pooling import Mean
+from unbraid.encoders.table import Views
+from unbraid.optim.joint import Joint
+from unbraid.towers.experts import MMoE
+from unbraid.towers.mlp import SharedBottom
+from unbraid.towers.stem import STEM
+from unbraid.train import Training
+from unbraid.types import Feature, Field, History, Task
+
+USER_CATEGORIES = ("user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range",
+                   "fans_user_num_range", "friend_user_num_range", "register_days_range",
+                   *(f"onehot_feat{i}" for i in range(18)))  # fmt: skip
+
+
+def kuairand() -> Data:
+    """The bundled log: four tasks, six tabs as domains, histories before the window and in it."""
+    ids = (
+        Feature("video_id", min_count=10),
+        Feature("author_id", min_count=10),
+        Feature("tab"),
+        Feature("hour", column="hourmin / 100"),
+        Feature("video_type"),
+        Feature("upload_type"),
+        Feature("music_type"),
+        *(Feature(name) for name in USER_CATEGORIES),
+        Feature("tag", kind="bag", separator=","),
+        Feature("video_duration", kind="number", transform="log1p"),
+    )
+    flags = {"click": "is_click", "long": "long_view", "liked": "is_like"}
+    before = {"watch_seq": {}, "like_seq": {"liked": "1"}, "long_watch_seq": {"long": "1"}}
+    sources = tuple(
+        Events(table="history.parquet", time="none", columns={"video_id": column, "kind": f"'{column}'", **known})
+        for column, known in before.items()
+    )
+    items = ("video_id", "author_id")
+    return Data(
+        folder="kuairand",
+        rows="impressions.parquet",
+        keep="tab in (0, 1, 2, 4, 6, 8)",
+        drop_duplicates=True,
+        user="user_id",
+        time="time_ms",
+        domain="tab",
+        joins=(Join("users.parquet", on="user_id"), Join("videos.parquet", on="video_id")),
+        features=ids,
+        fields=(Field("video_id"), Field("author_id"), Field("click"), Field("long"), Field("liked")),
+        events=(*sources, Events(columns={"video_id": "video_id", "author_id": "author_id", "kind": "'impression'", **flags})),
+        histories=(
+            History("seen", fields=("video_id", "author_id", "click", "long", "liked"), where="kind = 'impression'"),
+            History("clicked", fields=items, where="click = 1"),
+            History("watched_long", fields=items, where="long = 1"),
+            History("liked", fields=items, where="liked = 1"),
+        ),
+        tasks=(
+            Task("click", column="is_click"),
+            Task("long_view"),
+            Task("like", column="is_like"),
+            Task("profile_enter", column="is_profile_enter"),
+        ),
+        split=Split(kind="time", valid_from="2022-05-05T00:00+08:00", test_from="2022-05-07T00:00+08:00"),
+    )
+
+
+def _base(name: str) -> Run:
+    return Run(
+        name=name,
+        data=kuairand(),
+        baseline=("user", "video_id", "author_id", "domain"),
+        model=ModelChoice(history=Mean()),
+        update=Joint(lr=1e-3),
+        training=Training(batch_size=1024, epochs=3, patience=1),
+    )
+
+
+def stem() -> Run:
+    """STEM: shared and task-specific embeddings; every task reads all experts and writes only its own."""
+    run = _base("stem")
+    tower = STEM(shared_experts=1, task_experts=1, expert=(128, 64), tower=(32,), dropout=0.2)
+    return replace(run, model=replace(run.model, tower=tower, tables=Views(kind="per_task", width=16)))
+
+
+def mmoe() -> Run:
+    """MMoE: one embedding, shared experts, one gate per task."""
+    run = _base("mmoe")
+    return replace(run, model=replace(run.model, tower=MMoE(experts=4, expert=(128, 64), tower=(32,), dropout=0.2)))
+
+
+def shared_bottom() -> Run:
+    """Shared bottom: one embedding, one network, one head per task."""
+    run = _base("shared_bottom")
+    return replace(run, model=replace(run.model, tower=SharedBottom(bottom=(128, 64), tower=(32,), dropout=0.2)))
+
+
+RECIPES: dict[str, Callable[[], Run]] = {f.__name__: f for f in (stem, mmoe, shared_bottom)}
+
+
+def get(name: str) -> Run:
+    """The recipe of that name.  Raises ValueError that lists the names."""
+    if name not in RECIPES:
+        raise ValueError(f"There is no recipe `{name}`. Recipes: {', '.join(RECIPES)}.")
+    return RECIPES[name]()

@@ -1,0 +1,22 @@
+"""One training stage: all parameters, all rows, the run's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from unbraid.types import FORBID, Session
+
+
+@dataclass(frozen=True)
+class OneStage:
+    """Train once."""
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    kind: Literal["one_stage"] = "one_stage"
+
+    def __call__(self, session: Session, model: nn.Module, steps: int) -> nn.Module:
+        """Train for ``steps`` and return the model."""
+        return session.fit(model, steps)[0]

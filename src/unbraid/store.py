@@ -1,0 +1,313 @@
+"""Nested states in one file without pickle, and files and folders that are either whole or not there.
+
+`save` writes a valid safetensors file (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON
+header, the tensors end to end.  Tensors are named by their path in the state; the rest of the state is JSON under
+``unbraid`` in the header's metadata, next to a CRC-32 of the whole file.  It is written here rather than by the
+safetensors package, one tensor at a time, so that a checkpoint needs no second copy of the model in memory and a full
+disk is an ``OSError``.
+
+Everything is written to ``.NAME.unbraid-HOST-PID-N`` beside its destination, synced and renamed: a reader sees the old
+or the new, and a crash leaves at most that temporary.  The next write into the folder removes the temporaries of
+processes that are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unbraid.types import State
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+}  # fmt: skip
+_NO_SUM = "00000000"  # stands in the header while the file's sum is computed
+_BLOCK = 1 << 20
+_MARK = re.compile(r"^\..*\.unbraid-(?P<host>.+)-(?P<pid>\d+)-\d+$", re.DOTALL)
+_count = itertools.count()
+_open: set[Path] = set()  # temporaries that this process is writing
+
+
+# ------------------------------------------------------------------------------------------------------------- states
+def save(path: str | Path, state: State) -> None:
+    """Write a state: dicts, lists and tuples of tensors, arrays, numbers, text and None.
+
+    Every value comes back from `load` as it was: floats exactly, tuples as tuples, keys that are numbers as numbers.
+    Tensors come back on the CPU, and subclasses (a named tuple, an ordered dict) as the plain type.
+
+    Args:
+        path: the file, replaced whole; missing folders are made.
+        state: what to write.
+
+    Raises:
+        TypeError: a value is of another type; the message has its place.
+        OSError: the file could not be written.  The previous file is unchanged.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = json.dumps(_encode(state, "", tensors))
+    # wide elements first, so that every tensor stays aligned to its element size
+    order = sorted(tensors, key=lambda key: -tensors[key].element_size())
+    header, size = _header(skeleton, {key: tensors[key] for key in order})
+
+    def write(file: BinaryIO) -> None:
+        total = zlib.crc32(header)
+        file.write(header)
+        for key in order:
+            data = _bytes(tensors[key])
+            total = zlib.crc32(data, total)
+            file.write(data)
+        file.seek(header.rindex(_NO_SUM.encode()))
+        file.write(f"{total:08x}".encode())
+
+    _write(Path(path), size, write)
+
+
+def load(path: str | Path) -> State:
+    """Read a state that `save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one that `save` wrote, or is damaged.
+    """
+    try:
+        skeleton = _checked(Path(path))
+        with safe_open(path, framework="pt") as file:
+            return _decode(json.loads(skeleton), file.get_tensor)
+    except (SafetensorError, UnicodeDecodeError, LookupError, TypeError, ValueError, struct.error) as error:
+        raise ValueError(
+            f"{path} is damaged, cut short or not written by unbraid ({error}). "
+            "Delete it and continue from an earlier checkpoint, or copy it again from its source."
+        ) from error
+
+
+def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON of a value: plain where JSON is exact, else one tag and a payload.  Tensors are put aside under ``key``."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return {"float": float(value).hex()}
+    if isinstance(value, Mapping):
+        pairs = [[_key(k, key), _encode(v, f"{key}/{k}".lstrip("/"), tensors)] for k, v in value.items()]
+        return {"dict": pairs}
+    if isinstance(value, list | tuple):
+        parts = [_encode(v, f"{key}/{i}".lstrip("/"), tensors) for i, v in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": parts}
+    if isinstance(value, Tensor):
+        return {"tensor": _put(value.detach(), key, tensors)}
+    if isinstance(value, np.ndarray):
+        with contextlib.suppress(TypeError):
+            # copied in C order and this machine's byte order: torch takes no others
+            native = np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
+            return {"array": _put(torch.from_numpy(native), key, tensors)}
+        raise TypeError(f"`{key}` is an array of {value.dtype}, which a state cannot hold.")
+    found = type(value).__name__
+    raise TypeError(f"`{key}` is a {found}, which a state cannot hold. Use tensors, arrays, numbers or text.")
+
+
+def _key(key: Any, place: str) -> Any:
+    if key is None or isinstance(key, bool | int | float | str):
+        return _encode(key, place, {})
+    raise TypeError(f"`{place}` has a key of type {type(key).__name__}. Keys of a state are text or numbers.")
+
+
+def _put(tensor: Tensor, key: str, tensors: dict[str, Tensor]) -> str:
+    """Name for a tensor: its path, made unique where two paths read alike ({1: x, "1": y})."""
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type == "meta":
+        found = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+        raise TypeError(f"`{key}` is a tensor of {found}, which a state cannot hold.")
+    # the name is ASCII, and not the header's own
+    plain = key.encode("ascii", "backslashreplace").decode()
+    name, again = plain, 1
+    while name in tensors or name in ("", "__metadata__"):
+        name, again = f"{plain}#{again}", again + 1
+    tensors[name] = tensor
+    return name
+
+
+def _decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((tag, payload),) = value.items()
+    if tag == "dict":
+        return {_decode(k, tensor): _decode(v, tensor) for k, v in payload}
+    if tag in ("list", "tuple"):
+        parts = [_decode(v, tensor) for v in payload]
+        return parts if tag == "list" else tuple(parts)
+    if tag == "float":
+        return float.fromhex(payload)
+    # a copy: the reader's tensor is a view of the file, which may be replaced or deleted
+    found = tensor(payload).clone()
+    return found.numpy() if tag == "array" else found
+
+
+def _header(skeleton: str, tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
+    """The file up to its data, and the size of the file."""
+    # the sum is the last metadata value, and tensors precede the metadata: it is found from the end
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    entries["__metadata__"] = {"format": "pt", "unbraid": skeleton, "crc32": _NO_SUM}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
+    return struct.pack("<Q", len(text)) + text, 8 + len(text) + end
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _checked(path: Path) -> str:
+    """The skeleton of a file whose sum is right; raises ValueError."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        (length,) = struct.unpack("<Q", start)
+        if length > path.stat().st_size:
+            raise ValueError("its header is longer than the file")
+        text = file.read(length)
+        metadata = json.loads(text)["__metadata__"]
+        place = text.rindex(metadata["crc32"].encode())
+        total = zlib.crc32(start + text[:place] + _NO_SUM.encode() + text[place + len(_NO_SUM) :])
+        while block := file.read(_BLOCK):
+            total = zlib.crc32(block, total)
+    if f"{total:08x}" != metadata["crc32"]:
+        raise ValueError("its checksum does not match")
+    return metadata["unbraid"]
+
+
+# ---------------------------------------------------------------------------------------------------- files and folders
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file whole.
+
+    Raises:
+        OSError: the file could not be written.  The previous file is unchanged.
+    """
+    data = text.encode()
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    _write(Path(path), len(data), write)
+
+
+@contextlib.contextmanager
+def atomic_folder(final: str | Path) -> Iterator[Path]:
+    """A new folder that appears as ``final`` when the block ends, whole, and not at all when the block raises.
+
+    Yields:
+        an empty temporary folder beside ``final``.
+
+    Raises:
+        FileExistsError: ``final`` exists, and is not an empty folder.
+    """
+    final = Path(final)
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise FileExistsError(f"{final} exists. Delete it, or choose another folder.")
+    with _temporary(final) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder) / name)
+            _sync_folder(Path(folder))
+        os.replace(temporary, final)
+    _sync_folder(final.parent)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporaries in a folder whose process was killed.  Every write does this for its own folder first."""
+    for path in Path(folder).iterdir():
+        match = _MARK.match(path.name)
+        if match and path not in _open and match["host"] == _host() and not _alive(int(match["pid"])):
+            _remove(path)
+
+
+def _write(path: Path, size: int, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file of ``size`` bytes whole, or leave the one that is there."""
+    try:
+        with _temporary(path) as temporary:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+        why = f"Cannot write {path}: {error.strerror or error}. It needs {size:,} bytes; {free:,} are free"
+        raise OSError(error.errno, f"{why}. A previous file is unchanged.") from error
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary(final: Path) -> Iterator[Path]:
+    """A free name beside ``final``; whatever is left there at the end is removed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(final.parent)
+    path = final.parent / f".{final.name}.unbraid-{_host()}-{os.getpid()}-{next(_count)}"
+    _open.add(path)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        _open.discard(path)
+
+
+def _host() -> str:
+    return socket.gethostname().replace("/", "_")
+
+
+def _alive(pid: int) -> bool:
+    """Does a process of this machine run?  Its own number says no: what it is writing is in ``_open``, and a restarted
+    container often gets the number of the one that was killed."""
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":  # signal 0 would interrupt the process there
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Best effort: another process may have been faster."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    """Best effort: what is in it is whole either way, and some file systems refuse to sync a folder."""
+    with contextlib.suppress(OSError):
+        _sync(path)

@@ -1,0 +1,80 @@
+"""Shared-Bottom: the baseline that every multi-task tower is measured against.
+
+Paper: "Multitask Learning", Caruana, Machine Learning 28, 1997, https://doi.org/10.1023/A:1007379606734.
+
+Idea: all tasks read one hidden vector, computed once from the shared input, and differ only in a small tower on top of
+it.  With one task it is the plain single-task network, so "what did sharing cost?" is answered by the same class.
+
+How this differs: depth, ReLU and dropout are today's habits, not the paper's; the heads (the last Linear to a logit)
+are the model's, not the tower's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from unbraid.layers import mlp, mlp_width, require_dropout, require_positive, task_key
+from unbraid.types import FORBID, TowerOutput
+
+
+def the_view(tower: str, views: Sequence[str], widths: Sequence[int]) -> int:
+    """Width of the only view of a tower that reads one; raises ValueError if there are several."""
+    if len(views) != 1:
+        raise ValueError(
+            f"Tower `{tower}` reads one view. Found views {tuple(views)}. Set model.tables.kind to `shared`."
+        )
+    return widths[0]
+
+
+def task_towers(tasks: Sequence[str], width: int, hidden: Sequence[int], dropout: float) -> nn.ModuleDict:
+    """One MLP per task, in the order of ``tasks``."""
+    return nn.ModuleDict({task_key(task): mlp(width, hidden, dropout) for task in tasks})
+
+
+class SharedBottomTower(nn.Module):
+    """Module of `SharedBottom`.
+
+    Attributes:
+        widths: task -> H.
+    """
+
+    def __init__(self, config: SharedBottom, tasks: Sequence[str], width: int) -> None:
+        super().__init__()
+        shared = mlp_width(width, config.bottom)
+        self.bottom = mlp(width, config.bottom, config.dropout)
+        self.towers = task_towers(tasks, shared, config.tower, config.dropout)
+        self.widths = dict.fromkeys(tasks, mlp_width(shared, config.tower))
+
+    def forward(self, hidden: Sequence[Tensor]) -> TowerOutput:
+        """One (B, width) view becomes task -> (B, H); the trunk is the bottom's output (B, ``bottom[-1]``)."""
+        (x,) = hidden
+        h = self.bottom(x)
+        return TowerOutput({task: self.towers[task_key(task)](h) for task in self.widths}, h, {})
+
+
+@dataclass(frozen=True)
+class SharedBottom:
+    """One MLP for all tasks, then a small one per task.
+
+    Args:
+        bottom: widths of the shared layers; tower: widths of each task's own layers.  Either may be empty.
+        dropout: after every ReLU.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+    kind: Literal["shared_bottom"] = "shared_bottom"
+    bottom: tuple[int, ...] = (128, 64)
+    tower: tuple[int, ...] = (64,)
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(bottom=self.bottom, tower=self.tower)
+        require_dropout(self.dropout)
+
+    def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> SharedBottomTower:
+        """The module for these tasks.  Raises ValueError unless there is exactly one view."""
+        return SharedBottomTower(self, tasks, the_view(self.kind, views, widths))

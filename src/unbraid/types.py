@@ -1,0 +1,440 @@
+"""The nouns and protocols of the library: a schema, a batch of rows, what a model says about it, and the slots.
+
+Everything else imports from here and this file imports only torch.  Shapes use these letters: B rows, N packed values
+(events or bag members of all rows end to end), T tasks, K classes, D vector width, H hidden width, U distinct ids.
+
+Ids: every vocabulary reserves row 0 for *unknown* (never seen in training, or below ``min_count``) and row 1 for
+*missing* (null); known values start at 2.  The same holds for domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+UNKNOWN, MISSING, FIRST_VALUE = 0, 1, 2
+GAP = "gap"  # the event field that every timed event table has: bucketed seconds between an event and the row
+FORBID: dict[str, Any] = {"extra": "forbid"}  # pydantic reads it: a misspelt key in a run file is an error
+
+
+# ---------------------------------------------------------------------------------------------------- what columns mean
+@dataclass(frozen=True)
+class Feature:
+    """One input column.
+
+    Args:
+        name: the feature's name, unique in a schema.
+        kind: ``id`` (a category of any type), ``number``, ``vector`` (a list of numbers of one length) or ``bag`` (a
+            list of ids of any length).
+        column: the column, or an SQL expression over columns (``hourmin / 100``); empty means ``name``.
+        vocabulary: features and event fields of one vocabulary share tables; empty means ``name``.
+        min_count: values rarer than this in the training split become *unknown*.
+        buckets: hash unknown values into this many extra rows instead of row 0.
+        pooling: how a bag becomes one vector.
+        separator: split a text column into a bag at this string.
+        transform: applied to a number before it is standardised (``log1p`` keeps the sign).
+        nan: what a NaN in a number means.  A null is always *missing*; a NaN is an error unless this says ``missing``.
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    name: str
+    kind: Literal["id", "number", "vector", "bag"] = "id"
+    column: str = ""
+    vocabulary: str = ""
+    min_count: int = 1
+    buckets: int = 0
+    pooling: Literal["mean", "sum", "attention"] = "mean"
+    separator: str = ""
+    transform: Literal["none", "log1p"] = "none"
+    nan: Literal["error", "missing"] = "error"
+
+    @property
+    def source(self) -> str:
+        """The column or expression that is read."""
+        return self.column or self.name
+
+    @property
+    def vocab(self) -> str:
+        """Name of the vocabulary."""
+        return self.vocabulary or self.name
+
+
+@dataclass(frozen=True)
+class Field:
+    """One id that every event carries (the item, its author, what the user did).  ``vocabulary`` as in `Feature`."""
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    name: str
+    vocabulary: str = ""
+    min_count: int = 1
+    buckets: int = 0
+
+    @property
+    def vocab(self) -> str:
+        """Name of the vocabulary."""
+        return self.vocabulary or self.name
+
+
+@dataclass(frozen=True)
+class History:
+    """A filtered view of the event table: the last ``length`` events of the row's user strictly before its time.
+
+    Args:
+        name: unique among features and histories.
+        fields: the event fields that are read; ``gap`` is the bucketed time between the event and the row.
+        where: SQL over the event fields' *values* before encoding (``action = 'like'``); empty keeps every event.
+        length: at most so many events, the newest.
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    name: str
+    fields: tuple[str, ...]
+    where: str = ""
+    length: int = 50
+
+
+@dataclass(frozen=True)
+class Task:
+    """One label column.
+
+    Args:
+        name: the task's name.
+        column: the label column or SQL expression; empty means ``name``.  A null is *unobserved*, never 0.
+        kind: ``binary`` (0 or 1), ``multiclass`` (any values, the classes seen in training) or ``real``.
+        given: observed only where this binary task is observed and 1 (conversion after click).
+        role: metrics of ``auxiliary`` tasks are printed and never select a model.
+        weight: weight of the task's loss.
+        sampling_rate: which share of this binary task's negatives the log kept: a constant in (0, 1] or a column.  The
+            loss then adds ``-log(rate)`` to the logit, so that the model itself stays calibrated to the full log
+            (odds of a log that kept a share r of the negatives are 1/r times the true odds).
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    name: str
+    column: str = ""
+    kind: Literal["binary", "multiclass", "real"] = "binary"
+    given: str = ""
+    role: Literal["target", "auxiliary"] = "target"
+    weight: float = 1.0
+    sampling_rate: float | str = 1.0
+
+    @property
+    def source(self) -> str:
+        """The column or expression that is read."""
+        return self.column or self.name
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What the columns mean and what training data taught about them.  Saved with every model.
+
+    Args:
+        sizes: vocabulary -> number of rows of its tables (unknown and missing included).
+        widths: vector feature -> D.
+        numbers: number feature -> (mean, standard deviation) in the training split, after its transform.
+        domains: names of the domain codes, ``domains[0]`` unknown, ``domains[1]`` missing.
+        classes: multiclass task -> its classes as text, in code order.
+    """
+
+    features: tuple[Feature, ...]
+    tasks: tuple[Task, ...]
+    histories: tuple[History, ...] = ()
+    fields: tuple[Field, ...] = ()
+    domains: tuple[str, ...] = ("(unknown)", "(missing)")
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def task(self, name: str) -> Task:
+        """The task of that name; raises KeyError."""
+        return {task.name: task for task in self.tasks}[name]
+
+    def field_vocabulary(self, name: str) -> str:
+        """Vocabulary of an event field (``gap`` has its own)."""
+        return GAP if name == GAP else {f.name: f.vocab for f in self.fields}[name]
+
+    def outputs(self, task: Task) -> int:
+        """How many logits a task has: K for multiclass, else 1."""
+        return len(self.classes[task.name]) if task.kind == "multiclass" else 1
+
+
+# ------------------------------------------------------------------------------------------------------ batches of rows
+class Ragged:
+    """Packed lists of B rows: no padding is stored or computed.
+
+    Args:
+        values: name -> (N,) values of all rows end to end.
+        offsets: (B + 1,) int64; row i owns ``values[name][offsets[i]:offsets[i + 1]]``.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], offsets: Tensor) -> None:
+        self.values, self.offsets = dict(values), offsets
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(B,) number of values of each row."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(N,) the row that each value belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self), device=self.offsets.device), self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def select(self, rows: Tensor) -> Ragged:
+        """The lists of the given rows ((n,) int64 or (B,) bool), packed anew."""
+        rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        lengths = self.lengths[rows]
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        start = torch.repeat_interleave(self.offsets[rows] - offsets[:-1], lengths)
+        take = torch.arange(len(start), device=start.device) + start
+        return Ragged({name: value[take] for name, value in self.values.items()}, offsets)
+
+    def to(self, device: torch.device | str) -> Ragged:
+        """A copy on another device."""
+        return Ragged({name: value.to(device) for name, value in self.values.items()}, self.offsets.to(device))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of the table; domains, labelled and unlabelled rows live together.
+
+    Args:
+        features: name -> (B,) int64 ids; (B, 2) numbers (standardised value, missing 0/1); (B, D) vectors; `Ragged`
+            bags (one value name: the feature's) and histories (one value name per event field).
+        labels: task -> (B,) float32, or int64 for multiclass; anything where unobserved.
+        observed: task -> (B,) bool.
+        domain: (B,) int64 codes into ``schema.domains``.
+        weight: (B,) float32 or None.
+        row: (B,) int64, stable index of the row in the encoded table.
+        view: (B,) int8, 0 plain or weak and 1 strong; rows of view 1 are unobserved and never count in metrics.
+        pair: (B,) int64, position of the other view in this batch, -1 if none.
+        meta: user, time, request, ``sampling_rate.TASK`` ...: for metrics, schedules and weights, never for the model.
+    """
+
+    features: Mapping[str, Tensor | Ragged]
+    labels: Mapping[str, Tensor]
+    observed: Mapping[str, Tensor]
+    domain: Tensor
+    weight: Tensor | None
+    row: Tensor
+    view: Tensor
+    pair: Tensor
+    meta: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def select(self, rows: Tensor) -> Batch:
+        """The given rows ((n,) int64 or (B,) bool).  Raises ValueError if it splits a pair of views."""
+        index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        place = torch.full((len(self),), -1, dtype=torch.int64, device=index.device)
+        place[index] = torch.arange(len(index), device=index.device)
+        pair = self.pair[index]
+        moved = torch.where(pair >= 0, place[pair.clamp(min=0)], pair)
+        if bool(((pair >= 0) & (moved < 0)).any()):
+            raise ValueError("select() would keep one view of a row and drop the other. Select both rows of each pair.")
+
+        def pick(value: Any) -> Any:
+            return value.select(index) if isinstance(value, Ragged) else value[index]
+
+        changed: dict[str, Any] = {"pair": moved, "weight": None if self.weight is None else self.weight[index]}
+        for part in fields(self):
+            if part.name not in changed:
+                value = getattr(self, part.name)
+                several = isinstance(value, Mapping)
+                changed[part.name] = {k: pick(v) for k, v in value.items()} if several else pick(value)
+        return replace(self, **changed)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on another device."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {k: v.to(device) for k, v in value.items()}
+            return None if value is None else value.to(device)
+
+        return replace(self, **{part.name: move(getattr(self, part.name)) for part in fields(self)})
+
+
+# -------------------------------------------------------------------------------------------- what a model says about it
+class Lookup(NamedTuple):
+    """The distinct rows of one table that a batch read: ``vectors`` (U, D) are where per-task gradients are taken."""
+
+    table: str
+    ids: Tensor
+    vectors: Tensor
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model says about a batch.
+
+    Args:
+        logits: task -> (B,) or, for multiclass, (B, K).  A real-valued task's logit is its prediction.
+        hidden: task -> (B, H) before its head.
+        trunk: (B, H) shared representation.
+        extras: ``"slot.name"`` -> gates, attention, second heads.
+        lookups: table rows read while gradients were on.
+    """
+
+    logits: Mapping[str, Tensor]
+    hidden: Mapping[str, Tensor]
+    trunk: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    lookups: tuple[Lookup, ...] = ()
+
+
+class Rows:
+    """Vectors of N table reads, kept as the U distinct rows and an index: gathered only when someone needs all N.
+
+    Args:
+        vectors: (U, D) rows of a table (a gradient leaf while training, the whole table otherwise).
+        index: (N,) int64 into ``vectors``.
+    """
+
+    def __init__(self, vectors: Tensor, index: Tensor) -> None:
+        self.vectors, self.index = vectors, index
+
+    def gather(self) -> Tensor:
+        """(N, D) one vector per read."""
+        return nn.functional.embedding(self.index, self.vectors)
+
+    def pool(self, offsets: Tensor, weights: Tensor | None = None, mode: str = "mean") -> Tensor:
+        """(B, D) mean or sum over each row's values, or their weighted sum with ``weights`` (N,).  An empty row gives 0.
+
+        The (N, D) vectors are never formed.
+        """
+        return nn.functional.embedding_bag(
+            self.index, self.vectors, offsets, mode="sum" if weights is not None else mode,
+            per_sample_weights=weights, include_last_offset=True,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Predictions and truth of N rows as NumPy arrays (what metrics, calibrators and `compare` read).
+
+    Args:
+        logits: task -> (N,) or (N, K).
+        hidden: task -> (N, H); empty unless asked for.
+        labels: task -> (N,); observed: task -> (N,) bool.
+        domain: (N,) codes; domains: their names.
+        weight: (N,) or None; group: (N,) user codes; row: (N,) stable row index.
+        meta: request, time, ``sampling_rate.TASK`` ...
+    """
+
+    logits: Mapping[str, Any]
+    hidden: Mapping[str, Any]
+    labels: Mapping[str, Any]
+    observed: Mapping[str, Any]
+    domain: Any
+    weight: Any
+    group: Any
+    row: Any
+    domains: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One measured fact about a trained model, with how to read it and what would help."""
+
+    name: str
+    values: Mapping[str, Any]
+    unit: str = ""
+    reading: str = ""
+    reference: str = ""
+    remedy: str = ""
+
+
+# ----------------------------------------------------------------------------------------------------------- protocols
+State = dict[str, Any]  # nested dicts and lists of tensors, numbers, strings: what `unbraid.store` writes without pickle
+Losses = Mapping[str, Tensor]  # objective (a task, a domain, or "task@domain") -> scalar
+
+
+@runtime_checkable
+class Term(Protocol):
+    """(output, batch, step) -> objective -> scalar.  An objective without an observed row is absent, never 0 or NaN.
+
+    ``needs`` names the ``Output.extras`` it reads; a missing one is an error when the run is built.
+    """
+
+    def __call__(self, output: Output, batch: Batch, step: int) -> Losses: ...
+
+
+class Update(Protocol):
+    """Several losses become one parameter change."""
+
+    def __call__(self, losses: Losses, output: Output) -> None: ...
+    def settle(self) -> None:
+        """Bring lazily kept parameters up to date, before they are read by evaluation or saved."""
+
+    def state_dict(self) -> State: ...
+    def load_state_dict(self, state: State) -> None: ...
+
+
+class Session(Protocol):
+    """All that a schedule may use.  The test split cannot be reached from here."""
+
+    def fit(
+        self, model: nn.Module, steps: int, *, weights: Mapping[str, float] | None = None, rows: Any = None,
+        trainable: Callable[[str], bool] | None = None, update_state: State | None = None, seed: int | None = None,
+    ) -> tuple[nn.Module, State]: ...  # fmt: skip
+    def score(self, model: nn.Module, split: str = "valid", rows: Any = None) -> Scores: ...
+    def fork(self, model: nn.Module, state: State) -> tuple[nn.Module, State]: ...
+    def checkpoint(self, tag: str, state: State) -> None: ...
+    def restore(self, tag: str) -> State | None: ...
+
+
+class Schedule(Protocol):
+    """Which parameters, rows and weights train when."""
+
+    def __call__(self, session: Session, model: nn.Module, steps: int) -> nn.Module: ...
+
+
+class Calibrator(Protocol):
+    """Logits become probabilities, after training."""
+
+    keeps_argmax: bool
+
+    def fit(self, held_out: Scores, target: Scores | None = None, train: Scores | None = None) -> Calibrator: ...
+    def transform(self, scores: Scores) -> Mapping[str, Any]: ...
+
+
+class Probe(Protocol):
+    """A trained model and data become a finding."""
+
+    def __call__(self, model: nn.Module, schema: Schema, batches: Iterable[Batch]) -> Finding: ...
+
+
+class Interaction(Protocol):
+    """Config of an interaction: ``build(widths)`` gives a module (view: field -> (B, D)) -> (B, width)."""
+
+    def build(self, widths: Mapping[str, int]) -> nn.Module: ...
+
+
+class TowerOutput(NamedTuple):
+    """What a tower gives: task -> (B, H); (B, H) shared representation; ``"slot.name"`` extras."""
+
+    tasks: dict[str, Tensor]
+    trunk: Tensor
+    extras: dict[str, Tensor]
+
+
+class Tower(Protocol):
+    """Config of a tower: ``build(tasks, views, widths)`` gives a module (hidden: one (B, width) per view) -> `TowerOutput`
+    with an attribute ``widths``: task -> H.
+
+    ``views`` names the views in order: ``("shared",)``, or one per task and ``"shared"`` last.
+    """
+
+    def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> nn.Module: ...
