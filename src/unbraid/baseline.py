@@ -1,8 +1,9 @@
 """The floor that every model should beat: a logistic regression on target encodings of a few id columns.
 
 An id is replaced by the mean label of its training rows, shrunk toward the task's mean (Micci-Barreca, "A preprocessing
-scheme for high-cardinality categorical attributes", SIGKDD Explorations 2001).  Training rows are encoded *leave-one-out*:
-with their own label in the mean, an id of one row would tell the label, and the regression would trust rare ids most.
+scheme for high-cardinality categorical attributes", SIGKDD Explorations 2001).  Training rows are encoded
+*leave-one-out*: with their own label in the mean, an id of one row would tell the label, and the regression would trust
+rare ids most.
 It has one number per id and task and no interactions, trains in seconds, and is hard to beat on sparse tasks.
 """
 
@@ -22,15 +23,16 @@ class TargetEncoding:
     """Per task a linear model on smoothed target encodings of id columns, fitted by scikit-learn.
 
     Binary tasks get a logistic regression, multiclass tasks a multinomial one on the encodings of all K classes, real
-    tasks a ridge regression on the ids' mean labels.  With S and C the sums of w*y and w over the training rows of an id
-    and m the task's mean, the id encodes to ``(S + smoothing * m) / (C + smoothing)``; a training row leaves out its own
+    tasks a ridge regression on the ids' mean labels.  With S and C the sums of w*y and w over an id's training rows and
+    m the task's mean, the id encodes to ``(S + smoothing * m) / (C + smoothing)``; a training row leaves out its own
     w*y and w.  An id without a training row of the task thus encodes to m.  Codes 0 (unknown) and 1 (missing) are ids
     like others: if they occur in training, they have a mean of their own.
 
     Args:
         schema: its tasks and their classes.
         smoothing: how many rows of weight 1 the task's mean counts like.
-        feature: ``logit`` or ``rate``: what the classifiers read.  Logits add up the way logistic regression adds.
+        feature: ``logit`` or ``rate``: what the classifiers read.  Logits add up the way logistic regression adds; on
+            the validation days of KuaiRand-Pure they were better in all four tasks, most for the rarest.
         regularization: scikit-learn's ``1 / C`` (and ridge's alpha), on standardised features.
     """
 
@@ -176,10 +178,10 @@ def _encode(codes: Array, target: Array, w: Array, mean: Array, smoothing: float
 def _spread(model: Any, seen: Array, width: int, prior: Array) -> tuple[Array, Array]:
     """Coefficients over all K classes of a multinomial model that saw some; the others keep their prior logit.
 
-    scikit-learn gives one row for two classes (that of the second); the first then has logit 0.
+    scikit-learn gives one row for two classes: the second's logit minus the first's, here half to each.
     """
     coefficients, intercept = np.zeros((width, len(prior))), prior - prior[seen].mean()
     pair = len(seen) == 2
-    coefficients[:, seen] = np.vstack([0 * model.coef_, model.coef_]).T if pair else model.coef_.T
-    intercept[seen] = np.append(0, model.intercept_) if pair else model.intercept_
+    coefficients[:, seen] = np.vstack([-model.coef_, model.coef_]).T / 2 if pair else model.coef_.T
+    intercept[seen] = np.append(-model.intercept_, model.intercept_) / 2 if pair else model.intercept_
     return coefficients, intercept

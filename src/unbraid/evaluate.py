@@ -42,7 +42,7 @@ LEAST = 10  # a binary metric that rests on fewer positives or negatives is with
 BLOCK = 1024  # users drawn at once: with 500 replicates 2 MB of float32, which stays in the cache
 
 
-# ---------------------------------------------------------------------------------------------------------------- public
+# --------------------------------------------------------------------------------------------------------------- public
 def evaluate(
     scores: Scores, schema: Schema, *, at: Sequence[int] = (5, 10), replicates: int = 500, seed: int = 0,
     confidence: float = 0.95,
@@ -74,8 +74,8 @@ def evaluate(
         confidence: coverage of the percentile interval, in (0, 1).
 
     Returns:
-        ``{task: {metric: {"value", "low", "high"}, ..., "rows", "positives", "domains": {name: {the same}}}}``.  A metric
-        that is undefined, or a binary one that rests on fewer than 10 positives or 10 negatives, is null with a
+        ``{task: {metric: {"value", "low", "high"}, ..., "rows", "positives", "domains": {name: {the same}}}}``.  A
+        metric that is undefined, or a binary one that rests on fewer than 10 positives or 10 negatives, is null with a
         ``why``.  ``positives`` (unweighted) is None for multiclass and real tasks.  Domains *unknown* and *missing* are
         listed only if they have rows.
 
@@ -118,13 +118,13 @@ def auc(score: Array, label: Array, weight: Array | None = None) -> float:
         return float(positive @ _below(negative, _changes(np.asarray(score)[order])) / positive.sum() / negative.sum())
 
 
-# ------------------------------------------------------------------------------------------------------------------ rows
+# ----------------------------------------------------------------------------------------------------------------- rows
 @dataclass(frozen=True)
 class _Rows:
     """Rows that count for one task.  Those of a binary task stand in ascending order of their logit.
 
     Args:
-        z: (n,) or (n, K) logits; y: (n,) labels; w: (n,) weights, 1/rate included; plain: (n,) without it.
+        z: (n,) or (n, K) logits; y: (n,) labels; w: (n,) weights, 1/rate included.
         user: (n,) dense codes; domain: (n,) codes; request: (n,) dense codes of (user, request), -1 none, or None.
         sampled: were negatives sampled?
     """
@@ -132,7 +132,6 @@ class _Rows:
     z: Array
     y: Array
     w: Array
-    plain: Array
     user: Array
     domain: Array
     request: Array | None
@@ -140,12 +139,9 @@ class _Rows:
 
     def take(self, index: Array) -> _Rows:
         """The rows at an ascending index."""
-        w = self.w[index]
-        plain = w if self.plain is self.w else self.plain[index]
         request = None if self.request is None else self.request[index]
-        return _Rows(
-            self.z[index], self.y[index], w, plain, self.user[index], self.domain[index], request, self.sampled
-        )
+        z, y, w, user, domain = (part[index] for part in (self.z, self.y, self.w, self.user, self.domain))
+        return _Rows(z, y, w, user, domain, request, self.sampled)
 
 
 def _rows(scores: Scores, task: Task, user: Array, request: Array | None) -> _Rows:
@@ -164,16 +160,16 @@ def _rows(scores: Scores, task: Task, user: Array, request: Array | None) -> _Ro
         order = _ascending(z)
         index, z = index[order], z[order]
     y = _labels(np.asarray(scores.labels[task.name])[index], task, z)
-    plain = np.ones(len(index)) if scores.weight is None else weight[index]
+    w = np.ones(len(index)) if scores.weight is None else weight[index]
     rate = scores.meta.get(f"sampling_rate.{task.name}") if task.kind == "binary" else None
-    w, sampled = plain, False
+    sampled = False
     if rate is not None:
         kept = np.asarray(rate, float)[index]
         if not ((kept > 0) & (kept <= 1)).all():
             raise ValueError(f"Sampling rates of task `{task.name}` should lie in (0, 1]. Found others.")
-        w, sampled = np.where(y, plain, plain / kept), bool((kept < 1).any())
+        w, sampled = np.where(y, w, w / kept), bool((kept < 1).any())
     domain = np.asarray(scores.domain)[index]
-    return _Rows(z, y, w, plain, user[index], domain, None if request is None else request[index], sampled)
+    return _Rows(z, y, w, user[index], domain, None if request is None else request[index], sampled)
 
 
 def _labels(y: Array, task: Task, z: Array) -> Array:
@@ -217,7 +213,7 @@ def _ascending(score: Array) -> Array:
     n = len(score)
     if score.dtype != np.float32 or n >= 2**32:
         return np.argsort(score, kind="stable")
-    bits = (score + np.float32(0)).view(np.int32)  # + 0 turns -0.0 into 0.0, which would sort apart
+    bits = np.ascontiguousarray(score).view(np.int32)
     key = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64)  # integers in the order of the floats
     key <<= 32
     key |= np.arange(n)
@@ -237,7 +233,7 @@ def _dense(codes: Array) -> tuple[Array, Array]:
     return np.flatnonzero(seen), (np.cumsum(seen) - 1)[codes]
 
 
-# --------------------------------------------------------------------------------------------------------------- metrics
+# -------------------------------------------------------------------------------------------------------------- metrics
 class _Metric(NamedTuple):
     """A metric as a function of sums: ``of`` maps totals (m, R) to values (R,); ``sums`` (U, m) adds up per user."""
 
@@ -394,7 +390,7 @@ def _ranking(rows: _Rows, user: Array, users: int, at: Sequence[int]) -> dict[st
         return dict.fromkeys(names, why)
     place = np.arange(n) - np.repeat(np.flatnonzero(first), size)
     gain = _mean_of_run(y, first | _changes(rows.z[row]))
-    weight = np.where(useful, np.bincount(request, rows.plain[row], m) / size, 0.0)
+    weight = np.where(useful, np.bincount(request, rows.w[row], m) / size, 0.0)
     owner = user[row][first]
     count = np.bincount(owner, weight, users)
     metrics: dict[str, _Metric | str] = {}
@@ -432,7 +428,7 @@ def _mean_of_run(y: Array, first: Array) -> Array:
     return np.repeat(np.add.reduceat(y.astype(float), starts) / size, size)
 
 
-# ------------------------------------------------------------------------------------------------------------- bootstrap
+# ------------------------------------------------------------------------------------------------------------ bootstrap
 def _poisson_table() -> Array:
     """(65536,) float32: Poisson(1) quantiles, so that 16 random bits become a draw.
 
@@ -503,7 +499,7 @@ def _interval(metric: _Metric, totals: Array, users: int, confidence: float) -> 
     return {"value": metric.value, "low": float(low), "high": float(high)}
 
 
-# ------------------------------------------------------------------------------------------------------------- rendering
+# ------------------------------------------------------------------------------------------------------------ rendering
 _TITLES = {
     "auc": "AUC", "accuracy": "accuracy", "rmse": "RMSE", "mae": "MAE", "gauc": "GAUC", "logloss": "log-loss",
     "calibration": "calibration", "ece": "ECE",
@@ -512,7 +508,7 @@ _LEADS = ("auc", "accuracy", "rmse")  # the first that a task has is shown with 
 
 
 def summary(metrics: Metrics) -> list[dict[str, Any]]:
-    """Flat rows of what `evaluate` returned: task, domain ("" is all), rows, positives, then METRIC, METRIC_low, _high."""
+    """Flat rows of `evaluate`'s numbers: task, domain ("": all), rows, positives, METRIC, METRIC_low, METRIC_high."""
     flat = []
     for task, whole in metrics.items():
         for domain, found in {"": whole, **whole["domains"]}.items():

@@ -89,21 +89,21 @@ def train(
 
 def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bool:
     """Make the folder ready.  Returns whether a finished run was asked to be resumed.  Raises JobError."""
-    started, finished = (folder / "run.toml").exists(), (folder / "weights.safetensors").exists()
-    if overwrite and started:
-        shutil.rmtree(folder)
-        started = False
-    text = config.dumps(run)
-    if started and not resume:
+    mark, text = folder / "run.toml", config.dumps(run)
+    if not mark.exists() and folder.exists() and any(folder.iterdir()):
+        raise JobError(f"{folder} is not empty and holds no run. Choose another --out.")
+    finished = (folder / "weights.safetensors").exists()
+    worth = finished or any(folder.glob("fit-*.safetensors"))  # a run that died before its first checkpoint is not
+    if worth and not (resume or overwrite):
         what = "a finished run" if finished else "an unfinished run (continue it with --resume)"
         raise JobError(f"{folder} holds {what}. Choose another --out, or delete it with --overwrite.")
-    if started and (folder / "run.toml").read_text() != text:
-        raise JobError(f"{folder} holds a different run than the one given: compare {folder / 'run.toml'}. Use another --out.")
-    if not started and folder.exists() and any(folder.iterdir()):
-        raise JobError(f"{folder} is not empty and holds no run. Choose another --out.")
+    if worth and resume and mark.read_text() != text:
+        raise JobError(f"{folder} holds a different run than the one given: compare {mark}. Use another --out.")
+    if mark.exists() and not (worth and resume):
+        shutil.rmtree(folder)
+        finished = False
     folder.mkdir(parents=True, exist_ok=True)
-    if not started:
-        store.write_text(folder / "run.toml", text)
+    store.write_text(mark, text)
     return finished
 
 

@@ -174,7 +174,9 @@ def _header(skeleton: str, tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.cpu().contiguous()
+    # torch views a tensor as bytes only where its stride is 1, which that of 0 or 1 elements need not be
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _checked(path: Path) -> str:

@@ -27,7 +27,10 @@ class Net(nn.Module):
         self.flats = nn.ModuleList(Flat().build(dict.fromkeys(sizes, self.tables.widths[name])) for name in self.names)
         widths = [int(flat.width) for flat in self.flats]
         self.views = nn.ModuleDict(
-            {f"view/{name}": nn.Linear(w, w) if linear else nn.Identity() for name, w in zip(self.names, widths, strict=True)}
+            {
+                f"view/{name}": nn.Linear(w, w) if linear else nn.Identity()
+                for name, w in zip(self.names, widths, strict=True)
+            }
         )
         self.tower = tower.build(tasks, self.names, widths)
         self.heads = nn.ModuleDict({f"task/{task}": nn.Linear(self.tower.widths[task], 1) for task in tasks})

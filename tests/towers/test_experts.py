@@ -43,7 +43,9 @@ class Reference:
     def __init__(self, module):
         def copies(part):
             linears = [m for m in part.modules() if isinstance(m, nn.Linear)]
-            return [[m.weight.detach().clone().requires_grad_(), m.bias.detach().clone().requires_grad_()] for m in linears]
+            return [
+                [m.weight.detach().clone().requires_grad_(), m.bias.detach().clone().requires_grad_()] for m in linears
+            ]
 
         self.experts = [copies(expert) for expert in module.experts]
         self.gates = [copies(module.gates[task_key(task)]) for task in TASKS]
@@ -70,7 +72,9 @@ class Reference:
         return [w for group in (self.experts, self.gates, self.towers) for part in group for pair in part for w in pair]
 
 
-@pytest.mark.parametrize("config", [{}, {"gate": (6,)}, {"experts": 1}, {"tower": ()}, {"expert": (4,), "tower": (3, 2)}])
+@pytest.mark.parametrize(
+    "config", [{}, {"gate": (6,)}, {"experts": 1}, {"tower": ()}, {"expert": (4,), "tower": (3, 2)}]
+)
 def test_value_and_gradient(config):
     module, x = build(**config), torch.randn(13, 7, requires_grad=True)
     scale = torch.randn(13)
@@ -116,7 +120,7 @@ def test_one_hot_gate_is_shared_bottom(column):
     module, x = build(), torch.randn(13, 7)
     for gate in module.gates.values():
         force(gate, column)
-    bottom = SharedBottom((8, 5), (4,)).build(TASKS, ("shared",), (7,))
+    bottom = SharedBottom(bottom=(8, 5), tower=(4,)).build(TASKS, ("shared",), (7,))
     bottom.bottom.load_state_dict(module.experts[column].state_dict())
     bottom.towers.load_state_dict(module.towers.state_dict())
     got, want = module([x]), bottom([x])
@@ -131,7 +135,7 @@ def test_mix():
 
 
 def test_absent_task_gets_no_gradient(net, sizes, ids):
-    model = net(MMoE(3, (8, 5), tower=(4,)), Views(width=3, lazy_rows=-1), TASKS, sizes)
+    model = net(MMoE(experts=3, expert=(8, 5), tower=(4,)), Views(width=3, lazy_rows=-1), TASKS, sizes)
     model.losses(ids)["b"].backward()
     for name, parameter in model.named_parameters():
         foreign = any(f"task/{task}" in name for task in ("a", "c"))
@@ -145,9 +149,7 @@ def test_reads_one_view(views):
     assert str(error.value) == f"Tower `mmoe` reads one view. Found views {views}. Set model.tables.kind to `shared`."
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("experts", 0), ("expert", (4, 0)), ("gate", (0,)), ("tower", (-2,))]
-)
+@pytest.mark.parametrize(("name", "value"), [("experts", 0), ("expert", (4, 0)), ("gate", (0,)), ("tower", (-2,))])
 def test_refuses(name, value):
     with pytest.raises(ValueError) as error:
         MMoE(**{name: value})

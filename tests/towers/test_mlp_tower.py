@@ -71,7 +71,7 @@ def test_without_tower_the_state_is_the_trunk():
 
 
 def test_absent_task_gets_no_gradient(net, sizes, ids):
-    model = net(SharedBottom((8,), (4,)), Views(width=3, lazy_rows=-1), ("a", "b"), sizes)
+    model = net(SharedBottom(bottom=(8,), tower=(4,)), Views(width=3, lazy_rows=-1), ("a", "b"), sizes)
     model.losses(ids)["b"].backward()
     absent = {*model.tower.towers[task_key("a")].parameters(), *model.heads["task/a"].parameters()}
     for name, parameter in model.named_parameters():
@@ -146,5 +146,5 @@ def test_initialise_is_xavier_normal_with_zero_bias():
 
 @pytest.mark.parametrize("task", ["keys", "type", "click.v2", "values", "training"])
 def test_any_task_name(task):
-    module = SharedBottom((4,), (3,)).build((task, "other"), ("shared",), (5,))
+    module = SharedBottom(bottom=(4,), tower=(3,)).build((task, "other"), ("shared",), (5,))
     assert set(module([torch.randn(2, 5)]).tasks) == {task, "other"}

@@ -7,10 +7,12 @@ name and renamed at the end: an interrupted encode leaves nothing that a later r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,19 +49,23 @@ def cache_folder(data: Data) -> Path:
     return Path(home)
 
 
-def fingerprint(data: Data, base: Path, tables: Tables | None, fitted: Fitted | None) -> str:
+def fingerprint(
+    data: Data, base: Path, tables: Tables | None, fitted: Fitted | None = None, grow: Fitted | None = None
+) -> str:
     """Names the encoded folder: declaration, files (name, size, time of change), in-memory tables, fitted state."""
     declared = dataclasses.asdict(dataclasses.replace(data, cache=""))
-    names = {data.rows, *(j.table for j in data.joins), *(e.table for e in data.events)} - {"rows"}
+    names = {data.rows, *(j.table for j in data.joins), *(e.table for e in data.events if e.table != "rows")}
     sources: list[Any] = []
     for name in sorted(names):
         if tables and name in tables:
             frame = tables[name].lazy().collect()
-            sources.append((name, frame.shape, str(frame.schema), int(frame.hash_rows(0, 1, 2, 3).sum() or 0)))
+            rows = hashlib.sha256(frame.hash_rows(0).to_numpy().tobytes()).hexdigest()
+            sources.append((name, frame.shape, str(frame.schema), rows))
         else:
             stats = [(str(p.resolve()), p.stat()) for p in files_of(data.folder, name, base)]
             sources.append((name, [(p, s.st_size, s.st_mtime_ns) for p, s in stats]))
-    text = json.dumps([FORMAT, declared, sources, fitted.digest() if fitted else ""], sort_keys=True, default=str)
+    state = [f.digest() if f else "" for f in (fitted, grow)]
+    text = json.dumps([FORMAT, declared, sources, *state], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
@@ -81,15 +87,32 @@ def encode(
         DataError: for anything in the data that contradicts the declaration.
         OSError: the disk is full; nothing half-written remains.
     """
-    final = cache_folder(data) / fingerprint(data, base, tables, fitted or grow)
+    final = cache_folder(data) / fingerprint(data, base, tables, fitted, grow)
     if (final / "columns.json").exists():
         return final
-    check_joins(data, base, tables)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(final) as folder:
-        state = fitted or fit(data, base, tables, grow, progress)
-        write(data, base, tables, state, folder, teach=fitted is None, progress=progress)
+    try:
+        with reading(data), atomic_folder(final) as folder:
+            check_joins(data, base, tables)
+            state = fitted or fit(data, base, tables, grow, progress)
+            write(data, base, tables, state, folder, teach=fitted is None, progress=progress)
+    except OSError as error:
+        if (final / "columns.json").exists():  # another process was faster
+            return final
+        there = next(f for f in final.absolute().parents if f.is_dir())
+        raise OSError(
+            error.errno, f"Cannot write the encoded table {final}: {error.strerror or error}. {shutil.disk_usage(there).free:,} "
+            "bytes are free there. Free some, or set `data.cache` or $UNBRAID_CACHE to another disk."
+        ) from error  # fmt: skip
     return final
+
+
+@contextlib.contextmanager
+def reading(data: Data) -> Iterator[None]:
+    """Polars' own errors (a value that is not of its column's type, files whose columns differ) as `DataError`."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"The data of `{data.rows}` cannot be read as declared: {error}") from error
 
 
 def encode_query(
@@ -100,8 +123,9 @@ def encode_query(
 
     Histories come from the declared event sources; the query's own rows are no events.
     """
-    check_joins(data, base, tables)
-    write(data, base, tables, fitted, folder, query=query, progress=progress)
+    with reading(data):
+        check_joins(data, base, tables)
+        write(data, base, tables, fitted, folder, query=query, progress=progress)
 
 
 # ---------------------------------------------------------------------------------------------------------- fit (pass 1)
@@ -129,7 +153,7 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
 def _check_split(data: Data, plan: pl.LazyFrame) -> None:
     counts = dict(plan.group_by(SPLIT).len().collect().rows())
     if None in counts:
-        what = data.split.column or data.time or data.user
+        what = {"column": data.split.column, "time": data.time, "user": data.user}[data.split.kind]
         raise DataError(f"{counts[None]:,} rows belong to no split: check `{what}` for nulls or other words than {SPLITS}.")
     empty = [name for code, name in enumerate(SPLITS) if not counts.get(code)]
     if empty:
@@ -143,45 +167,53 @@ def _fit_vocabularies(
     counts: dict[str, list[pl.DataFrame]] = {}
     need: dict[str, tuple[int, int]] = {}
 
-    def want(name: str, frame: pl.LazyFrame, min_count: int, buckets: int) -> None:
-        counts.setdefault(name, []).append(frame.group_by("value").len("count").collect(engine="streaming"))
+    def want(name: str, rows: pl.LazyFrame, expr: pl.Expr, dtype: Any, min_count: int, buckets: int) -> None:
+        values = rows.with_columns(expr.alias("value")).select("value")  # not select alone: a constant counts once a row
+        if isinstance(dtype, pl.List):
+            values, dtype = values.explode("value", empty_as_null=False, keep_nulls=False), dtype.inner
+        frame = values.select(canonical(pl.col("value"), dtype)).drop_nulls().group_by("value").len("count")
+        counts.setdefault(name, []).append(frame.collect(engine="streaming"))
         old = need.get(name, (1, 0))
         need[name] = (max(old[0], min_count), max(old[1], buckets))
 
     for feature in data.features:
         if feature.kind in ("id", "bag"):
-            want(feature.vocab, train.select(id_values(feature, schema).alias("value")), feature.min_count, feature.buckets)
+            want(feature.vocab, train, *_ids(feature, schema), feature.min_count, feature.buckets)
     if data.domain:
         dtype = _dtype(data.domain, schema)
-        want("domain ", train.select(canonical(expression(data.domain, schema, "data.domain"), dtype).alias("value")), 1, 0)
+        want("domain ", train, expression(data.domain, schema, "data.domain"), dtype, 1, 0)
     for source, plan in event_plans(data, base, tables):
         plan = training_events(data, source.table, source.time, plan, train)
         joined = add_joins(plan.drop(SPLIT, strict=False), data, base, tables)
         have = joined.collect_schema()
-        for field in data.fields:
-            if field.name in source.columns:
-                expr, dtype = event_values(source.columns[field.name], have, source.table)
-                want(field.vocab, joined.select(canonical(expr, dtype).alias("value")), field.min_count, field.buckets)
+        read = {f: event_values(source.columns[f.name], have, source.table) for f in data.fields if f.name in source.columns}
+        events = joined.with_columns(expr.alias(f.name) for f, (expr, _) in read.items()).select(f.name for f in read)
+        lists = [f.name for f, (_, dtype) in read.items() if isinstance(dtype, pl.List)]
+        events = events.explode(lists, empty_as_null=False, keep_nulls=False) if lists else events
+        kinds = events.collect_schema()
+        for f in read:
+            want(f.vocab, events, pl.col(f.name), kinds[f.name], f.min_count, f.buckets)
     for field in data.fields:
         if field.vocab not in counts:
             raise DataError(f"Event field `{field.name}` is in no `[[data.events]]` columns.")
     fitted = {}
     for name, frames in counts.items():
-        kinds = {str(f.schema["value"]) for f in frames if f.schema["value"] != pl.Null and len(f)}
-        if len(kinds) > 1:
-            raise DataError(f"Vocabulary `{name}` is read from columns of different types: {', '.join(sorted(kinds))}.")
+        old = grow.vocabularies.get(name) if grow else None
+        kinds = [f.schema["value"] for f in frames if len(f)] + ([old.values.dtype] if old and len(old.values) else [])
+        if len(set(kinds)) > 1:
+            found = ", ".join(sorted({str(kind) for kind in kinds}))
+            raise DataError(f"Vocabulary `{name}` is read from columns (or an earlier model) of different types: {found}.")
         for frame in frames:
             if frame.schema["value"] == pl.Float64 and frame["value"].is_nan().any():
                 raise DataError(f"Vocabulary `{name}`: its columns hold NaN. Write nulls for missing ids.")
-        kind = next((f.schema["value"] for f in frames if f.schema["value"] != pl.Null), pl.String)
-        old = grow.vocabularies.get(name) if grow else None
+        kind = kinds[0] if kinds else frames[0].schema["value"]
         fitted[name] = vocabulary.fit([f.cast({"value": kind}) for f in frames], *need[name], old)
     return fitted
 
 
 def training_events(data: Data, table: str, time: str, plan: pl.LazyFrame, train: pl.LazyFrame) -> pl.LazyFrame:
     """The events that vocabularies may be fitted on: of training rows, before the training split ends, or of its users."""
-    have = plan.collect_schema()
+    have, rows = plan.collect_schema(), train.collect_schema()
     if table == "rows":
         return plan.filter(pl.col(SPLIT) == 0)
     if data.split.kind == "time" and time != "none":
@@ -190,44 +222,49 @@ def training_events(data: Data, table: str, time: str, plan: pl.LazyFrame, train
             f"Time of `{table}`",
         )  # fmt: skip
         return plan.filter(expr < instant(data.split.valid_from, per_second))
-    user = _dtype(data.user, have)
-    users = train.select(pl.col(data.user).cast(user)).unique()
-    return plan.join(users, on=data.user, how="semi")
+    sides = [canonical(expression(data.user, s, f"data.events `{table}`"), _dtype(data.user, s)) for s in (have, rows)]
+    return plan.join(train.select(sides[1].alias("user ")).unique(), left_on=sides[0], right_on="user ", how="semi")
 
 
 def id_values(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
     """A feature's ids in canonical type, bags exploded."""
-    expr = expression(feature.source, schema, f"Feature `{feature.name}`")
-    dtype = _dtype(feature.source, schema)
+    expr, dtype = _ids(feature, schema)
+    return canonical(expr.explode(), dtype.inner) if isinstance(dtype, pl.List) else canonical(expr, dtype)
+
+
+def _ids(feature: Feature, schema: Mapping[str, Any]) -> tuple[pl.Expr, Any]:
+    """Expression and type of a feature's ids, or of a bag's lists of them."""
+    expr, dtype = expression(feature.source, schema, f"Feature `{feature.name}`"), _dtype(feature.source, schema)
     if feature.kind == "bag":
-        expr, dtype = bag_lists(feature, expr, dtype)
-        return canonical(expr.explode(), dtype.inner)
+        return bag_lists(feature, expr, dtype)
     if isinstance(dtype, pl.List | pl.Array):
         raise DataError(f"Feature `{feature.name}`: `{feature.source}` holds lists. Use kind `bag`, or `vector` for numbers.")
-    return canonical(expr, dtype)
+    return expr, dtype
 
 
 def bag_lists(feature: Feature, expr: pl.Expr, dtype: Any) -> tuple[pl.Expr, Any]:
     """A bag's column as lists."""
     if dtype == pl.String and feature.separator:
-        return expr.str.split(feature.separator), pl.List(pl.String)
-    if isinstance(dtype, pl.Array):
-        return expr.arr.to_list(), pl.List(dtype.inner)
-    if not isinstance(dtype, pl.List):
+        members = expr.str.split(feature.separator)
+        return members.list.eval(pl.element().filter(pl.element() != "")), pl.List(pl.String)  # no text, no members
+    if not isinstance(dtype, pl.List | pl.Array):
         raise DataError(f"Feature `{feature.name}`: a bag needs lists, or text and `separator`. Found {dtype}.")
-    return expr, dtype
+    return _as_lists(expr, dtype)
 
 
 def event_values(source: str, schema: Mapping[str, Any], table: str) -> tuple[pl.Expr, Any]:
-    """An event field's expression (lists exploded) and type."""
-    expr, dtype = expression(source, schema, f"data.events `{table}`"), _dtype(source, schema)
-    return (expr.explode(), dtype.inner) if isinstance(dtype, pl.List) else (expr, dtype)
+    """Expression and type of an event field, or of lists of them."""
+    return _as_lists(expression(source, schema, f"data.events `{table}`"), _dtype(source, schema))
+
+
+def _as_lists(expr: pl.Expr, dtype: Any) -> tuple[pl.Expr, Any]:
+    return (expr.arr.to_list(), pl.List(dtype.inner)) if isinstance(dtype, pl.Array) else (expr, dtype)
 
 
 def number_expression(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
     """A number after its transform, null where missing."""
     dtype = _dtype(feature.source, schema)
-    if not (dtype.is_numeric() or dtype == pl.Boolean):
+    if not (dtype.is_numeric() or dtype in (pl.Boolean, pl.Null)):
         raise DataError(f"Feature `{feature.name}`: kind `number` needs numbers. Found {dtype} in `{feature.source}`.")
     expr = expression(feature.source, schema, f"Feature `{feature.name}`").cast(pl.Float64)
     if feature.nan == "missing":
@@ -241,7 +278,10 @@ def _fit_number(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]
         expr.mean().alias("m"), expr.std(ddof=0).alias("s"), (~expr.is_finite()).sum().alias("bad")
     ).collect(engine="streaming").row(0)  # fmt: skip
     _refuse_bad_numbers(feature, bad)
-    return (mean or 0.0, std or 1.0)  # a constant or empty column becomes 0
+    if mean is None or std is None or std <= 2.0**-23 * abs(mean):
+        return (mean or 0.0, 1.0)  # an empty or (in single precision) constant column becomes 0
+    # threads sum in any order: single precision hides it, so that every run learns the same numbers
+    return (float(np.float32(mean)) if abs(mean) > 1e-9 * std else 0.0, float(np.float32(std)))
 
 
 def _refuse_bad_numbers(feature: Feature, bad: int | None) -> None:
@@ -265,10 +305,10 @@ def _fit_width(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any])
 
 def _fit_classes(source: str, name: str, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[str, ...]:
     expr = canonical(expression(source, schema, f"Task `{name}`"), _dtype(source, schema))
-    values = train.select(expr.drop_nulls().unique().sort().alias("value")).collect()["value"]
+    values = train.select(expr.drop_nulls().unique().sort().cast(pl.String).alias("value")).collect()["value"]
     if len(values) < 2:
         raise DataError(f"Task `{name}`: the training split has {len(values)} class(es) of `{source}`; two are needed.")
-    return tuple(map(str, values))
+    return tuple(values)
 
 
 # -------------------------------------------------------------------------------------------------------- write (pass 2)
@@ -296,13 +336,17 @@ class Columns:
         about = self.about[name]
         return np.memmap(self.folder / about["file"], dtype=about["dtype"], mode="r", shape=tuple(about["shape"]))
 
-    def close(self, **extra: Any) -> None:
-        """Flush, sync and describe."""
+    def describe(self, **extra: Any) -> None:
+        """Flush, and say what there is."""
         for file in self.files.values():
             file.flush()
-            os.fsync(file.fileno())
-            file.close()
         (self.folder / "columns.json").write_text(json.dumps({"columns": self.about, **extra}))
+
+    def close(self) -> None:
+        """Close the files, whatever state they are in."""
+        for file in self.files.values():
+            with contextlib.suppress(OSError):  # of an error that was raised already
+                file.close()
 
 
 def write(
@@ -319,21 +363,22 @@ def write(
     total = plan.select(pl.len()).collect(engine="streaming").item()
     if not total:
         raise DataError("There are no rows" + (" to predict." if query is not None else f" in `{data.rows}`."))
-    columns, per_second = Columns(folder), 1.0
-    checks = LabelChecks(data, fitted.schema)
+    per_second, checks = 1.0, LabelChecks(data, fitted.schema)
     exprs = row_expressions(data, schema, labels)
     if data.time:
         _, per_second = to_time(pl.lit(0), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`")
     done = 0
-    for frame in chunks(plan.select(**exprs)):
-        write_rows(frame, data, fitted, columns, checks, labels)
-        done += len(frame)
-        progress("encoding rows", done, total)
-    if teach:
-        checks.finish()
-    if data.histories:
-        write_events(data, base, tables, fitted, columns, per_second, progress)
-    columns.close(rows=total, per_second=per_second)
+    with contextlib.closing(Columns(folder)) as columns:
+        for frame in chunks(plan.select(**exprs)):
+            write_rows(frame, data, fitted, columns, checks, labels)
+            done += len(frame)
+            progress("encoding rows", done, total)
+        if teach:
+            checks.finish()
+        if data.histories:
+            users = _canonical_type(_dtype(data.user, schema))
+            write_events(data, base, tables, fitted, columns, users, per_second, progress)
+        columns.describe(rows=done, per_second=per_second)
     fitted.save(folder)
 
 
@@ -347,31 +392,37 @@ def chunks(plan: pl.LazyFrame) -> Iterator[pl.DataFrame]:
 def row_expressions(data: Data, schema: Mapping[str, Any], labels: bool) -> dict[str, pl.Expr]:
     """Everything that is read from a row, by encoded name."""
     exprs: dict[str, pl.Expr] = {}
+    needed = ("domain", "user", "time") if data.histories else ("domain",)  # of rows to predict
     for f in data.features:
-        expr, dtype = expression(f.source, schema, f"Feature `{f.name}`"), _dtype(f.source, schema)
         if f.kind == "id":
             exprs[f"feature.{f.name}"] = id_values(f, schema)
         elif f.kind == "number":
             exprs[f"feature.{f.name}"] = number_expression(f, schema).cast(pl.Float32)
         elif f.kind == "vector":
-            exprs[f"feature.{f.name}"] = expr.cast(pl.List(pl.Float32))
+            exprs[f"feature.{f.name}"] = expression(f.source, schema, f"Feature `{f.name}`").cast(pl.List(pl.Float32))
         else:
-            lists, kind = bag_lists(f, expr, dtype)
+            lists, kind = _ids(f, schema)
             exprs[f"feature.{f.name}"] = lists.cast(pl.List(_canonical_type(kind.inner)))
     for role, source in (("domain", data.domain), ("request", data.request), ("user", data.user)):
-        if source:
+        if source and (labels or role in needed or _available(source, schema)):
             exprs[role] = canonical(expression(source, schema, f"data.{role}"), _dtype(source, schema))
-    if data.time:
+    if data.time and (labels or "time" in needed or _available(data.time, schema)):
         exprs["time"], _ = to_time(
             expression(data.time, schema, "data.time"), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`"
         )
-    if data.weight and (labels or data.weight in schema):
+    if data.weight and (labels or _available(data.weight, schema)):
         exprs["weight"] = expression(data.weight, schema, "data.weight").cast(pl.Float32)
     for task in data.tasks:
         if not labels and not _available(task.source, schema):
             continue
         expr = expression(task.source, schema, f"Task `{task.name}`")
         kind = _dtype(task.source, schema)
+        if task.kind != "multiclass" and not (kind.is_numeric() or kind in (pl.Boolean, pl.Null)):
+            what = "0 or 1 (null where not known)" if task.kind == "binary" else "numbers"
+            raise DataError(
+                f"Task `{task.name}`: labels of `{task.source}` should be {what}. Found {kind}. Use kind `multiclass`, or an "
+                "SQL expression."
+            )
         exprs[f"label.{task.name}"] = canonical(expr, kind) if task.kind == "multiclass" else expr.cast(pl.Float64)
         if isinstance(task.sampling_rate, str):
             rate = expression(task.sampling_rate, schema, f"Sampling rate of task `{task.name}`")
@@ -398,27 +449,26 @@ def write_rows(
     frame: pl.DataFrame, data: Data, fitted: Fitted, columns: Columns, checks: LabelChecks, labels: bool
 ) -> None:
     """Encode and append one chunk of rows."""
-    vocabularies, schema = fitted.vocabularies, fitted.schema
     for f in data.features:
         column = frame[f"feature.{f.name}"]
         if f.kind == "id":
-            columns.append(f"feature.{f.name}", vocabularies[f.vocab].encode(column))
+            columns.append(f"feature.{f.name}", codes_of(fitted, f.vocab, column, f"Feature `{f.name}`"))
         elif f.kind == "number":
             values = column.to_numpy()
             _refuse_bad_numbers(f, int((~np.isfinite(column.drop_nulls().to_numpy())).sum()))
             columns.append(f"feature.{f.name}", values.astype(np.float32))  # a null becomes NaN
         elif f.kind == "vector":
-            columns.append(f"feature.{f.name}", _vectors(f, column, schema.widths[f.name]))
+            columns.append(f"feature.{f.name}", _vectors(f, column, fitted.schema.widths[f.name]))
         else:
             inner = column.explode(empty_as_null=False, keep_nulls=False)
-            columns.append(f"feature.{f.name}", vocabularies[f.vocab].encode(inner))
+            columns.append(f"feature.{f.name}", codes_of(fitted, f.vocab, inner, f"Feature `{f.name}`"))
             columns.append(f"length.{f.name}", column.list.len().fill_null(0).to_numpy().astype(np.int32))
     if data.domain:
-        columns.append("domain", vocabularies["domain "].encode(frame["domain"]))
+        columns.append("domain", codes_of(fitted, "domain ", frame["domain"], "data.domain"))
     for role in ("user", "request"):
-        if getattr(data, role):
+        if role in frame.columns:
             columns.append(role, vocabulary.stable_hash(frame[role]).view(np.int64))
-    if data.time:
+    if "time" in frame.columns:
         if frame["time"].null_count():
             raise DataError(f"Column `{data.time}`: {frame['time'].null_count():,} rows have no time.")
         columns.append("time", frame["time"].to_numpy())
@@ -435,6 +485,18 @@ def write_rows(
     if labels:
         columns.append("split", frame["split"].to_numpy())
         checks.count(frame)
+
+
+def codes_of(fitted: Fitted, name: str, values: pl.Series, where: str) -> np.ndarray:
+    """Codes of a column.  Raises DataError when its type is not that of the vocabulary: nothing would match."""
+    known = fitted.vocabularies[name]
+    if values.null_count() == len(values):
+        values = values.cast(known.values.dtype)
+    if values.dtype != known.values.dtype and len(known.values):
+        raise DataError(f"{where}: its values are {values.dtype}; those of the training split are {known.values.dtype}.")
+    if values.dtype == pl.Float64 and values.is_nan().any():
+        raise DataError(f"{where}: {int(values.is_nan().sum()):,} ids are NaN. Write nulls for missing ids.")
+    return known.encode(values)
 
 
 def _vectors(feature: Feature, column: pl.Series, width: int) -> np.ndarray:
@@ -470,6 +532,8 @@ class LabelChecks:
         if column.is_nan().any():
             raise DataError(f"Task `{task.name}`: {int(column.is_nan().sum()):,} labels are NaN. Write nulls for labels that are not known.")  # fmt: skip
         if task.kind == "real":
+            if column.is_infinite().any():
+                raise DataError(f"Task `{task.name}`: {int(column.is_infinite().sum()):,} labels are infinite.")
             return column.to_numpy().astype(np.float32)
         bad = column.drop_nulls().filter(~column.drop_nulls().is_in([0.0, 1.0]))
         if len(bad):
@@ -489,8 +553,13 @@ class LabelChecks:
     def count(self, frame: pl.DataFrame) -> None:
         """Remember which labels the training split shows."""
         train = frame.filter(pl.col("split") == 0)
+        positive: dict[str, pl.Series] = {}  # a child is observed where its parent is observed and 1
         for task in self.data.tasks:
-            column = train[f"label.{task.name}"].drop_nulls()
+            column = train[f"label.{task.name}"]
+            known = column.is_not_null() & positive[task.given] if task.given else column.is_not_null()
+            if task.kind == "binary":
+                positive[task.name] = known & (column == 1.0).fill_null(False)
+            column = column.filter(known)
             found = dict(column.value_counts().rows()) if task.kind == "binary" else {0.0: len(column)}
             for value, n in found.items():
                 self.seen[task.name][value] = self.seen[task.name].get(value, 0) + n

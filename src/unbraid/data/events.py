@@ -7,7 +7,7 @@ Events without a time come first for their user, in file order; events of the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +26,15 @@ NO_TIME = np.iinfo(np.int64).min  # before every row
 
 
 def write_events(
-    data: src.Data, base: Path, tables: src.Tables | None, fitted: Fitted, columns: Columns, per_second: float, progress: Progress
-) -> None:
-    """Encode and sort all events, then cut each row's slices.  The rows must be written."""
+    data: src.Data, base: Path, tables: src.Tables | None, fitted: Fitted, columns: Columns, users: Any, per_second: float,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Encode and sort all events, then cut each row's slices.  The rows must be written; ``users``: type of their ids."""
     progress("encoding events", 0, 0)
-    parts: list[dict[str, np.ndarray]] = []
+    parts: list[dict[str, np.ndarray]] = [_no_events(data, fitted)]
     for source, plan in src.event_plans(data, base, tables, split=False):
         joined = src.add_joins(plan, data, base, tables)
-        parts.extend(_event_chunks(data, source, joined, fitted, per_second))
+        parts.extend(_event_chunks(data, source, joined, fitted, users, per_second))
     events = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((events["time"], events["user"]))  # stable: ties keep file order
     events = {name: values[order] for name, values in events.items()}
@@ -57,12 +58,23 @@ def _index_type(n: int) -> type:
     return np.int32 if n < 2**31 else np.int64
 
 
-def _event_chunks(data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted: Fitted, per_second: float) -> Any:
+def _no_events(data: src.Data, fitted: Fitted) -> dict[str, np.ndarray]:
+    out = {name: np.zeros(0, dtype=np.int64) for name in ("user", "time")}
+    out |= {field.name: np.zeros(0, dtype=fitted.vocabularies[field.vocab].dtype) for field in data.fields}
+    return out | {f"where.{i}": np.zeros(0, dtype=bool) for i, history in enumerate(data.histories) if history.where}
+
+
+def _event_chunks(
+    data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted: Fitted, users: Any, per_second: float
+) -> Iterator[dict[str, np.ndarray]]:
     """Encoded events of one source: user (hash), time, one column per field, one bool per history with a filter."""
-    from unbraid.data.encode import chunks
+    from unbraid.data.encode import chunks, event_values
 
     have, where = plan.collect_schema(), f"data.events `{source.table}`"
     user = canonical(src.expression(data.user, have, where), src._dtype(data.user, have))
+    kind = plan.select(user).collect_schema().dtypes()[0]
+    if kind != users:
+        raise src.DataError(f"{where}: `{data.user}` is {kind} there and {users} in the rows, so that no user would match.")
     exprs = {"user": user}
     if source.time != "none":
         time = source.time or data.time
@@ -71,10 +83,9 @@ def _event_chunks(data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted
             raise src.DataError(f"{where}: its time and `data.time` are in different units ({rate:g} and {per_second:g} per second).")
     lists = []
     for name, column in source.columns.items():
-        expr, dtype = src.expression(column, have, where), src._dtype(column, have)
+        exprs[name], dtype = event_values(column, have, source.table)
         if isinstance(dtype, pl.List):
             lists.append(name)
-        exprs[name] = expr
     for frame in chunks(plan.select(**exprs).filter(pl.col("user").is_not_null())):
         frame = frame.explode(lists, empty_as_null=False, keep_nulls=False) if lists else frame
         if source.time != "none" and frame["time"].null_count():
@@ -84,32 +95,35 @@ def _event_chunks(data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted
 
 
 def _encode_events(data: src.Data, source: src.Events, frame: pl.DataFrame, fitted: Fitted) -> dict[str, np.ndarray]:
+    from unbraid.data.encode import codes_of
+
     out = {"user": stable_hash(frame["user"]).view(np.int64)}
     out["time"] = np.full(len(frame), NO_TIME) if source.time == "none" else frame["time"].to_numpy()
     for field in data.fields:
-        vocabulary = fitted.vocabularies[field.vocab]
         if field.name in frame.columns:
-            dtype = frame.schema[field.name]
-            codes = vocabulary.encode(frame.select(canonical(pl.col(field.name), dtype)).to_series())
+            values = frame.select(canonical(pl.col(field.name), frame.schema[field.name])).to_series()
+            out[field.name] = codes_of(fitted, field.vocab, values, f"Event field `{field.name}` of `{source.table}`")
         else:
-            codes = np.full(len(frame), MISSING, dtype=vocabulary.dtype)
-        out[field.name] = codes
+            out[field.name] = np.full(len(frame), MISSING, dtype=fitted.vocabularies[field.vocab].dtype)
     names = {f.name for f in data.fields} | set(frame.columns) | {n for s in data.events for n in s.columns}
     full = frame.with_columns(pl.lit(None).alias(n) for n in sorted(names - set(frame.columns)))
     for i, history in enumerate(data.histories):
         if history.where:
             keep = src.expression(history.where, full.collect_schema(), f"History `{history.name}`")
-            out[f"where.{i}"] = full.select(keep.fill_null(False).alias("keep"))["keep"].cast(pl.Boolean).to_numpy()
+            out[f"where.{i}"] = full.with_columns(keep.fill_null(False).alias(src.SPLIT))[src.SPLIT].cast(pl.Boolean).to_numpy()
     return out
 
 
 def _slices(columns: Columns, users: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For every row, the first event of its user and the end of those strictly before its time ((n,) int64 each)."""
     row_user, row_time = columns.read("user"), columns.read("time")
-    low = np.searchsorted(users, row_user, side="left")
-    high = np.searchsorted(users, row_user, side="right")
-    high = np.where(row_user == 0, low, high)  # a row without a user has no history
-    start, end = low.copy(), high
+    first = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]])[: len(users)])
+    known = np.concatenate([users[first], [0]])  # users differ from 0, which is no user: the last place is everyone else's
+    first = np.concatenate([first, [len(users)], [len(users)]])
+    place = np.searchsorted(known[:-1], row_user)
+    place = np.where(known[place] == row_user, place, len(known) - 1)
+    low, end = first[place], first[place + 1]
+    start = low
     while (todo := low < end).any():  # binary search in all users' slices at once
         middle = (low + end) // 2
         earlier = times[middle.clip(max=len(times) - 1)] < row_time

@@ -7,6 +7,8 @@ Nothing here looks at more data than a plan's schema: files larger than memory s
 from __future__ import annotations
 
 import datetime as dt
+import glob
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +17,14 @@ from typing import Any, ClassVar, Literal
 import polars as pl
 
 from unbraid.data.vocabulary import canonical, stable_hash
-from unbraid.types import FORBID, Feature, Field, History, Task
+from unbraid.types import FORBID, GAP, Feature, Field, History, Task
 
 SPLITS = ("train", "valid", "test")
 SPLIT, ROW_KEY = "__split", "__row"
 Tables = Mapping[str, pl.DataFrame | pl.LazyFrame]  # tables handed over in memory, by the name that the run uses
+OTHER_ROWS = re.compile(
+    r"\b(?:avg|sum|count|min|max|median|first|last|stddev\w*|stdev\w*|var\w*|quantile\w*|corr|covar\w*)\s*\(|\bover\s*\(", re.I
+)  # SQL that reads other rows than its own: of the test split too, and differently in each chunk
 
 
 class DataError(ValueError):
@@ -167,10 +172,29 @@ class Data:
             raise ValueError("There should be at least one task (`[[data.tasks]]`). Found none.")
         if not names:
             raise ValueError("There should be at least one feature (`[[data.features]]`). Found none.")
-        fields = {f.name for f in self.fields} | {"gap"}
+        fields = {f.name for f in self.fields} | {GAP}
+        taken = sorted({f.name for f in self.fields} & {"user", "time", GAP}) + sorted({GAP} & set(spaces))
+        if taken or len(fields) <= len(self.fields):
+            raise ValueError(f"Event fields should have names of their own, not user, time or gap. Found {[f.name for f in self.fields]}.")
+        for events in self.events:
+            if set(events.columns) & {"user", "time"}:
+                raise ValueError(f"Events of `{events.table}`: `columns` should not be called user or time. Found {list(events.columns)}.")
+        ids: tuple[Feature | Field, ...] = (*self.features, *self.fields)
+        least = [(x.name, "min_count", x.min_count, 1) for x in ids] + [(x.name, "buckets", x.buckets, 0) for x in ids]
+        for name, option, value, low in [*least, *((h.name, "length", h.length, 1) for h in self.histories)]:
+            if value < low:
+                raise ValueError(f"`{name}`: `{option}` should be at least {low}. Found {value}.")
         for i, task in enumerate(self.tasks):
             if task.given and task.given not in {t.name for t in self.tasks[:i] if t.kind == "binary"}:
                 raise ValueError(f"Task `{task.name}`: `given` should name a binary task above it. Found `{task.given}`.")
+            rate = task.sampling_rate
+            if rate != 1.0 and task.kind != "binary" or not isinstance(rate, str) and not 0 < rate <= 1:
+                raise ValueError(f"Task `{task.name}`: `sampling_rate` should be in (0, 1], of a binary task. Found {rate}.")
+            if self.negatives and not task.given and task.source not in self.negatives.labels:
+                raise ValueError(
+                    f"Task `{task.name}`: sampled negatives would keep its `{task.source}`. Name it in `labels` of "
+                    f"`data.negatives` ({', '.join(self.negatives.labels)})."
+                )
         for history in self.histories:
             unknown = set(history.fields) - fields
             if unknown or not history.fields:
@@ -199,7 +223,7 @@ def files_of(folder: str, table: str, base: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in {".parquet", ".csv"})
     else:
-        found = sorted(root.glob(table)) if any(c in table for c in "*?[") else [path] if path.exists() else []
+        found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not found:
         there = ", ".join(sorted(p.name for p in root.iterdir())[:12]) if root.is_dir() else "the folder does not exist"
         raise DataError(f"There is no table `{table}` (looked for {path}). In {root}: {there}.")
@@ -227,6 +251,8 @@ def expression(source: str, schema: Mapping[str, Any], where: str) -> pl.Expr:
     """A column of that name, else an SQL expression.  Raises DataError, naming what there is, for unknown columns."""
     if source in schema:
         return pl.col(source)
+    if other := OTHER_ROWS.search(source):
+        raise DataError(f"{where}: an expression should read its own row alone. Found `{other[0]}` in `{source}`.")
     try:
         expr = pl.sql_expr(source)
         missing = sorted(set(expr.meta.root_names()) - set(schema))
@@ -275,7 +301,8 @@ def to_time(expr: pl.Expr, dtype: Any, unit: str, where: str) -> tuple[pl.Expr, 
         return expr.cast(pl.Int64), {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[unit]
     if dtype in (pl.Datetime, pl.Date):
         return expr.cast(pl.Datetime("us")).dt.epoch("us"), 1e6
-    raise DataError(f"{where} should be an integer, a date or a date-time. Found {dtype}.")
+    hint = " Write it as SQL, such as `TIMESTAMP(column)`." if dtype == pl.String else ""
+    raise DataError(f"{where} should be an integer, a date or a date-time. Found {dtype}.{hint}")
 
 
 def instant(value: str | int, per_second: float) -> int:
@@ -287,7 +314,8 @@ def instant(value: str | int, per_second: float) -> int:
     except ValueError as error:
         raise DataError(f"`{value}` is not an ISO date or date-time (2022-05-05 or 2022-05-05T00:00+08:00).") from error
     moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
-    return round(moment.timestamp() * per_second)
+    microseconds = (moment - dt.datetime.fromtimestamp(0, dt.UTC)) // dt.timedelta(microseconds=1)
+    return microseconds * int(per_second) // 10**6  # exact for nanoseconds too
 
 
 def split_expression(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
@@ -310,8 +338,9 @@ def split_expression(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
 
 
 def stable_uniform(values: pl.Series, seed: int) -> pl.Series:
-    """A number in [0, 1) for each text, the same on every machine and in every version."""
-    return pl.Series(values.name, stable_hash(values, seed).astype("float64") / 2.0**64)
+    """A number in [0, 1) for each text (null for null), the same on every machine and in every version."""
+    draw = pl.Series(values.name, stable_hash(values, seed).astype("float64") / 2.0**64)
+    return pl.select(pl.when(values.is_not_null()).then(draw)).to_series()
 
 
 def _dtype(source: str, schema: Mapping[str, Any]) -> Any:

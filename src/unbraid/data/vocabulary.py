@@ -83,7 +83,9 @@ class Vocabulary:
     def _known(self, column: pl.Series) -> np.ndarray:
         if column.dtype == pl.Int64 and len(self.values):
             known, asked = self.values.to_numpy(), column.fill_null(0).to_numpy()
-            place = np.searchsorted(known, asked).clip(max=len(known) - 1)
+            order = np.argsort(asked) if len(known) > 2**16 else slice(None)  # in order, the search stays in the processor's cache
+            place = np.empty(len(asked), dtype=np.int64)
+            place[order] = np.searchsorted(known, asked[order]).clip(max=len(known) - 1)
             return np.where(known[place] == asked, place + FIRST_VALUE, UNKNOWN)
         table = pl.DataFrame({"value": self.values, "code": np.arange(len(self.values)) + FIRST_VALUE})
         joined = pl.DataFrame({"value": column}).join(table, on="value", how="left", maintain_order="left")

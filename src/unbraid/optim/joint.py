@@ -23,6 +23,17 @@ from torch import Tensor, nn
 from unbraid.optim.rows import Decay, LazyTable, RowAdam
 from unbraid.types import FORBID, Lookup, Losses, Output, State
 
+BIBTEX = """
+@inproceedings{kingma2015adam,
+  title     = {Adam: A Method for Stochastic Optimization},
+  author    = {Kingma, Diederik P. and Ba, Jimmy},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2015},
+  eprint    = {1412.6980},
+  archiveprefix = {arXiv},
+}
+"""
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -161,9 +172,9 @@ class JointUpdate:
         Called between the backward pass and the step, so that a GPU works while this waits.
         """
         if not torch.isfinite(total):
-            found = {objective: float(loss) for objective, loss in losses.items() if self.weight(objective) != 0}
+            found = {name: float(loss.detach()) for name, loss in losses.items() if self.weight(name) != 0}
             broken = [f"`{name}` is {value}" for name, value in found.items() if not math.isfinite(value)]
-            what = ", ".join(broken) or f"all objectives together is {float(total)}"
+            what = ", ".join(broken) or f"all objectives together is {float(total.detach())}"
             raise FloatingPointError(
                 f"Loss of {what} at step {self.step}. Lower `lr`, set `clip_norm` or look for extreme inputs or labels."
             )
@@ -300,5 +311,5 @@ def _schedule(config: Joint, optimizer: torch.optim.Optimizer, steps: int) -> to
 def _move(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
     """Set a schedule, and the step sizes of its optimiser, to a step."""
     schedule.last_epoch = step
-    for group, lr in zip(schedule.optimizer.param_groups, schedule.get_lr(), strict=True):
-        group["lr"] = lr
+    for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(step)

@@ -25,6 +25,17 @@ from unbraid.layers import mlp, mlp_width, require_dropout, require_positive, ta
 from unbraid.towers.mlp import task_towers, the_view
 from unbraid.types import FORBID, TowerOutput
 
+BIBTEX = """
+@inproceedings{ma2018mmoe,
+  title     = {Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts},
+  author    = {Ma, Jiaqi and Zhao, Zhe and Yi, Xinyang and Chen, Jilin and Hong, Lichan and Chi, Ed H.},
+  booktitle = {Proceedings of the 24th ACM SIGKDD International Conference on Knowledge Discovery and Data Mining},
+  pages     = {1930--1939},
+  year      = {2018},
+  doi       = {10.1145/3219819.3220007},
+}
+"""
+
 
 def gate_logits(width: int, hidden: Sequence[int], pool: int, dropout: float) -> nn.Sequential:
     """The network of a gate before its softmax: (B, width) -> (B, pool)."""

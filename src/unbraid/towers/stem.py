@@ -43,6 +43,20 @@ from unbraid.towers.experts import gate_logits, mix
 from unbraid.towers.mlp import task_towers
 from unbraid.types import FORBID, TowerOutput
 
+BIBTEX = """
+@inproceedings{su2024stem,
+  title     = {{STEM}: Unleashing the Power of Embeddings for Multi-task Recommendation},
+  author    = {Su, Liangcai and Pan, Junwei and Wang, Ximei and Xiao, Xi and Quan, Shijie and Chen, Xihua and
+               Jiang, Jie},
+  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+  volume    = {38},
+  number    = {8},
+  year      = {2024},
+  eprint    = {2308.13537},
+  archiveprefix = {arXiv},
+}
+"""
+
 
 class LayerOutput(NamedTuple):
     """What a layer gives: a state (B, D) and a gate (B, pool) per task, and the shared state (B, D).

@@ -1,0 +1,259 @@
+"""What every member of a slot must do, whatever it is.  A new member is tested here without a line of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import typing
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_data, make_log, make_run
+from pydantic import TypeAdapter, ValidationError
+
+from unbraid import config
+from unbraid.bundle import build
+from unbraid.config import ModelChoice, Run
+from unbraid.data.encode import encode
+from unbraid.data.table import Encoded
+from unbraid.encoders.table import Views
+from unbraid.job import bound_terms
+from unbraid.model import Heads, Model
+from unbraid.optim.joint import Joint
+from unbraid.types import Batch, Task
+
+
+def members(choice: Any) -> list[Any]:
+    """The classes of a slot's union."""
+    inner = typing.get_args(choice)[0] if typing.get_origin(choice) is typing.Annotated else choice
+    return list(typing.get_args(inner)) or [inner]
+
+
+def views_for(tower: Any) -> Views:
+    """Views that a tower accepts."""
+    for kind in ("shared", "per_task"):
+        views = Views(kind=kind, width=4)  # type: ignore[arg-type]
+        try:
+            names = views.names(["a", "b"])
+            tower.build(["a", "b"], names, [8] * len(names))
+            return views
+        except ValueError:
+            continue
+    raise AssertionError(f"{tower} accepts no views")
+
+
+def choices() -> list[Any]:
+    """Every tower, history encoder, head and laziness, one change at a time."""
+    out = []
+    for tower, lazy in itertools.product(members(config.TowerChoice), (0, -1)):
+        views = dataclasses.replace(views_for(tower()), lazy_rows=lazy)
+        out.append(pytest.param(ModelChoice(tower=tower(), tables=views), id=f"{tower.__name__}-{'lazy' if lazy == 0 else 'dense'}"))
+    stem = [t for t in members(config.TowerChoice) if "layers" in {f.name for f in dataclasses.fields(t)}]
+    for tower in stem:
+        deep = tower(layers=2)
+        out.append(pytest.param(ModelChoice(tower=deep, tables=dataclasses.replace(views_for(deep), kind="per_task", lazy_rows=0)), id=f"{tower.__name__}-deep"))
+    for history in members(config.HistoryChoice):
+        out.append(pytest.param(ModelChoice(history=history(), tables=Views(width=4)), id=history.__name__))
+    for interaction in members(config.InteractionChoice):
+        out.append(pytest.param(ModelChoice(interaction=interaction(), tables=Views(width=4)), id=interaction.__name__))
+    out.append(pytest.param(ModelChoice(heads=Heads(by="domain"), tables=Views(width=4)), id="domain-heads"))
+    return out
+
+
+UPDATES = [u for u in members(config.UpdateChoice)]
+LOG = make_log(rows=400)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
+    tasks = (Task("click"), Task("buy"), Task("spend", kind="real"), Task("size", kind="multiclass"))
+    data = make_data(tasks=tasks, cache=str(tmp_path_factory.mktemp("cache")))
+    return Encoded(encode(data, tables={"log": LOG}))
+
+
+def model_of(choice: ModelChoice, encoded: Encoded, seed: int = 0) -> tuple[Run, Model]:
+    run = make_run(model=choice, seed=seed)
+    return run, build(run, encoded.schema)
+
+
+def some(encoded: Encoded, n: int = 24, start: int = 100) -> Batch:
+    return encoded.batch(np.arange(start, start + n))
+
+
+def hide(batch: Batch, tasks: list[str], domain: int | None = None) -> Batch:
+    """The batch without observed labels of some tasks (in one domain, if given)."""
+    where = torch.ones(len(batch), dtype=torch.bool) if domain is None else batch.domain == domain
+    observed = {t: o & ~where if t in tasks else o for t, o in batch.observed.items()}
+    return dataclasses.replace(batch, observed=observed)
+
+
+# -------------------------------------------------------------------------------------------------------------- the model
+@pytest.mark.parametrize("choice", choices())
+def test_every_pattern_of_missing_labels_is_finite(choice: ModelChoice, encoded: Encoded) -> None:
+    run, model = model_of(choice, encoded)
+    terms, tasks = bound_terms(run, encoded.schema, model), [t.name for t in encoded.schema.tasks]
+    update = run.update.build(model, steps=20, weights={})
+    for hidden in itertools.chain.from_iterable(itertools.combinations(tasks, n) for n in range(len(tasks) + 1)):
+        batch = hide(some(encoded), list(hidden))
+        output = model(batch, 0)
+        losses = {k: v for term in terms for k, v in term(output, batch, 0).items()}
+        assert set(losses) == set(tasks) - set(hidden), "an objective without an observed row is absent"
+        assert all(torch.isfinite(v) and v.shape == () for v in losses.values())
+        update(losses, output)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_rows_do_not_see_each_other_nor_their_order(choice: ModelChoice, encoded: Encoded) -> None:
+    _, model = model_of(choice, encoded)
+    model.double().eval()
+    batch = _double(some(encoded))
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
+    for grads in (torch.no_grad, torch.enable_grad):  # tables are read in two ways
+        with grads():
+            whole = model(batch)
+            shuffled = model(batch.select(order))
+            alone = [model(batch.select(torch.tensor([i]))) for i in range(5)]
+        for task, logits in whole.logits.items():
+            torch.testing.assert_close(shuffled.logits[task], logits[order], rtol=0, atol=1e-12)
+            torch.testing.assert_close(torch.cat([a.logits[task] for a in alone]), logits[:5], rtol=0, atol=1e-12)
+
+
+def _double(batch: Batch) -> Batch:
+    features = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.features.items()}
+    return dataclasses.replace(batch, features=features)
+
+
+def test_the_model_never_reads_meta_labels_or_row(encoded: Encoded) -> None:
+    _, model = model_of(ModelChoice(), encoded)
+    model.eval()
+    batch = some(encoded)
+    labels = {k: torch.zeros_like(v) for k, v in batch.labels.items()}
+    stripped = dataclasses.replace(batch, labels=labels, meta={}, row=torch.zeros_like(batch.row), weight=None)
+    for task, logits in model(batch).logits.items():
+        assert torch.equal(model(stripped).logits[task], logits)
+
+
+# ---------------------------------------------------------------------------------------------------------------- absence
+def own_parameters(model: Model, run: Run, batch: Batch, task: str) -> set[str]:
+    """Names that only this task's loss reaches; a lazy table counts through its looked-up rows."""
+    reached: dict[str, set[str]] = {}
+    (term,) = bound_terms(run, model.schema, model)
+    names = dict(model.named_parameters())
+    for objective in [t.name for t in model.schema.tasks]:
+        output = model(batch, 0)
+        leaves = dict(names) | {f"embeddings.tables.{x.table}.weight": x.vectors for x in output.lookups if x.vectors.is_leaf}
+        loss = term(output, batch, 0)[objective]
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        reached[objective] = {name for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    return reached[task] - set().union(*(found for name, found in reached.items() if name != task))
+
+
+def snapshot(model: Model, update: Any, names: set[str]) -> dict[str, Any]:
+    """Weights and every piece of optimiser state whose path names one of the parameters, cloned."""
+    found: dict[str, Any] = {n: p.detach().clone() for n, p in model.named_parameters() if n in names}
+    short = {n.removeprefix("embeddings.tables.").removesuffix(".weight") for n in names} | names
+
+    def walk(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, (*path, str(key)))
+        elif set(path) & short:
+            found["/".join(path)] = value.clone() if torch.is_tensor(value) else value
+
+    walk(update.state_dict(), ())
+    return found
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("decay", ["touched", "catch_up"])
+@pytest.mark.parametrize("choice", choices())
+def test_an_absent_task_does_not_move(choice: ModelChoice, decay: str, update: Any, encoded: Encoded) -> None:
+    run, model = model_of(choice, encoded)
+    config = dataclasses.replace(update(), weight_decay=0.1, table_weight_decay=0.1, decay=decay)
+    step = config.build(model, steps=100, weights={})
+    terms = bound_terms(run, encoded.schema, model)
+
+    def go(batch: Batch, at: int) -> None:
+        output = model(batch, at)
+        step({k: v for term in terms for k, v in term(output, batch, at).items()}, output)
+
+    for at in range(20):  # mixed steps fill the moments
+        go(some(encoded, start=10 * at), at)
+    for task in ("click", "buy", "spend", "size"):
+        names = own_parameters(model, run, some(encoded), task)
+        assert any(f"heads.task/{task}" in n for n in names)
+        before = snapshot(model, step, names)
+        assert len(before) > len(names), "the optimiser state of these parameters should have been found"
+        others = {n: p.detach().clone() for n, p in model.named_parameters() if n not in names}
+        go(hide(some(encoded), [task]), 20)
+        assert same(before, snapshot(model, step, names)), f"{task} moved without a label"
+        moved = [n for n, p in model.named_parameters() if n in others and not torch.equal(p, others[n])]
+        assert moved, "the other tasks should have moved"
+
+
+@pytest.mark.parametrize("decay", ["touched", "catch_up"])
+def test_an_absent_domain_does_not_move_its_heads(decay: str, encoded: Encoded) -> None:
+    choice = ModelChoice(heads=Heads(by="domain"), tables=Views(width=4))
+    run, model = model_of(choice, encoded)
+    step = Joint(weight_decay=0.1, decay=decay).build(model, steps=100, weights={})  # type: ignore[arg-type]
+    (term,) = bound_terms(run, encoded.schema, model)
+    for at in range(20):
+        batch = some(encoded, start=10 * at)
+        output = model(batch, at)
+        step(term(output, batch, at), output)
+    domain = 3
+    for hidden in (hide(some(encoded), ["click"], domain), some(encoded).select(some(encoded).domain != domain)):
+        names = {n for n, _ in model.named_parameters() if n.startswith(f"heads.task/click.linears.{domain}.")}
+        assert len(names) == 2
+        before = snapshot(model, step, names)
+        output = model(hidden, 20)
+        step(term(output, hidden, 20), output)
+        assert same(before, snapshot(model, step, names))
+
+
+def test_a_domain_that_training_did_not_know_gets_the_mean_head(encoded: Encoded) -> None:
+    _, model = model_of(ModelChoice(heads=Heads(by="domain")), encoded)
+    model.eval()
+    batch = some(encoded)
+    known = range(2, len(encoded.schema.domains))
+    logits = [model(dataclasses.replace(batch, domain=torch.full_like(batch.domain, d))).logits["click"] for d in known]
+    unknown = model(dataclasses.replace(batch, domain=torch.zeros_like(batch.domain))).logits["click"]
+    torch.testing.assert_close(unknown, torch.stack(logits).mean(0), rtol=1e-5, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------- config
+def config_classes() -> list[type]:
+    """Every dataclass that a run can hold."""
+    found: list[type] = []
+
+    def visit(at: Any) -> None:
+        for member in typing.get_args(at) or [at]:
+            if typing.get_args(member):
+                visit(member)
+            elif dataclasses.is_dataclass(member) and member not in found:
+                found.append(member)  # type: ignore[arg-type]
+                for hint in typing.get_type_hints(member, include_extras=True).values():
+                    visit(hint)
+
+    visit(Run)
+    return found
+
+
+@pytest.mark.parametrize("cls", config_classes())
+def test_a_misspelt_key_is_an_error_in_every_config_class(cls: type) -> None:
+    assert len(config_classes()) >= 15
+    with pytest.raises(ValidationError) as error:
+        TypeAdapter(cls).validate_python({"misspelt_key": 1})
+    assert any("misspelt_key" in map(str, m["loc"]) for m in error.value.errors())
+
+
+@pytest.mark.parametrize("cls", config_classes())
+def test_every_config_class_is_frozen(cls: type) -> None:
+    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]

@@ -1,0 +1,107 @@
+"""Packed softmax and histories against plain per-row references, values and gradients in float64."""
+
+import math
+
+import pytest
+import torch
+
+from unbraid.encoders.attention import TargetAttention
+from unbraid.encoders.packed import segment_softmax
+from unbraid.encoders.pooling import BagAttention, Mean, pool_bag
+from unbraid.types import Ragged, Rows
+
+LENGTHS = [3, 0, 1, 5, 0, 2]
+
+
+def packed(seed: int = 0, vocabulary: int = 7, width: int = 4) -> tuple[torch.Tensor, torch.Tensor, Ragged]:
+    g = torch.Generator().manual_seed(seed)
+    table = torch.randn(vocabulary, width, generator=g, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, vocabulary, (sum(LENGTHS),), generator=g)
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    return table, ids, Ragged({"item": ids}, offsets)
+
+
+def pieces(ragged: Ragged) -> list[slice]:
+    ends = ragged.offsets.tolist()
+    return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def test_segment_softmax_is_softmax_of_each_row() -> None:
+    _, _, ragged = packed()
+    scores = torch.randn(sum(LENGTHS), dtype=torch.float64, requires_grad=True)
+    got = segment_softmax(scores, ragged)
+    want = torch.cat([scores[part].softmax(0) for part in pieces(ragged)])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    flow = torch.randn_like(want)
+    grads = [torch.autograd.grad((w * flow).sum(), scores, retain_graph=True)[0] for w in (got, want)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda s: segment_softmax(s, ragged), scores)
+
+
+def test_segment_softmax_survives_huge_scores_and_no_values() -> None:
+    ragged = Ragged({}, torch.tensor([0, 2, 2]))
+    assert segment_softmax(torch.tensor([1e30, -1e30]), ragged).tolist() == [1.0, 0.0]
+    assert segment_softmax(torch.zeros(0), Ragged({}, torch.tensor([0, 0, 0]))).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["mean", "target_attention"])
+def test_histories_match_a_loop_over_rows(kind: str) -> None:
+    table, ids, ragged = packed()
+    other = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    other_ids = torch.arange(len(ids)) % 3
+    query = torch.randn(len(LENGTHS), 4, dtype=torch.float64, requires_grad=True)
+    config = Mean(count=False) if kind == "mean" else TargetAttention()
+    encoder = config.build({"item": 4, "kind": 4}, {"item": 4})
+    events = {"value": {"item": Rows(table, ids), "kind": Rows(other, other_ids)}}
+    got = encoder(events, ragged, {"value": {"item": query}})
+    for name, vectors in (("item", table[ids]), ("kind", other[other_ids])):
+        rows = []
+        for i, part in enumerate(pieces(ragged)):
+            weights = (table[ids][part] @ query[i] / math.sqrt(4)).softmax(0)
+            weights = torch.full_like(weights, 1 / max(1, len(weights))) if kind == "mean" else weights
+            rows.append(weights @ vectors[part])
+        want = torch.stack(rows)
+        torch.testing.assert_close(got[name], want, rtol=0, atol=1e-12)
+        flow = torch.randn_like(want)
+        leaves = [table, other, query]
+        mine = torch.autograd.grad((got[name] * flow).sum(), leaves, allow_unused=True, retain_graph=True)
+        theirs = torch.autograd.grad((want * flow).sum(), leaves, allow_unused=True, retain_graph=True)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(torch.zeros(()) if a is None else a.sum(), torch.zeros(()) if b is None else b.sum(), check_dtype=False)
+            if a is not None and b is not None:
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_mean_counts_events() -> None:
+    table, ids, ragged = packed()
+    out = Mean().build({"item": 4}, {})({"value": {"item": Rows(table, ids)}}, ragged, {})
+    assert out["count"].squeeze(1).tolist() == pytest.approx([math.log1p(n) for n in LENGTHS])
+
+
+def test_target_attention_without_a_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="whose vocabulary is also a feature of the row"):
+        TargetAttention().build({"kind": 4}, {})
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum", "attention"])
+def test_bags_match_a_loop_over_rows(pooling: str) -> None:
+    table, ids, ragged = packed()
+    attention = BagAttention(4).double() if pooling == "attention" else None
+    got = pool_bag(Rows(table, ids), ragged, pooling, attention)
+    rows = []
+    for part in pieces(ragged):
+        vectors = table[ids][part]
+        if pooling == "sum":
+            rows.append(vectors.sum(0))
+        elif not len(vectors):
+            rows.append(torch.zeros(4, dtype=torch.float64))
+        elif pooling == "mean":
+            rows.append(vectors.mean(0))
+        else:
+            assert attention is not None
+            rows.append((vectors @ attention.score.weight[0]).softmax(0) @ vectors)
+    want = torch.stack(rows)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    flow = torch.randn_like(want)
+    mine, theirs = (torch.autograd.grad((x * flow).sum(), table, retain_graph=True)[0] for x in (got, want))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
