@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from conftest import make_data, make_log, make_run
+from toylog import make_data, make_log, make_run
 
 from unbraid import config, store
 from unbraid.bundle import Bundle, BundleError, Predictor

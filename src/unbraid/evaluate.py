@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from unbraid.types import FIRST_VALUE, Schema, Scores, Task
+from unbraid.types import FIRST_VALUE, NO_DOMAIN, Schema, Scores, Task
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -197,7 +197,9 @@ def _requests(scores: Scores, user: Array) -> Array | None:
 
 
 def _by_domain(rows: _Rows, names: Sequence[str]) -> Iterator[tuple[str, _Rows]]:
-    """The rows of each domain, in the order of its code."""
+    """The rows of each domain, in the order of its code; none where the log has no domains."""
+    if tuple(names[FIRST_VALUE:]) == (NO_DOMAIN,):
+        return
     counts = np.bincount(rows.domain, minlength=len(names))
     if len(counts) > len(names):
         raise ValueError(f"Domain codes should be below {len(names)}, the number of names. Found {len(counts) - 1}.")

@@ -108,8 +108,13 @@ def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bo
 
 
 def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
-    """The run's loss terms for this schema."""
-    return [term.bind(schema) for term in run.losses]
+    """The run's loss terms for this schema.  Raises JobError when one reads what the model does not give."""
+    terms: list[Term] = [term.bind(schema) for term in run.losses]
+    for term in terms:
+        missing = set(term.needs) - set(model.gives)
+        if missing:
+            raise JobError(f"{term} reads {sorted(missing)}, which the model does not give. It gives {sorted(model.gives)}.")
+    return terms
 
 
 def one_class_domains(encoded: Encoded) -> list[str]:
@@ -135,7 +140,9 @@ def measure(run: config.Run, encoded: Encoded, model: Model, session: Local, bas
     rows = encoded.split("test")
     scores = predict(model, encoded.in_order(rows, EVALUATION_ROWS), encoded.schema, device=session.device)
     metrics: dict[str, Any] = {"test": evaluate(scores, encoded.schema, seed=run.seed)}
-    if baseline:
+    if baseline and not (run.baseline or default_baseline(run)):
+        session.watcher.note("no baseline: target encoding needs an id feature, a user or a domain")
+    elif baseline:
         session.watcher.stage("baseline", 0, 0)
         metrics["baseline"] = {"target_encoding": evaluate(baseline_scores(run, encoded, scores), encoded.schema, seed=run.seed)}
     metrics["rows"] = {name: len(encoded.split(name)) for name in ("train", "valid", "test")}

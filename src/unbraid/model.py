@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Model(nn.Module):
         for view, width in self.embeddings.widths.items():
             self.interactions[f"view/{view}"] = (interaction or Flat()).build(self._build_fields(view, width, encoder))
         views = list(self.embeddings.widths)
-        self.tower = tower.build(tasks, views, [int(self.interactions[f"view/{v}"].width) for v in views])
+        self.tower = tower.build(tasks, views, [cast(Any, self.interactions[f"view/{v}"]).width for v in views])
         by_domain = (heads or Heads()).by == "domain"
         self.heads = nn.ModuleDict(
             {f"task/{t.name}": _Head(self.tower.widths[t.name], schema.outputs(t), len(schema.domains) if by_domain else 1)
@@ -89,6 +89,12 @@ class Model(nn.Module):
     def tables(self) -> Mapping[str, Table]:
         """Every embedding table by the name that its lookups carry."""
         return dict(self.embeddings.tables.items())  # type: ignore[arg-type]
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """Names of the extras in its output, as its members state them."""
+        members = (member for child in self.children() for member in child.modules())
+        return frozenset(name for member in members for name in getattr(member, "gives", ()))
 
     # ----------------------------------------------------------------------------------------------------------- forward
     def forward(self, batch: Batch, step: int | None = None) -> Output:

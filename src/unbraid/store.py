@@ -137,7 +137,7 @@ def _put(tensor: Tensor, key: str, tensors: dict[str, Tensor]) -> str:
     # the name is ASCII, and not the header's own
     plain = key.encode("ascii", "backslashreplace").decode()
     name, again = plain, 1
-    while name in tensors or name in ("", "__metadata__"):
+    while name in tensors or name == "__metadata__":
         name, again = f"{plain}#{again}", again + 1
     tensors[name] = tensor
     return name

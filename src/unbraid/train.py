@@ -207,12 +207,19 @@ class Local:
         call, self.calls = self.calls, self.calls + 1
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable is None or trainable(name))
-        update = self.update.build(model, steps=steps, weights=self.weights if weights is None else weights)
+        update = self.update.build(
+            model, steps=steps, weights=self.weights if weights is None else weights, objectives=self._objectives()
+        )
         if update_state is not None:
             update.load_state_dict(update_state)
         one = _OneFit(self, call, model, update, steps, self.rows("train") if rows is None else rows, self._seed(seed, call))
         one.run()
         return model, update.state_dict()
+
+    def _objectives(self) -> list[str]:
+        """All that a loss may be called: tasks, domains, tasks in domains."""
+        tasks, domains = [t.name for t in self.data.schema.tasks], self.data.schema.domains
+        return [*tasks, *domains, *(f"{t}@{d}" for t in tasks for d in domains)]
 
     def _seed(self, seed: int | None, call: int) -> int:
         return int(np.random.SeedSequence([self.seed if seed is None else seed, call]).generate_state(1)[0])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 UNKNOWN, MISSING, FIRST_VALUE = 0, 1, 2
+NO_DOMAIN = "all"  # the one domain of a log without domains
 GAP = "gap"  # the event field that every timed event table has: bucketed seconds between an event and the row
 FORBID: dict[str, Any] = {"extra": "forbid"}  # pydantic reads it: a misspelt key in a run file is an error
 
@@ -357,7 +358,7 @@ class Finding:
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols
-State = dict[str, Any]  # nested dicts and lists of tensors, numbers, strings: what `unbraid.store` writes without pickle
+State = dict[str, Any]  # nested dicts, lists, tuples of tensors, arrays, numbers, text, None: what `unbraid.store` writes
 Losses = Mapping[str, Tensor]  # objective (a task, a domain, or "task@domain") -> scalar
 
 
@@ -368,6 +369,8 @@ class Term(Protocol):
     ``needs`` names the ``Output.extras`` it reads; a missing one is an error when the run is built.
     """
 
+    @property
+    def needs(self) -> tuple[str, ...]: ...
     def __call__(self, output: Output, batch: Batch, step: int) -> Losses: ...
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_data, make_log, make_run
+from toylog import make_data, make_log, make_run
 from pydantic import TypeAdapter, ValidationError
 
 from unbraid import config

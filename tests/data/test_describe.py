@@ -73,7 +73,11 @@ def test_rows_duplicates_and_splits(found: dict) -> None:
 
 
 def test_users_time_and_joins(found: dict) -> None:
-    assert found["users"] == {"distinct": 4, "rows without a user": 0, "test unseen": 1.0}  # user 4 is never in training
+    assert found["users"] == {
+        "distinct": 4,
+        "rows without a user": 0,
+        "test unseen": 1.0,
+    }  # user 4 is never in training
     assert found["time"]["from"] == "1970-01-01T00:00:00+00:00"
     assert found["time"]["to"] == "1970-01-01T00:01:20+00:00"
     assert "seconds since 1970" in found["time"]["unit"]
@@ -159,7 +163,14 @@ def test_history_lengths(tmp_path, monkeypatch) -> None:
     )
     seen = describe(data, tables=TABLES)["histories"]["seen"]
     # users 1: 0 1; 2: 0 1; 3: 0 1; 4: 0 1 2
-    assert seen == {"mean": 6 / 9, "median": 1.0, "p95": pytest.approx(1.6), "max": 2, "empty": 4 / 9, "longest kept": 2}
+    assert seen == {
+        "mean": 6 / 9,
+        "median": 1.0,
+        "p95": pytest.approx(1.6),
+        "max": 2,
+        "empty": 4 / 9,
+        "longest kept": 2,
+    }
 
 
 def test_refused_data_become_warnings() -> None:
@@ -167,13 +178,13 @@ def test_refused_data_become_warnings() -> None:
     data = replace(
         DATA,
         keep="nothing > 3",
-        joins=(Join("twice", on="item"), Join("items", on="maker")),
+        joins=(Join("twice", on="item"), Join("makers", on="maker")),
         features=(Feature("item"), Feature("absent"), Feature("site", kind="number"), Feature("tags", kind="id")),
     )
-    found = describe(data, tables={"rows": rows, "items": ITEMS, "twice": pl.concat([ITEMS, ITEMS])})
+    found = describe(data, tables={"rows": rows, "makers": ITEMS[:1], "twice": pl.concat([ITEMS, ITEMS])})
     assert warned(found, "data.keep", "`nothing`")
     assert warned(found, "Join of `twice`", "4 rows, 2 keys")
-    assert warned(found, "Join of `items`", "no column `maker`")
+    assert warned(found, "Join of `makers`", "no column `maker`")
     assert warned(found, "there is no column `absent`")
     assert warned(found, "kind `number` needs numbers")
     assert warned(found, "`tags` holds lists")

@@ -46,7 +46,9 @@ def make(seed: int) -> dict[str, pl.DataFrame]:
     span = draw.choice([3, 20, 10**5, 10**9])
 
     def lists(n: int) -> list[list | None]:
-        return [None if draw.random() < 0.1 else [draw.choice(items) for _ in range(draw.randrange(4))] for _ in range(n)]
+        return [
+            None if draw.random() < 0.1 else [draw.choice(items) for _ in range(draw.randrange(4))] for _ in range(n)
+        ]
 
     n = 30
     log = pl.DataFrame({
@@ -81,7 +83,14 @@ def events_of(tables: dict[str, pl.DataFrame]) -> list[list[dict]]:
         for item, mark in zip(r["items"] or [], r["marks"] or [], strict=True)
     ]
     rows = [
-        {"user": r["user"], "time": r["time"], "item": r["item"], "click": r["click"], "kind": "row", "split": r["split"]}
+        {
+            "user": r["user"],
+            "time": r["time"],
+            "item": r["item"],
+            "click": r["click"],
+            "kind": "row",
+            "split": r["split"],
+        }
         for r in tables["log"].to_dicts()
         if r["shown"] == 1
     ]
@@ -204,7 +213,7 @@ def test_gap_codes():
         ({"more": lambda t: t.drop("at")}, ["more", "no column `at`", "items"]),
         ({"more": lambda t: t.with_columns(at=pl.col("at").cast(pl.Datetime("us")))}, ["more", "different units"]),
         ({"more": lambda t: t.with_columns(at=pl.col("at").cast(pl.Float64))}, ["more", "integer", "Float64"]),
-        ({"old": lambda t: t.with_columns(marks=pl.lit([1, 0, 1]))}, ["log", "list"]),
+        ({"old": lambda t: t.with_columns(marks=pl.lit([1, 0, 1]))}, ["data.events `old`", "element counts"]),
         ({"old": lambda t: t.drop("items")}, ["old", "no column `items`", "marks"]),
         ({"more": lambda t: t.with_columns(items=pl.lit([1]))}, ["`item`", "String", "Int64"]),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import make_log, make_run
+from toylog import make_log, make_run
 from typer.testing import CliRunner, Result
 
 from unbraid import config, recipes, store

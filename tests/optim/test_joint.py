@@ -143,6 +143,22 @@ def test_weights_by_objective_then_task_then_one() -> None:
     assert update.total({"like": torch.tensor(1.0)}) is None
 
 
+@pytest.mark.parametrize("decay", ["catch_up", "touched"])
+def test_the_forward_pass_sees_a_lazy_table_as_if_it_were_dense(decay: Any) -> None:
+    """Without gradients but with decay: equal with `catch_up`, and not with `touched`."""
+    config = Joint(table_lr=0.5, table_weight_decay=0.2, decay=decay, learning_rate="linear")
+    lazy, dense = Small(lazy=True), Small(lazy=False)
+    updates = [build(config, lazy, steps=30), build(config, dense, steps=30)]
+    equal = True
+    for ids in batches(20):
+        outputs = [lazy(ids), dense(ids)]
+        for mine, theirs in zip(*(output.lookups for output in outputs), strict=True):
+            equal = equal and torch.allclose(mine.vectors, theirs.vectors, **EXACT)
+        for update, output in zip(updates, outputs, strict=True):
+            update({task: 0 * loss for task, loss in losses_of(output).items()}, output)
+    assert equal == (decay == "catch_up")
+
+
 # -------------------------------------------------------------------------------------------------------- what is still
 @pytest.mark.parametrize("how", ["absent", "weight 0"])
 @pytest.mark.parametrize("decay", ["catch_up", "touched"])

@@ -212,7 +212,7 @@ class _Look:
             time, per_second = to_time(column, dtype, self.data.time_unit, f"Column `{source}`")
             stats = self.plan.select(time.min().alias("a"), time.max().alias("b"), time.is_null().sum().alias("n"))
             first, last, missing = stats.collect(engine="streaming").row(0)
-            unit = f"integers, {UNITS[self.data.time_unit]}" if dtype.is_integer() else "dates" if dtype == pl.Date else "date-times, in UTC"
+            unit = f"integers, {UNITS[self.data.time_unit]}" if dtype.is_integer() else "dates or date-times, in UTC"
             moments = [_iso(t, per_second) for t in (first, last)]
             return {
                 "column": source,

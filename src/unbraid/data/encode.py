@@ -24,10 +24,24 @@ from unbraid.data import vocabulary
 from unbraid.data.events import write_events
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import (
-    SPLIT, SPLITS, Data, DataError, Tables, _dtype, add_joins, check_joins, event_plans, expression, files_of,
-    instant, rows_plan, to_time,
+    SPLIT,
+    SPLITS,
+    Data,
+    DataError,
+    Tables,
+    _dtype,
+    add_joins,
+    check_joins,
+    event_plans,
+    expression,
+    files_of,
+    instant,
+    reading,
+    rows_plan,
+    to_time,
+    users_of_events,
 )  # fmt: skip
-from unbraid.data.vocabulary import Vocabulary, canonical
+from unbraid.data.vocabulary import Vocabulary, canonical, canonical_type
 from unbraid.store import atomic_folder
 from unbraid.types import GAP, Feature, Schema
 
@@ -45,8 +59,8 @@ def cache_folder(data: Data) -> Path:
     """Where encoded data lie: ``data.cache``, else $UNBRAID_CACHE, else the user's cache folder."""
     if data.cache:
         return Path(data.cache)
-    home = os.environ.get("UNBRAID_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "unbraid"
-    return Path(home)
+    users = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return Path(os.environ.get("UNBRAID_CACHE") or users / "unbraid")
 
 
 def fingerprint(
@@ -91,28 +105,18 @@ def encode(
     if (final / "columns.json").exists():
         return final
     try:
-        with reading(data), atomic_folder(final) as folder:
+        with reading(f"The rows `{data.rows}`"), atomic_folder(final) as folder:
             check_joins(data, base, tables)
             state = fitted or fit(data, base, tables, grow, progress)
             write(data, base, tables, state, folder, teach=fitted is None, progress=progress)
     except OSError as error:
         if (final / "columns.json").exists():  # another process was faster
             return final
-        there = next(f for f in final.absolute().parents if f.is_dir())
-        raise OSError(
-            error.errno, f"Cannot write the encoded table {final}: {error.strerror or error}. {shutil.disk_usage(there).free:,} "
-            "bytes are free there. Free some, or set `data.cache` or $UNBRAID_CACHE to another disk."
-        ) from error  # fmt: skip
+        free = shutil.disk_usage(next(f for f in final.absolute().parents if f.is_dir())).free
+        why = f"Cannot write the encoded table {final}: {error.strerror or error}. {free:,} bytes are free there"
+        cure = "Free some, or set `data.cache` or $UNBRAID_CACHE to another disk."
+        raise OSError(error.errno, f"{why}. {cure}") from error
     return final
-
-
-@contextlib.contextmanager
-def reading(data: Data) -> Iterator[None]:
-    """Polars' own errors (a value that is not of its column's type, files whose columns differ) as `DataError`."""
-    try:
-        yield
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"The data of `{data.rows}` cannot be read as declared: {error}") from error
 
 
 def encode_query(
@@ -123,12 +127,12 @@ def encode_query(
 
     Histories come from the declared event sources; the query's own rows are no events.
     """
-    with reading(data):
+    with reading("The rows to predict"):
         check_joins(data, base, tables)
         write(data, base, tables, fitted, folder, query=query, progress=progress)
 
 
-# ---------------------------------------------------------------------------------------------------------- fit (pass 1)
+# --------------------------------------------------------------------------------------------------------- fit (pass 1)
 def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, progress: Progress) -> Fitted:
     """Vocabularies, scales, domains and classes of the training split."""
     plan = rows_plan(data, base, tables)
@@ -154,7 +158,9 @@ def _check_split(data: Data, plan: pl.LazyFrame) -> None:
     counts = dict(plan.group_by(SPLIT).len().collect().rows())
     if None in counts:
         what = {"column": data.split.column, "time": data.time, "user": data.user}[data.split.kind]
-        raise DataError(f"{counts[None]:,} rows belong to no split: check `{what}` for nulls or other words than {SPLITS}.")
+        raise DataError(
+            f"{counts[None]:,} rows belong to no split: check `{what}` for nulls or other words than {SPLITS}."
+        )
     empty = [name for code, name in enumerate(SPLITS) if not counts.get(code)]
     if empty:
         have = ", ".join(f"{name} {counts.get(code, 0):,}" for code, name in enumerate(SPLITS))
@@ -168,7 +174,7 @@ def _fit_vocabularies(
     need: dict[str, tuple[int, int]] = {}
 
     def want(name: str, rows: pl.LazyFrame, expr: pl.Expr, dtype: Any, min_count: int, buckets: int) -> None:
-        values = rows.with_columns(expr.alias("value")).select("value")  # not select alone: a constant counts once a row
+        values = rows.with_columns(expr.alias("value")).select("value")  # with_columns: a constant counts once a row
         if isinstance(dtype, pl.List):
             values, dtype = values.explode("value", empty_as_null=False, keep_nulls=False), dtype.inner
         frame = values.select(canonical(pl.col("value"), dtype)).drop_nulls().group_by("value").len("count")
@@ -180,19 +186,19 @@ def _fit_vocabularies(
         if feature.kind in ("id", "bag"):
             want(feature.vocab, train, *_ids(feature, schema), feature.min_count, feature.buckets)
     if data.domain:
-        dtype = _dtype(data.domain, schema)
-        want("domain ", train, expression(data.domain, schema, "data.domain"), dtype, 1, 0)
+        want("domain ", train, expression(data.domain, schema, "data.domain"), _dtype(data.domain, schema), 1, 0)
     for source, plan in event_plans(data, base, tables):
-        plan = training_events(data, source.table, source.time, plan, train)
-        joined = add_joins(plan.drop(SPLIT, strict=False), data, base, tables)
-        have = joined.collect_schema()
-        read = {f: event_values(source.columns[f.name], have, source.table) for f in data.fields if f.name in source.columns}
-        events = joined.with_columns(expr.alias(f.name) for f, (expr, _) in read.items()).select(f.name for f in read)
-        lists = [f.name for f, (_, dtype) in read.items() if isinstance(dtype, pl.List)]
-        events = events.explode(lists, empty_as_null=False, keep_nulls=False) if lists else events
-        kinds = events.collect_schema()
-        for f in read:
-            want(f.vocab, events, pl.col(f.name), kinds[f.name], f.min_count, f.buckets)
+        with reading(f"data.events `{source.table}`"):
+            plan = training_events(data, source.table, source.time, plan, train)
+            joined = add_joins(plan.drop(SPLIT, strict=False), data, base, tables)
+            have = joined.collect_schema()
+            fields = [f for f in data.fields if f.name in source.columns]
+            read = {f.name: event_values(source.columns[f.name], have, source.table) for f in fields}
+            events = joined.with_columns(expr.alias(name) for name, (expr, _) in read.items()).select(*read)
+            if lists := [name for name, (_, dtype) in read.items() if isinstance(dtype, pl.List)]:
+                events = events.explode(lists, empty_as_null=False, keep_nulls=False)
+            for f in fields:
+                want(f.vocab, events, pl.col(f.name), events.collect_schema()[f.name], f.min_count, f.buckets)
     for field in data.fields:
         if field.vocab not in counts:
             raise DataError(f"Event field `{field.name}` is in no `[[data.events]]` columns.")
@@ -202,7 +208,9 @@ def _fit_vocabularies(
         kinds = [f.schema["value"] for f in frames if len(f)] + ([old.values.dtype] if old and len(old.values) else [])
         if len(set(kinds)) > 1:
             found = ", ".join(sorted({str(kind) for kind in kinds}))
-            raise DataError(f"Vocabulary `{name}` is read from columns (or an earlier model) of different types: {found}.")
+            raise DataError(
+                f"Vocabulary `{name}` is read from columns (or an earlier model) of different types: {found}."
+            )
         for frame in frames:
             if frame.schema["value"] == pl.Float64 and frame["value"].is_nan().any():
                 raise DataError(f"Vocabulary `{name}`: its columns hold NaN. Write nulls for missing ids.")
@@ -212,18 +220,21 @@ def _fit_vocabularies(
 
 
 def training_events(data: Data, table: str, time: str, plan: pl.LazyFrame, train: pl.LazyFrame) -> pl.LazyFrame:
-    """The events that vocabularies may be fitted on: of training rows, before the training split ends, or of its users."""
+    """The events that vocabularies are fitted on: of training rows, before the training split ends, or of its users."""
     have, rows = plan.collect_schema(), train.collect_schema()
     if table == "rows":
         return plan.filter(pl.col(SPLIT) == 0)
     if data.split.kind == "time" and time != "none":
         expr, per_second = to_time(
-            expression(time or data.time, have, f"data.events `{table}`"), _dtype(time or data.time, have), data.time_unit,
+            expression(time or data.time, have, f"data.events `{table}`"), _dtype(time or data.time, have),
+            data.time_unit,
             f"Time of `{table}`",
         )  # fmt: skip
         return plan.filter(expr < instant(data.split.valid_from, per_second))
-    sides = [canonical(expression(data.user, s, f"data.events `{table}`"), _dtype(data.user, s)) for s in (have, rows)]
-    return plan.join(train.select(sides[1].alias("user ")).unique(), left_on=sides[0], right_on="user ", how="semi")
+    kind = canonical_type(_dtype(data.user, rows))
+    user = users_of_events(data, have, kind, f"data.events `{table}`")
+    users = train.select(expression(data.user, rows, "data.user").cast(kind).alias(SPLIT)).unique()
+    return plan.join(users, left_on=user, right_on=SPLIT, how="semi")
 
 
 def id_values(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
@@ -238,7 +249,9 @@ def _ids(feature: Feature, schema: Mapping[str, Any]) -> tuple[pl.Expr, Any]:
     if feature.kind == "bag":
         return bag_lists(feature, expr, dtype)
     if isinstance(dtype, pl.List | pl.Array):
-        raise DataError(f"Feature `{feature.name}`: `{feature.source}` holds lists. Use kind `bag`, or `vector` for numbers.")
+        raise DataError(
+            f"Feature `{feature.name}`: `{feature.source}` holds lists. Use kind `bag`, or `vector` for numbers."
+        )
     return expr, dtype
 
 
@@ -263,10 +276,10 @@ def _as_lists(expr: pl.Expr, dtype: Any) -> tuple[pl.Expr, Any]:
 
 def number_expression(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
     """A number after its transform, null where missing."""
-    dtype = _dtype(feature.source, schema)
+    expr, dtype = expression(feature.source, schema, f"Feature `{feature.name}`"), _dtype(feature.source, schema)
     if not (dtype.is_numeric() or dtype in (pl.Boolean, pl.Null)):
         raise DataError(f"Feature `{feature.name}`: kind `number` needs numbers. Found {dtype} in `{feature.source}`.")
-    expr = expression(feature.source, schema, f"Feature `{feature.name}`").cast(pl.Float64)
+    expr = expr.cast(pl.Float64)
     if feature.nan == "missing":
         expr = expr.fill_nan(None)
     return expr.sign() * expr.abs().log1p() if feature.transform == "log1p" else expr
@@ -293,10 +306,12 @@ def _refuse_bad_numbers(feature: Feature, bad: int | None) -> None:
 
 
 def _fit_width(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]) -> int:
-    dtype = _dtype(feature.source, schema)
+    expr, dtype = expression(feature.source, schema, f"Feature `{feature.name}`"), _dtype(feature.source, schema)
     if not isinstance(dtype, pl.List | pl.Array):
-        raise DataError(f"Feature `{feature.name}`: a vector needs lists of numbers. Found {dtype} in `{feature.source}`.")
-    expr = expression(feature.source, schema, f"Feature `{feature.name}`").cast(pl.List(pl.Float32))
+        raise DataError(
+            f"Feature `{feature.name}`: a vector needs lists of numbers. Found {dtype} in `{feature.source}`."
+        )
+    expr = expr.cast(pl.List(pl.Float32))
     widths = train.select(expr.drop_nulls().list.len().unique().alias("n")).collect()["n"].to_list()
     if len(widths) != 1:
         raise DataError(f"Feature `{feature.name}`: vectors should have one length. Found {sorted(widths)}.")
@@ -311,7 +326,7 @@ def _fit_classes(source: str, name: str, train: pl.LazyFrame, schema: Mapping[st
     return tuple(values)
 
 
-# -------------------------------------------------------------------------------------------------------- write (pass 2)
+# ------------------------------------------------------------------------------------------------------- write (pass 2)
 class Columns:
     """Binary columns of one folder, appended chunk by chunk and described in ``columns.json`` at the end."""
 
@@ -365,7 +380,7 @@ def write(
         raise DataError("There are no rows" + (" to predict." if query is not None else f" in `{data.rows}`."))
     per_second, checks = 1.0, LabelChecks(data, fitted.schema)
     exprs = row_expressions(data, schema, labels)
-    if data.time:
+    if "time" in exprs:
         _, per_second = to_time(pl.lit(0), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`")
     done = 0
     with contextlib.closing(Columns(folder)) as columns:
@@ -376,7 +391,7 @@ def write(
         if teach:
             checks.finish()
         if data.histories:
-            users = _canonical_type(_dtype(data.user, schema))
+            users = canonical_type(_dtype(data.user, schema))
             write_events(data, base, tables, fitted, columns, users, per_second, progress)
         columns.describe(rows=done, per_second=per_second)
     fitted.save(folder)
@@ -402,13 +417,16 @@ def row_expressions(data: Data, schema: Mapping[str, Any], labels: bool) -> dict
             exprs[f"feature.{f.name}"] = expression(f.source, schema, f"Feature `{f.name}`").cast(pl.List(pl.Float32))
         else:
             lists, kind = _ids(f, schema)
-            exprs[f"feature.{f.name}"] = lists.cast(pl.List(_canonical_type(kind.inner)))
+            exprs[f"feature.{f.name}"] = lists.cast(pl.List(canonical_type(kind.inner)))
     for role, source in (("domain", data.domain), ("request", data.request), ("user", data.user)):
         if source and (labels or role in needed or _available(source, schema)):
             exprs[role] = canonical(expression(source, schema, f"data.{role}"), _dtype(source, schema))
     if data.time and (labels or "time" in needed or _available(data.time, schema)):
         exprs["time"], _ = to_time(
-            expression(data.time, schema, "data.time"), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`"
+            expression(data.time, schema, "data.time"),
+            _dtype(data.time, schema),
+            data.time_unit,
+            f"Column `{data.time}`",
         )
     if data.weight and (labels or _available(data.weight, schema)):
         exprs["weight"] = expression(data.weight, schema, "data.weight").cast(pl.Float32)
@@ -420,8 +438,8 @@ def row_expressions(data: Data, schema: Mapping[str, Any], labels: bool) -> dict
         if task.kind != "multiclass" and not (kind.is_numeric() or kind in (pl.Boolean, pl.Null)):
             what = "0 or 1 (null where not known)" if task.kind == "binary" else "numbers"
             raise DataError(
-                f"Task `{task.name}`: labels of `{task.source}` should be {what}. Found {kind}. Use kind `multiclass`, or an "
-                "SQL expression."
+                f"Task `{task.name}`: labels of `{task.source}` should be {what}. Found {kind}. Use kind `multiclass`, "
+                "or an SQL expression."
             )
         exprs[f"label.{task.name}"] = canonical(expr, kind) if task.kind == "multiclass" else expr.cast(pl.Float64)
         if isinstance(task.sampling_rate, str):
@@ -430,10 +448,6 @@ def row_expressions(data: Data, schema: Mapping[str, Any], labels: bool) -> dict
     if labels:
         exprs["split"] = pl.col(SPLIT).cast(pl.Int8)
     return exprs
-
-
-def _canonical_type(dtype: Any) -> Any:
-    return pl.Int64 if dtype.is_integer() or dtype == pl.Boolean else pl.Float64 if dtype.is_float() else pl.String
 
 
 def _available(source: str, schema: Mapping[str, Any]) -> bool:
@@ -493,7 +507,9 @@ def codes_of(fitted: Fitted, name: str, values: pl.Series, where: str) -> np.nda
     if values.null_count() == len(values):
         values = values.cast(known.values.dtype)
     if values.dtype != known.values.dtype and len(known.values):
-        raise DataError(f"{where}: its values are {values.dtype}; those of the training split are {known.values.dtype}.")
+        raise DataError(
+            f"{where}: its values are {values.dtype}; those of the training split are {known.values.dtype}."
+        )
     if values.dtype == pl.Float64 and values.is_nan().any():
         raise DataError(f"{where}: {int(values.is_nan().sum()):,} ids are NaN. Write nulls for missing ids.")
     return known.encode(values)
@@ -503,7 +519,9 @@ def _vectors(feature: Feature, column: pl.Series, width: int) -> np.ndarray:
     lengths = column.list.len()
     wrong = int((lengths.drop_nulls() != width).sum())
     if wrong:
-        raise DataError(f"Feature `{feature.name}`: vectors should have length {width}. Found others in {wrong:,} rows.")
+        raise DataError(
+            f"Feature `{feature.name}`: vectors should have length {width}. Found others in {wrong:,} rows."
+        )
     out = np.zeros((len(column), width), dtype=np.float32)  # a null vector is zeros
     flat = column.drop_nulls().explode()
     if flat.null_count() or not np.isfinite(flat.to_numpy()).all():
@@ -524,13 +542,22 @@ class LabelChecks:
         if task.kind == "multiclass":
             classes = self.schema.classes[task.name]
             known = {c: i for i, c in enumerate(classes)}
-            codes = column.cast(pl.String).replace_strict(list(known), list(known.values()), default=-2, return_dtype=pl.Int32)
+            words = column.cast(pl.String)
+            codes = words.replace_strict(list(known), list(known.values()), default=-2, return_dtype=pl.Int32)
             new = column.filter((codes == -2) & column.is_not_null()).unique().to_list()
             if new:
-                raise DataError(f"Task `{task.name}`: label(s) {new[:5]} never occur in the training split, whose classes are {classes}.")  # fmt: skip
-            return pl.select(pl.when(column.is_null()).then(-1).otherwise(codes)).to_series().to_numpy().astype(np.int32)
+                raise DataError(
+                    f"Task `{task.name}`: label(s) {new[:5]} never occur in the training split, whose classes are "
+                    f"{classes}."
+                )
+            return (
+                pl.select(pl.when(column.is_null()).then(-1).otherwise(codes)).to_series().to_numpy().astype(np.int32)
+            )
         if column.is_nan().any():
-            raise DataError(f"Task `{task.name}`: {int(column.is_nan().sum()):,} labels are NaN. Write nulls for labels that are not known.")  # fmt: skip
+            raise DataError(
+                f"Task `{task.name}`: {int(column.is_nan().sum()):,} labels are NaN. Write nulls for labels "
+                "that are not known."
+            )
         if task.kind == "real":
             if column.is_infinite().any():
                 raise DataError(f"Task `{task.name}`: {int(column.is_infinite().sum()):,} labels are infinite.")
@@ -539,7 +566,8 @@ class LabelChecks:
         if len(bad):
             raise DataError(
                 f"Task `{task.name}`: labels of `{task.source}` should be 0 or 1 (null where not known). Found "
-                f"{sorted(set(bad.to_list()))[:5]} in {len(bad):,} rows. Use kind `multiclass` or `real`, or an SQL expression."
+                f"{sorted(set(bad.to_list()))[:5]} in {len(bad):,} rows. Use kind `multiclass` or `real`, or an SQL "
+                "expression."
             )
         return column.fill_null(-1.0).to_numpy().astype(np.int8)
 
@@ -547,7 +575,9 @@ class LabelChecks:
         """A chunk's sampling rates.  Raises DataError outside (0, 1]."""
         bad = column.null_count() + int((~((column > 0) & (column <= 1))).sum())
         if bad:
-            raise DataError(f"Sampling rate of task `{task.name}`: rates should be in (0, 1]. Found others in {bad:,} rows.")
+            raise DataError(
+                f"Sampling rate of task `{task.name}`: rates should be in (0, 1]. Found others in {bad:,} rows."
+            )
         return column.to_numpy()
 
     def count(self, frame: pl.DataFrame) -> None:
@@ -572,4 +602,7 @@ class LabelChecks:
                 raise DataError(f"Task `{task.name}`: no label is observed in the training split.")
             if task.kind == "binary" and len(seen) == 1:
                 value, n = next(iter(seen.items()))
-                raise DataError(f"Task `{task.name}`: all {n:,} observed labels of the training split are {value:g}; both classes are needed.")  # fmt: skip
+                raise DataError(
+                    f"Task `{task.name}`: all {n:,} observed labels of the training split are {value:g}; both "
+                    "classes are needed."
+                )

@@ -1,6 +1,6 @@
-"""The event table: stored once, sorted by user and time; a row's history is a slice that ends strictly before its time.
+"""The event table, stored once by user and time: a row's history is a slice that ends strictly before its time.
 
-On disk, per event: time (int64) and one small integer per field.  Per history with a filter: the positions of its events.
+On disk, per event: time (int64) and one small integer per field.  Per history with a filter: its events' positions.
 Per row and history: where its slice starts and ends.  Memory is O(events + rows), whatever the lengths of histories.
 Events without a time come first for their user, in file order; events of the same instant as a row are not its history.
 """
@@ -26,15 +26,16 @@ NO_TIME = np.iinfo(np.int64).min  # before every row
 
 
 def write_events(
-    data: src.Data, base: Path, tables: src.Tables | None, fitted: Fitted, columns: Columns, users: Any, per_second: float,
-    progress: Progress,
+    data: src.Data, base: Path, tables: src.Tables | None, fitted: Fitted, columns: Columns, users: Any,
+    per_second: float, progress: Progress,
 ) -> None:  # fmt: skip
-    """Encode and sort all events, then cut each row's slices.  The rows must be written; ``users``: type of their ids."""
+    """Encode and sort all events, then cut each row's slices.  The rows must be written; ``users``: their ids' type."""
     progress("encoding events", 0, 0)
     parts: list[dict[str, np.ndarray]] = [_no_events(data, fitted)]
     for source, plan in src.event_plans(data, base, tables, split=False):
         joined = src.add_joins(plan, data, base, tables)
-        parts.extend(_event_chunks(data, source, joined, fitted, users, per_second))
+        with src.reading(f"data.events `{source.table}`"):
+            parts.extend(_event_chunks(data, source, joined, fitted, users, per_second))
     events = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((events["time"], events["user"]))  # stable: ties keep file order
     events = {name: values[order] for name, values in events.items()}
@@ -71,16 +72,14 @@ def _event_chunks(
     from unbraid.data.encode import chunks, event_values
 
     have, where = plan.collect_schema(), f"data.events `{source.table}`"
-    user = canonical(src.expression(data.user, have, where), src._dtype(data.user, have))
-    kind = plan.select(user).collect_schema().dtypes()[0]
-    if kind != users:
-        raise src.DataError(f"{where}: `{data.user}` is {kind} there and {users} in the rows, so that no user would match.")
-    exprs = {"user": user}
+    exprs = {"user": src.users_of_events(data, have, users, where)}
     if source.time != "none":
         time = source.time or data.time
-        exprs["time"], rate = src.to_time(src.expression(time, have, where), src._dtype(time, have), data.time_unit, f"Time of {where}")
+        expr, dtype = src.expression(time, have, where), src._dtype(time, have)
+        exprs["time"], rate = src.to_time(expr, dtype, data.time_unit, f"Time of {where}")
         if rate != per_second:
-            raise src.DataError(f"{where}: its time and `data.time` are in different units ({rate:g} and {per_second:g} per second).")
+            units = f"{rate:g} and {per_second:g} per second"
+            raise src.DataError(f"{where}: its time and `data.time` are in different units ({units}).")
     lists = []
     for name, column in source.columns.items():
         exprs[name], dtype = event_values(column, have, source.table)
@@ -89,7 +88,8 @@ def _event_chunks(
     for frame in chunks(plan.select(**exprs).filter(pl.col("user").is_not_null())):
         frame = frame.explode(lists, empty_as_null=False, keep_nulls=False) if lists else frame
         if source.time != "none" and frame["time"].null_count():
-            raise src.DataError(f"{where}: {frame['time'].null_count():,} events have no time. Filter them, or use time = \"none\".")
+            nulls = frame["time"].null_count()
+            raise src.DataError(f'{where}: {nulls:,} events have no time. Filter them, or use time = "none".')
         if len(frame):
             yield _encode_events(data, source, frame, fitted)
 
@@ -110,7 +110,8 @@ def _encode_events(data: src.Data, source: src.Events, frame: pl.DataFrame, fitt
     for i, history in enumerate(data.histories):
         if history.where:
             keep = src.expression(history.where, full.collect_schema(), f"History `{history.name}`")
-            out[f"where.{i}"] = full.with_columns(keep.fill_null(False).alias(src.SPLIT))[src.SPLIT].cast(pl.Boolean).to_numpy()
+            kept = full.with_columns(keep.fill_null(False).cast(pl.Boolean).alias(src.SPLIT))
+            out[f"where.{i}"] = kept[src.SPLIT].to_numpy()
     return out
 
 
@@ -118,7 +119,9 @@ def _slices(columns: Columns, users: np.ndarray, times: np.ndarray) -> tuple[np.
     """For every row, the first event of its user and the end of those strictly before its time ((n,) int64 each)."""
     row_user, row_time = columns.read("user"), columns.read("time")
     first = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]])[: len(users)])
-    known = np.concatenate([users[first], [0]])  # users differ from 0, which is no user: the last place is everyone else's
+    known = np.concatenate(
+        [users[first], [0]]
+    )  # users differ from 0, which is no user: the last place is everyone else's
     first = np.concatenate([first, [len(users)], [len(users)]])
     place = np.searchsorted(known[:-1], row_user)
     place = np.where(known[place] == row_user, place, len(known) - 1)
@@ -139,7 +142,9 @@ def gap_codes(event_time: np.ndarray, row_time: np.ndarray, per_second: float) -
     return np.where(known, FIRST_VALUE + np.floor(np.log2(seconds + 1.0)).astype(np.int64).clip(0, 31), MISSING)
 
 
-def gather(store: Mapping[str, np.ndarray], name: str, fields: tuple[str, ...], rows: np.ndarray, per_second: float) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def gather(
+    store: Mapping[str, np.ndarray], name: str, fields: tuple[str, ...], rows: np.ndarray, per_second: float
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The packed histories of some rows.
 
     Args:

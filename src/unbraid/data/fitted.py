@@ -27,7 +27,7 @@ class Fitted:
         state = hashlib.sha256(json.dumps(dataclasses.asdict(self.schema), sort_keys=True, default=list).encode())
         for name in sorted(self.vocabularies):
             values = self.vocabularies[name].values
-            state.update(name.encode() + str(self.vocabularies[name].buckets).encode())
+            state.update(name.encode() + f"{self.vocabularies[name].buckets} {values.dtype}".encode())
             state.update(stable_hash(values).tobytes() if len(values) else b"")
         return state.hexdigest()
 
@@ -51,7 +51,8 @@ class Fitted:
             for name, about in document["vocabularies"].items():
                 values = pl.read_parquet(folder / "vocabularies" / about["file"])["value"]
                 if len(values) != about["values"]:
-                    raise DataError(f"Vocabulary `{name}` should hold {about['values']:,} values. Found {len(values):,}.")
+                    should = f"{about['values']:,}"
+                    raise DataError(f"Vocabulary `{name}` should hold {should} values. Found {len(values):,}.")
                 vocabularies[name] = Vocabulary(values, about["buckets"])
             return cls(_schema(document["schema"]), vocabularies)
         except DataError:

@@ -154,7 +154,7 @@ class _Column:
 
 
 def _is_zero_one(values: pl.Series) -> bool:
-    return values.dtype.is_numeric() and bool(values.drop_nulls().is_in([0, 1]).all())
+    return values.dtype.is_numeric() and bool(values.drop_nulls().cast(pl.Float64).is_in([0.0, 1.0]).all())
 
 
 def _words(name: str) -> list[str]:

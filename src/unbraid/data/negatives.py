@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 
@@ -24,7 +26,9 @@ def add_negatives(plan: pl.LazyFrame, negatives: Negatives) -> pl.LazyFrame:
         raise DataError(f"data.negatives: there is no column `{negatives.item}`. Columns: {', '.join(schema)}.")
     counts = plan.filter(pl.col(SPLIT) == 0).group_by(negatives.item).len().drop_nulls().sort(negatives.item).collect()
     if len(counts) < 2:
-        raise DataError(f"data.negatives: `{negatives.item}` has {len(counts)} values in the training split; two are needed.")
+        raise DataError(
+            f"data.negatives: `{negatives.item}` has {len(counts)} values in the training split; two are needed."
+        )
     weight = counts["len"].to_numpy() if negatives.sampling == "popularity" else np.ones(len(counts))
     edges = np.cumsum(weight) / weight.sum()
     items = counts[negatives.item]
@@ -48,7 +52,5 @@ def add_negatives(plan: pl.LazyFrame, negatives: Negatives) -> pl.LazyFrame:
         label = pl.Series((copy == 0).astype(np.int8))
         return out.drop(ROW_KEY).with_columns(item, *(label.alias(name) for name in negatives.labels))
 
-    out_schema = {**schema, **{name: pl.Int8 for name in negatives.labels}}
+    out_schema: dict[str, Any] = {**schema, **{name: pl.Int8 for name in negatives.labels}}
     return plan.with_row_index(ROW_KEY).map_batches(expand, schema=pl.Schema(out_schema), streamable=True)
-
-

@@ -6,29 +6,40 @@ Nothing here looks at more data than a plan's schema: files larger than memory s
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import polars as pl
 
-from unbraid.data.vocabulary import canonical, stable_hash
+from unbraid.data.vocabulary import canonical, canonical_type, stable_hash
 from unbraid.types import FORBID, GAP, Feature, Field, History, Task
 
 SPLITS = ("train", "valid", "test")
 SPLIT, ROW_KEY = "__split", "__row"
 Tables = Mapping[str, pl.DataFrame | pl.LazyFrame]  # tables handed over in memory, by the name that the run uses
 OTHER_ROWS = re.compile(
-    r"\b(?:avg|sum|count|min|max|median|first|last|stddev\w*|stdev\w*|var\w*|quantile\w*|corr|covar\w*)\s*\(|\bover\s*\(", re.I
+    r"\b(?:avg|sum|count|min|max|median|first|last|std\w*|var\w*|quantile\w*|corr|covar\w*|over)\s*\(", re.I
 )  # SQL that reads other rows than its own: of the test split too, and differently in each chunk
 
 
 class DataError(ValueError):
     """The data are not what the run says.  The message names the file, the column, the number of rows and the fix."""
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Polars' own errors (a value that is not of its column's type, files whose columns differ) as `DataError`."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{what} cannot be read as declared: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,8 @@ class Split:
     Args:
         kind: ``time`` (before ``valid_from``, before ``test_from``, the rest), ``column`` (a column that says train,
             valid or test) or ``user`` (whole users by a seeded hash of their id).
-        valid_from, test_from: ISO dates or date-times (UTC unless they carry an offset), or numbers in the column's unit.
+        valid_from, test_from: ISO dates or date-times (UTC unless they carry an offset), or numbers in the column's
+            unit.
         column: for kind ``column``.
         valid, test: shares of users, for kind ``user``; seed: of the hash.
     """
@@ -175,10 +187,14 @@ class Data:
         fields = {f.name for f in self.fields} | {GAP}
         taken = sorted({f.name for f in self.fields} & {"user", "time", GAP}) + sorted({GAP} & set(spaces))
         if taken or len(fields) <= len(self.fields):
-            raise ValueError(f"Event fields should have names of their own, not user, time or gap. Found {[f.name for f in self.fields]}.")
+            found = [f.name for f in self.fields]
+            raise ValueError(f"Event fields should have names of their own, not user, time or gap. Found {found}.")
         for events in self.events:
             if set(events.columns) & {"user", "time"}:
-                raise ValueError(f"Events of `{events.table}`: `columns` should not be called user or time. Found {list(events.columns)}.")
+                found = list(events.columns)
+                raise ValueError(
+                    f"Events of `{events.table}`: columns should not be called user or time. Found {found}."
+                )
         ids: tuple[Feature | Field, ...] = (*self.features, *self.fields)
         least = [(x.name, "min_count", x.min_count, 1) for x in ids] + [(x.name, "buckets", x.buckets, 0) for x in ids]
         for name, option, value, low in [*least, *((h.name, "length", h.length, 1) for h in self.histories)]:
@@ -186,10 +202,14 @@ class Data:
                 raise ValueError(f"`{name}`: `{option}` should be at least {low}. Found {value}.")
         for i, task in enumerate(self.tasks):
             if task.given and task.given not in {t.name for t in self.tasks[:i] if t.kind == "binary"}:
-                raise ValueError(f"Task `{task.name}`: `given` should name a binary task above it. Found `{task.given}`.")
+                raise ValueError(
+                    f"Task `{task.name}`: `given` should name a binary task above it. Found `{task.given}`."
+                )
             rate = task.sampling_rate
             if rate != 1.0 and task.kind != "binary" or not isinstance(rate, str) and not 0 < rate <= 1:
-                raise ValueError(f"Task `{task.name}`: `sampling_rate` should be in (0, 1], of a binary task. Found {rate}.")
+                raise ValueError(
+                    f"Task `{task.name}`: `sampling_rate` should be in (0, 1], of a binary task. Found {rate}."
+                )
             if self.negatives and not task.given and task.source not in self.negatives.labels:
                 raise ValueError(
                     f"Task `{task.name}`: sampled negatives would keep its `{task.source}`. Name it in `labels` of "
@@ -199,7 +219,8 @@ class Data:
             unknown = set(history.fields) - fields
             if unknown or not history.fields:
                 raise ValueError(
-                    f"History `{history.name}`: `fields` should be among {sorted(fields)}. Found {list(history.fields)}."
+                    f"History `{history.name}`: `fields` should be among {sorted(fields)}. Found "
+                    f"{list(history.fields)}."
                 )
         if self.histories and not (self.user and self.time and self.events):
             raise ValueError("Histories need `data.user`, `data.time` and at least one `[[data.events]]`.")
@@ -238,13 +259,15 @@ def scan(folder: str, table: str, base: Path, tables: Tables | None = None) -> p
     kinds = {p.suffix for p in files}
     if len(kinds) > 1 or not kinds <= {".parquet", ".csv"}:
         raise DataError(f"Table `{table}` should be Parquet or CSV files of one kind. Found {sorted(kinds)}.")
+    plan = partial(pl.scan_parquet if kinds == {".parquet"} else pl.scan_csv, glob=False)  # type: ignore[call-arg]
     for path in files:  # a truncated file shows in its footer, before hours of work
         try:
-            (pl.read_parquet_schema if kinds == {".parquet"} else lambda p: pl.scan_csv(p).collect_schema())(path)
+            plan(path).collect_schema()
         except Exception as error:
-            raise DataError(f"{path} cannot be read ({path.stat().st_size:,} bytes): {error}. Write the file again.") from error
-    plan = pl.scan_parquet if kinds == {".parquet"} else pl.scan_csv
-    return plan(files)  # type: ignore[operator]
+            raise DataError(
+                f"{path} cannot be read ({path.stat().st_size:,} bytes): {error}. Write the file again."
+            ) from error
+    return plan(files)
 
 
 def expression(source: str, schema: Mapping[str, Any], where: str) -> pl.Expr:
@@ -254,8 +277,8 @@ def expression(source: str, schema: Mapping[str, Any], where: str) -> pl.Expr:
     if other := OTHER_ROWS.search(source):
         raise DataError(f"{where}: an expression should read its own row alone. Found `{other[0]}` in `{source}`.")
     try:
-        expr = pl.sql_expr(source)
-        missing = sorted(set(expr.meta.root_names()) - set(schema))
+        expr = pl.lit(None) if source.isidentifier() else pl.sql_expr(source)  # a lone name is a column, not SQL's USER
+        missing = [source] if source.isidentifier() else sorted(set(expr.meta.root_names()) - set(schema))
     except Exception as error:
         raise DataError(f"{where}: `{source}` is neither a column nor an SQL expression ({error}).") from error
     if missing:
@@ -278,7 +301,8 @@ def add_joins(plan: pl.LazyFrame, data: Data, base: Path, tables: Tables | None)
             raise DataError(f"Join of `{join.table}`: both sides have {', '.join(clash)}. Rename one side's columns.")
         sides = [p.with_columns(canonical(pl.col(join.on), s[join.on])) for p, s in ((plan, have), (right, columns))]
         if sides[0].collect_schema()[join.on] != sides[1].collect_schema()[join.on]:
-            raise DataError(f"Join of `{join.table}`: `{join.on}` is {have[join.on]} in the rows and {columns[join.on]} there.")
+            kinds = f"{have[join.on]} in the rows and {columns[join.on]} there"
+            raise DataError(f"Join of `{join.table}`: `{join.on}` is {kinds}.")
         plan = sides[0].join(sides[1], on=join.on, how="left", maintain_order="left")
     return plan
 
@@ -291,7 +315,9 @@ def check_joins(data: Data, base: Path, tables: Tables | None) -> None:
             raise DataError(f"Join of `{join.table}`: there is no column `{join.on}`.")
         rows, keys = plan.select(pl.len(), pl.col(join.on).n_unique().alias("keys")).collect().row(0)
         if rows != keys:
-            raise DataError(f"Join of `{join.table}`: `{join.on}` should be unique. Found {rows:,} rows, {keys:,} keys.")
+            raise DataError(
+                f"Join of `{join.table}`: `{join.on}` should be unique. Found {rows:,} rows, {keys:,} keys."
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- the rows
@@ -323,7 +349,10 @@ def split_expression(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
     split = data.split
     if split.kind == "time":
         time, per_second = to_time(
-            expression(data.time, schema, "data.time"), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`"
+            expression(data.time, schema, "data.time"),
+            _dtype(data.time, schema),
+            data.time_unit,
+            f"Column `{data.time}`",
         )
         first, second = instant(split.valid_from, per_second), instant(split.test_from, per_second)
         if first >= second:
@@ -343,6 +372,14 @@ def stable_uniform(values: pl.Series, seed: int) -> pl.Series:
     return pl.select(pl.when(values.is_not_null()).then(draw)).to_series()
 
 
+def users_of_events(data: Data, have: Mapping[str, Any], users: Any, where: str) -> pl.Expr:
+    """The users of an event table.  Raises DataError when their type is not that of the rows (``users``)."""
+    user, kind = expression(data.user, have, where), canonical_type(_dtype(data.user, have))
+    if kind != users:
+        raise DataError(f"{where}: `{data.user}` is {kind} there and {users} in the rows, so that no user would match.")
+    return user.cast(kind)
+
+
 def _dtype(source: str, schema: Mapping[str, Any]) -> Any:
     if source in schema:
         return schema[source]
@@ -358,7 +395,7 @@ def kept_rows(data: Data, base: Path, tables: Tables | None) -> pl.LazyFrame:
 
 
 def rows_plan(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame | None = None) -> pl.LazyFrame:
-    """The rows with their joined columns: kept rows with their split and sampled negatives, or those of a query as is."""
+    """The rows with their joined columns: kept rows with split and sampled negatives, or those of a query as is."""
     if query is not None:
         return add_joins(query, data, base, tables)
     plan = kept_rows(data, base, tables)
@@ -370,9 +407,7 @@ def rows_plan(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame
     return add_joins(plan, data, base, tables)
 
 
-def event_plans(
-    data: Data, base: Path, tables: Tables | None, split: bool = True
-) -> list[tuple[Events, pl.LazyFrame]]:
+def event_plans(data: Data, base: Path, tables: Tables | None, split: bool = True) -> list[tuple[Events, pl.LazyFrame]]:
     """For each event source, its filtered table (with the split, on request, where the rows are the events)."""
     plans = []
     for source in data.events:

@@ -1,4 +1,4 @@
-"""The encoded table: memory-mapped columns, batches by vectorised gathers, in an order that any step can be resumed in."""
+"""The encoded table: memory-mapped columns, batches by vectorised gathers, in an order that can be resumed anywhere."""
 
 from __future__ import annotations
 
@@ -44,8 +44,12 @@ class Encoded:
     def _open(self, name: str, about: dict) -> np.ndarray:
         path, shape = self.folder / about["file"], tuple(about["shape"])
         need = int(np.prod(shape)) * np.dtype(about["dtype"]).itemsize
-        if path.stat().st_size != need:
-            raise DataError(f"{path} (column `{name}`) should have {need:,} bytes. Found {path.stat().st_size:,}. Delete {self.folder}; it is made again.")  # fmt: skip
+        found = path.stat().st_size if path.exists() else 0
+        if found != need or not path.exists():
+            raise DataError(
+                f"{path} (column `{name}`) should have {need:,} bytes. Found {found:,}. Delete {self.folder}; "
+                "it is made again."
+            )
         if not need:
             return np.zeros(shape, dtype=about["dtype"])
         return np.memmap(path, dtype=about["dtype"], mode="r", shape=shape)
@@ -62,7 +66,9 @@ class Encoded:
         columns, n = self.columns, len(rows)
         labels, observed = self.labels(rows)
         domain = columns["domain"][rows].astype(np.int64) if "domain" in columns else np.full(n, 2)
-        meta = {name: _tensor(columns[name][rows]) for name in ("user", "time", "request") if name in columns}
+        meta: dict[str, Tensor] = {
+            name: _tensor(columns[name][rows]) for name in ("user", "time", "request") if name in columns
+        }
         for task in self.schema.tasks:
             if f"rate.{task.name}" in columns:
                 meta[f"sampling_rate.{task.name}"] = _tensor(columns[f"rate.{task.name}"][rows])
@@ -92,7 +98,9 @@ class Encoded:
                 mean, std = self.schema.numbers[f.name]
                 value = (column[rows] - np.float32(mean)) / np.float32(std)
                 missing = np.isnan(value)
-                out[f.name] = _tensor(np.stack([np.where(missing, np.float32(0), value), missing.astype(np.float32)], 1))
+                out[f.name] = _tensor(
+                    np.stack([np.where(missing, np.float32(0), value), missing.astype(np.float32)], 1)
+                )
             else:
                 starts, stops = self.offsets[f.name][rows], self.offsets[f.name][rows + 1]
                 offsets = np.concatenate([[0], np.cumsum(stops - starts)])
@@ -108,7 +116,9 @@ class Encoded:
         labels, observed = {}, {}
         for task in self.schema.tasks:
             if f"label.{task.name}" not in self.columns:  # rows to predict
-                labels[task.name] = torch.zeros(len(rows), dtype=torch.int64 if task.kind == "multiclass" else torch.float32)
+                labels[task.name] = torch.zeros(
+                    len(rows), dtype=torch.int64 if task.kind == "multiclass" else torch.float32
+                )
                 observed[task.name] = torch.zeros(len(rows), dtype=torch.bool)
                 continue
             stored = self.columns[f"label.{task.name}"][rows]

@@ -15,9 +15,12 @@ from unbraid.types import FIRST_VALUE, MISSING, UNKNOWN
 
 def canonical(expr: pl.Expr, dtype: Any) -> pl.Expr:
     """Ids in one of three types: Int64, Float64 or String, so that readers of one vocabulary agree."""
-    if dtype.is_integer() or dtype == pl.Boolean:
-        return expr.cast(pl.Int64)
-    return expr.cast(pl.Float64) if dtype.is_float() else expr.cast(pl.String)
+    return expr.cast(canonical_type(dtype))
+
+
+def canonical_type(dtype: Any) -> Any:
+    """The type that `canonical` gives."""
+    return pl.Int64 if dtype.is_integer() or dtype == pl.Boolean else pl.Float64 if dtype.is_float() else pl.String
 
 
 def stable_hash(values: pl.Series, seed: int = 0) -> np.ndarray:
@@ -83,7 +86,8 @@ class Vocabulary:
     def _known(self, column: pl.Series) -> np.ndarray:
         if column.dtype == pl.Int64 and len(self.values):
             known, asked = self.values.to_numpy(), column.fill_null(0).to_numpy()
-            order = np.argsort(asked) if len(known) > 2**16 else slice(None)  # in order, the search stays in the processor's cache
+            # in order, the search of a large vocabulary stays in the processor's cache
+            order = np.argsort(asked) if len(known) > 2**16 else slice(None)
             place = np.empty(len(asked), dtype=np.int64)
             place[order] = np.searchsorted(known, asked[order]).clip(max=len(known) - 1)
             return np.where(known[place] == asked, place + FIRST_VALUE, UNKNOWN)

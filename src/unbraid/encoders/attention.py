@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class TargetAttention:
     """Softmax of scaled products between the row's item and each event."""
 
     __pydantic_config__: ClassVar[dict] = FORBID
-    kind: Literal["target_attention"] = "target_attention"
+    kind: Literal["target_attention"] = field(default="target_attention", kw_only=True)
 
     def build(self, widths: Mapping[str, int], targets: Mapping[str, int]) -> TargetAttentionHistory:
         """widths: event field -> D; targets: the event fields that the row has, too.  Raises ValueError without any."""

@@ -6,7 +6,7 @@ Mean pooling never forms the (N, D) event vectors: one embedding bag per event f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Mean:
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
-    kind: Literal["mean"] = "mean"
+    kind: Literal["mean"] = field(default="mean", kw_only=True)
     count: bool = True
 
     def build(self, widths: Mapping[str, int], targets: Mapping[str, int]) -> MeanHistory:

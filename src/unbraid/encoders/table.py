@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Table(nn.Module):
         """(U, D) the given distinct rows, differentiable."""
         if not self.lazy:
             return nn.functional.embedding(ids, self.weight)
-        if self.before_read is not None and self.training:
+        if self.before_read is not None and self.training:  # an evaluation changes nothing; settle() comes before it
             self.before_read(ids)
         return self.weight.detach().index_select(0, ids).requires_grad_(self.weight.requires_grad)
 
@@ -73,6 +73,7 @@ class Views:
         width: D of every table; widths: D of each view, only for ``several``.
         std: standard deviation of the tables' normal initialiser.
         lazy_rows: tables with at least this many rows are updated lazily, smaller ones densely (0: all lazy, -1: none).
+            Measured: equally fast near 30,000 rows, lazy 1.5 times faster at 100,000, 10 times at 1M.
         unknown_rate: while training, this share of ids is read as *unknown*, so that row 0 learns what a new id is like.
     """
 
@@ -81,7 +82,7 @@ class Views:
     width: int = 16
     widths: tuple[int, ...] = ()
     std: float = 1e-2
-    lazy_rows: int = 100_000
+    lazy_rows: int = 50_000
     unknown_rate: float = 0.0
 
     def __post_init__(self) -> None:
@@ -149,7 +150,7 @@ class Tables(nn.Module):
             for view in self.widths:
                 for role in self.roles:
                     name = self.key(view, vocabulary, role)
-                    table = self.tables[name]
+                    table = cast(Table, self.tables[name])
                     vectors = table.read(unique) if learn else table.weight
                     if learn:
                         lookups.append(Lookup(name, unique, vectors))

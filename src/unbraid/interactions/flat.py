@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,7 +36,7 @@ class Flat:
     """Concatenation of all fields, without parameters."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
-    kind: Literal["flat"] = "flat"
+    kind: Literal["flat"] = field(default="flat", kw_only=True)
 
     def build(self, widths: Mapping[str, int]) -> FlatModule:
         """The module for fields of the given widths.  Raises ValueError if there is none."""

@@ -12,7 +12,7 @@ labels at ``logit - log r``: the shift is in the loss and nowhere else, and the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -54,16 +54,16 @@ class Supervised:
     """Supervised loss of all tasks.  It is data: `bind` makes the term.
 
     Args:
-        by: which objectives there are.  ``task``: one per task.  ``domain``: one per domain, the *sum over tasks* of
-            the task's mean within that domain, so that each task counts the same there however many labels it has.
+        by: which objectives there are.  ``task``: one per task.  ``domain``: one per domain, the *weighted sum over
+            tasks* of the task's mean within that domain, so that a task counts there however many labels it has.
             ``task@domain``: one per pair, named ``TASK@DOMAIN``.
 
-    Tasks' weights are not applied here; what turns several objectives into one step does that.
+    Tasks' weights are applied here only where objectives are domains; else what makes one step of several losses does.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
     needs: ClassVar[tuple[str, ...]] = ()
-    kind: Literal["supervised"] = "supervised"
+    kind: Literal["supervised"] = field(default="supervised", kw_only=True)
     by: Literal["task", "domain", "task@domain"] = "task"
 
     def bind(self, schema: Schema) -> Bound:
@@ -94,6 +94,8 @@ class Bound:
                 continue
             for code, mean in domain_means(loss, weights, batch.domain[rows], len(self.schema.domains)):
                 name = self.schema.domains[code]
+                if self.by == "domain":
+                    mean = mean * task.weight  # the update knows only the sum
                 key = name if self.by == "domain" else f"{task.name}@{name}"
                 losses[key] = losses[key] + mean if key in losses else mean
         return losses

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -57,7 +57,7 @@ class Joint:
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
-    kind: Literal["joint"] = "joint"
+    kind: Literal["joint"] = field(default="joint", kw_only=True)
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -15,7 +15,7 @@ class OneStage:
     """Train once."""
 
     __pydantic_config__: ClassVar[dict] = FORBID
-    kind: Literal["one_stage"] = "one_stage"
+    kind: Literal["one_stage"] = field(default="one_stage", kw_only=True)
 
     def __call__(self, session: Session, model: nn.Module, steps: int) -> nn.Module:
         """Train for ``steps`` and return the model."""

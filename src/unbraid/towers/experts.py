@@ -15,7 +15,7 @@ several layers, with ReLU after every one, the last included.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -59,6 +59,7 @@ class MMoETower(nn.Module):
 
     Attributes:
         widths: task -> H.
+        gives: names of its extras.
     """
 
     def __init__(self, config: MMoE, tasks: Sequence[str], width: int) -> None:
@@ -72,6 +73,7 @@ class MMoETower(nn.Module):
         )
         self.towers = task_towers(tasks, mixed, config.tower, config.dropout)
         self.widths = dict.fromkeys(tasks, mlp_width(mixed, config.tower))
+        self.gives = tuple(f"mmoe.gate.{task}" for task in tasks)
 
     def forward(self, hidden: Sequence[Tensor]) -> TowerOutput:
         """One (B, width) view becomes task -> (B, H).
@@ -97,7 +99,7 @@ class MMoE:
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
-    kind: Literal["mmoe"] = "mmoe"
+    kind: Literal["mmoe"] = field(default="mmoe", kw_only=True)
     experts: int = 8
     expert: tuple[int, ...] = (128, 64)
     gate: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ are the model's, not the tower's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class SharedBottom:
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
-    kind: Literal["shared_bottom"] = "shared_bottom"
+    kind: Literal["shared_bottom"] = field(default="shared_bottom", kw_only=True)
     bottom: tuple[int, ...] = (128, 64)
     tower: tuple[int, ...] = (64,)
     dropout: float = 0.0

@@ -31,7 +31,7 @@ How this differs from the official code:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -122,6 +122,7 @@ class STEMTower(nn.Module):
 
     Attributes:
         widths: task -> H.
+        gives: names of its extras.
     """
 
     def __init__(self, config: STEM, tasks: Sequence[str], width: int, own: bool) -> None:
@@ -132,6 +133,7 @@ class STEMTower(nn.Module):
         )
         self.towers = task_towers(tasks, mixed, config.tower, config.dropout)
         self.widths = dict.fromkeys(tasks, mlp_width(mixed, config.tower))
+        self.gives = tuple(f"stem.gate.{task}" for task in tasks)
 
     def forward(self, hidden: Sequence[Tensor]) -> TowerOutput:
         """One (B, width) per view, the shared one last, becomes task -> (B, H).
@@ -161,7 +163,7 @@ class STEM:
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
-    kind: Literal["stem"] = "stem"
+    kind: Literal["stem"] = field(default="stem", kw_only=True)
     layers: int = 1
     shared_experts: int = 2
     task_experts: int = 1
