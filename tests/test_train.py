@@ -26,7 +26,10 @@ from unbraid.train import Local, Training, Watcher, selected
 from unbraid.types import Task
 
 TABLES = {"log": make_log()}
-DROPOUT = ModelChoice(tower=STEM(expert=(16,), tower=(8,), dropout=0.3), tables=Views(kind="per_task", width=4, lazy_rows=0, unknown_rate=0.1))
+DROPOUT = ModelChoice(
+    tower=STEM(expert=(16,), tower=(8,), dropout=0.3),
+    tables=Views(kind="per_task", width=4, lazy_rows=0, unknown_rate=0.1),
+)
 
 
 def weights(result: Any) -> dict[str, torch.Tensor]:
@@ -60,8 +63,12 @@ def test_fixed_seeds_give_identical_runs_and_other_seeds_do_not() -> None:
 @pytest.mark.parametrize("decay", ["touched", "catch_up"])
 @pytest.mark.parametrize("every", [3, 5])
 def test_a_resumed_run_is_bit_equal(tmp_path: Path, every: int, decay: str) -> None:
-    update = Joint(lr=0.01, weight_decay=0.01, table_weight_decay=0.05, decay=decay, learning_rate="cosine", clip_norm=1.0)  # type: ignore[arg-type]
-    training = Training(batch_size=64, steps=24, evaluate_every=8, patience=2, checkpoint_steps=every, checkpoint_seconds=0)
+    update = Joint(
+        lr=0.01, weight_decay=0.01, table_weight_decay=0.05, decay=decay, learning_rate="cosine", clip_norm=1.0
+    )  # type: ignore[arg-type]
+    training = Training(
+        batch_size=64, steps=24, evaluate_every=8, patience=2, checkpoint_steps=every, checkpoint_seconds=0
+    )
     run = make_run(model=DROPOUT, update=update, training=training)
     whole = train(run, tables=TABLES, baseline=False)
     with pytest.raises(RuntimeError, match="killed"):
@@ -99,7 +106,9 @@ def test_early_stopping_keeps_the_best_weights() -> None:
             assert value is not None
             seen.append((step, value))
 
-    training = Training(batch_size=64, steps=400, evaluate_every=10, patience=3, metric="click.logloss", checkpoint_seconds=0)
+    training = Training(
+        batch_size=64, steps=400, evaluate_every=10, patience=3, metric="click.logloss", checkpoint_seconds=0
+    )
     result = train(make_run(training=training, update=Joint(lr=0.05)), tables=TABLES, baseline=False, watcher=Sees())
     values = [v for _, v in seen]
     best = min(range(len(values)), key=values.__getitem__)
@@ -121,7 +130,12 @@ def make_schema(*names: str) -> Any:
 
 
 def test_all_kinds_of_tasks_train_and_predict(tmp_path: Path) -> None:
-    tasks = (Task("click"), Task("buy", given="click"), Task("spend", kind="real"), Task("size", kind="multiclass", role="auxiliary"))
+    tasks = (
+        Task("click"),
+        Task("buy", given="click"),
+        Task("spend", kind="real"),
+        Task("size", kind="multiclass", role="auxiliary"),
+    )
     run = make_run(data=make_data(tasks=tasks), model=ModelChoice(heads=Heads(by="domain"), tables=Views(width=4)))
     result = train(run, tmp_path / "out", tables=TABLES)
     assert {"auc", "rmse"} <= set(result.metrics["test"]["click"]) | set(result.metrics["test"]["spend"])
@@ -189,14 +203,22 @@ def test_warm_start_moves_rows_by_value_and_counts_them(tmp_path: Path) -> None:
     first = TABLES["log"]
     shift = {"valid_from": 600 * 10**6, "test_from": 800 * 10**6}
     second = first.with_columns(pl.col("item").replace("i3", "zebra"), pl.col("site").replace("mail", "app"))
-    old = train(make_run(model=ModelChoice(heads=Heads(by="domain"), tower=SharedBottom(bottom=(16,), tower=(8,)))), tmp_path / "old", tables={"log": first}, baseline=False)
+    old = train(
+        make_run(model=ModelChoice(heads=Heads(by="domain"), tower=SharedBottom(bottom=(16,), tower=(8,)))),
+        tmp_path / "old",
+        tables={"log": first},
+        baseline=False,
+    )
     notes: list[str] = []
 
     class Notes(Watcher):
         def note(self, text: str) -> None:
             notes.append(text)
 
-    still = dataclasses.replace(make_run(model=ModelChoice(heads=Heads(by="domain"), tower=SharedBottom(bottom=(16,), tower=(8,)))), update=Joint(lr=1e-30))
+    still = dataclasses.replace(
+        make_run(model=ModelChoice(heads=Heads(by="domain"), tower=SharedBottom(bottom=(16,), tower=(8,)))),
+        update=Joint(lr=1e-30),
+    )
     new = train(still, tables={"log": second}, baseline=False, init=tmp_path / "old", watcher=Notes())
     (line,) = [n for n in notes if n.startswith("warm start")]
     before, after = old.bundle, new.bundle
@@ -205,13 +227,20 @@ def test_warm_start_moves_rows_by_value_and_counts_them(tmp_path: Path) -> None:
         a = before.fitted.vocabularies["item"].encode(pl.Series([value]))[0]
         b = after.fitted.vocabularies["item"].encode(pl.Series([value]))[0]
         assert b >= 2, "values of the earlier model stay in the vocabulary"
-        torch.testing.assert_close(before.model.state_dict()[key][a], after.model.state_dict()[key][b], rtol=0, atol=1e-20)
+        torch.testing.assert_close(
+            before.model.state_dict()[key][a], after.model.state_dict()[key][b], rtol=0, atol=1e-20
+        )
     zebra = after.fitted.vocabularies["item"].encode(pl.Series(["zebra"]))[0]
     assert zebra >= 2 and after.fitted.vocabularies["item"].size == before.fitted.vocabularies["item"].size + 1
     assert "1 rows new" in line
     old_code, new_code = (b.fitted.schema.domains.index("search") for b in (before, after))
     head = "heads.task/click.linears.{}.weight"
-    torch.testing.assert_close(before.model.state_dict()[head.format(old_code)], after.model.state_dict()[head.format(new_code)], rtol=0, atol=1e-20)
+    torch.testing.assert_close(
+        before.model.state_dict()[head.format(old_code)],
+        after.model.state_dict()[head.format(new_code)],
+        rtol=0,
+        atol=1e-20,
+    )
     assert shift
 
 
@@ -226,14 +255,30 @@ def test_warm_start_refuses_another_model(tmp_path: Path) -> None:
 def test_a_bundle_holds_no_pickle_and_its_parts(tmp_path: Path) -> None:
     train(make_run(), tmp_path / "out", tables=TABLES)
     names = {p.relative_to(tmp_path / "out").parts[0] for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert names == {"run.toml", "schema.json", "vocabularies", "weights.safetensors", "metrics.json", "environment.json", "report.md", "log.jsonl"}
+    assert names == {
+        "run.toml",
+        "schema.json",
+        "vocabularies",
+        "weights.safetensors",
+        "metrics.json",
+        "environment.json",
+        "report.md",
+        "log.jsonl",
+    }
     from safetensors import safe_open
 
     with safe_open(tmp_path / "out" / "weights.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(Bundle.load(tmp_path / "out").model.state_dict())
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     click = metrics["test"]["click"]
-    assert {"value", "low", "high"} <= set(click["auc"]) and {"gauc", "logloss", "calibration", "rows", "positives", "domains"} <= set(click)
+    assert {"value", "low", "high"} <= set(click["auc"]) and {
+        "gauc",
+        "logloss",
+        "calibration",
+        "rows",
+        "positives",
+        "domains",
+    } <= set(click)
     assert set(click["domains"]) == {"home", "search", "mail"}
 
 
@@ -300,7 +345,9 @@ def test_a_schedule_of_several_fits_resumes_inside_each(tmp_path: Path) -> None:
                     raise RuntimeError("killed")
 
         model = build(run, data.schema)
-        session = Local(data, bound_terms(run, data.schema, model), run.update, training, {}, 0, folder, resume, watcher=DiesAt())
+        session = Local(
+            data, bound_terms(run, data.schema, model), run.update, training, {}, 0, folder, resume, watcher=DiesAt()
+        )
         model, state = session.fit(model, 10)
         model, _ = session.fit(model, 10, weights={"click": 0.0}, trainable=lambda n: n.startswith("heads"), seed=3)
         return {k: v.clone() for k, v in model.state_dict().items()}
@@ -322,3 +369,14 @@ def test_settings_from_the_command_line_are_checked() -> None:
         config.override(run, ["model.tower.kind=mmoe", "model.tower.expertz=3"])
     with pytest.raises(config.RunError, match="should look like"):
         config.override(run, ["seed"])
+
+
+def test_requests_give_ranking_metrics() -> None:
+    """Every request here holds one clicked row and others, so that recall@all is 1 and NDCG lies between."""
+    log = make_log(rows=1200).with_columns((pl.int_range(pl.len()) // 6).alias("request"))
+    log = log.with_columns(pl.when(pl.int_range(pl.len()) % 6 == 2).then(1).otherwise(0).alias("click"))
+    run = make_run(data=make_data(request="request", tasks=(Task("click"),)))
+    found = train(run, tables={"log": log}, baseline=False).metrics["test"]["click"]
+    assert {"ndcg@5", "recall@5", "ndcg@10", "recall@10"} <= set(found)
+    assert found["recall@10"]["value"] == 1.0
+    assert 0 < found["ndcg@5"]["value"] < 1

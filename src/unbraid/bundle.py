@@ -80,7 +80,9 @@ class Bundle:
         folder = Path(folder)
         missing = [n for n in ("run.toml", "schema.json", "weights.safetensors") if not (folder / n).exists()]
         if missing:
-            unfinished = " It holds an unfinished run: continue it with `--resume`." if list(folder.glob("fit-*")) else ""
+            unfinished = (
+                " It holds an unfinished run: continue it with `--resume`." if list(folder.glob("fit-*")) else ""
+            )
             raise BundleError(f"{folder} is not a bundle: there is no {', '.join(missing)}.{unfinished}")
         try:
             run, fitted = config.load(folder / "run.toml"), Fitted.load(folder)
@@ -89,7 +91,9 @@ class Bundle:
             raise BundleError(f"{folder} cannot be loaded: {error}") from error
         for part in ("features", "tasks", "histories", "fields"):
             if getattr(run.data, part) != getattr(fitted.schema, part):
-                raise BundleError(f"{folder}: `{part}` of run.toml and schema.json differ. They are from different runs.")
+                raise BundleError(
+                    f"{folder}: `{part}` of run.toml and schema.json differ. They are from different runs."
+                )
         model = build(run, fitted.schema)
         _check_weights(folder, {k: tuple(v.shape) for k, v in model.state_dict().items()}, weights)
         model.load_state_dict(weights)
@@ -99,11 +103,17 @@ class Bundle:
 
 
 def _check_weights(folder: Path, want: Mapping[str, tuple], have: Mapping[str, torch.Tensor]) -> None:
-    wrong = [f"{k} is {tuple(have[k].shape)}, not {want[k]}" for k in want if k in have and tuple(have[k].shape) != want[k]]
-    wrong += [f"{k} is missing" for k in want if k not in have] + [f"{k} is not in the model" for k in have if k not in want]
+    wrong = [
+        f"{k} is {tuple(have[k].shape)}, not {want[k]}" for k in want if k in have and tuple(have[k].shape) != want[k]
+    ]
+    wrong += [f"{k} is missing" for k in want if k not in have] + [
+        f"{k} is not in the model" for k in have if k not in want
+    ]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise BundleError(f"{folder}: weights.safetensors does not fit run.toml and schema.json: {'; '.join(wrong[:5])}{more}.")
+        raise BundleError(
+            f"{folder}: weights.safetensors does not fit run.toml and schema.json: {'; '.join(wrong[:5])}{more}."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- predictions
@@ -170,7 +180,9 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
     theirs, ours = old.model.state_dict(), model.state_dict()
     for name, classes in fitted.schema.classes.items():
         if name in old.fitted.schema.classes and old.fitted.schema.classes[name] != classes:
-            raise BundleError(f"Task `{name}` has classes {classes}; the bundle to start from has {old.fitted.schema.classes[name]}.")
+            raise BundleError(
+                f"Task `{name}` has classes {classes}; the bundle to start from has {old.fitted.schema.classes[name]}."
+            )
     with torch.no_grad():
         for key, table in ours.items():
             source = _same_place(key, fitted.schema, old.fitted.schema)
@@ -180,7 +192,9 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
                 vocabulary = key.split("/")[1]
                 here, there = _matching_rows(fitted, old.fitted, vocabulary, len(table))
                 if table.shape[1] != theirs[source].shape[1]:
-                    raise BundleError(f"{key} is {table.shape[1]} wide; in the bundle to start from {theirs[source].shape[1]}.")
+                    raise BundleError(
+                        f"{key} is {table.shape[1]} wide; in the bundle to start from {theirs[source].shape[1]}."
+                    )
                 table[here] = theirs[source][there]
                 counts["rows copied"] += len(here)
                 counts["rows new"] += len(table) - len(here)
@@ -214,7 +228,9 @@ def _matching_rows(new: Fitted, old: Fitted, vocabulary: str, size: int) -> tupl
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     ours, theirs = new.vocabularies[vocabulary], old.vocabularies[vocabulary]
     if ours.values.dtype != theirs.values.dtype:
-        raise BundleError(f"Vocabulary `{vocabulary}` holds {ours.values.dtype}; in the bundle to start from {theirs.values.dtype}.")
+        raise BundleError(
+            f"Vocabulary `{vocabulary}` holds {ours.values.dtype}; in the bundle to start from {theirs.values.dtype}."
+        )
     codes = ours.encode(theirs.values).astype(np.int64)
     known = codes >= 2
     here = np.concatenate([[0, 1], codes[known]])
@@ -223,5 +239,3 @@ def _matching_rows(new: Fitted, old: Fitted, vocabulary: str, size: int) -> tupl
         here = np.concatenate([here, ours.size - ours.buckets + np.arange(ours.buckets)])
         there = np.concatenate([there, theirs.size - theirs.buckets + np.arange(theirs.buckets)])
     return torch.from_numpy(here), torch.from_numpy(there)
-
-

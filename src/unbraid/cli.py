@@ -20,7 +20,9 @@ data_app = typer.Typer(help="Look at data.", no_args_is_help=True, rich_markup_m
 app.add_typer(data_app, name="data")
 
 RunFile = Annotated[Path | None, typer.Argument(help="Run file (TOML). None: the bundled log with the recipe `stem`.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Change a value: `--set model.tower.kind=mmoe`. Repeat it.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a value: `--set model.tower.kind=mmoe`. Repeat it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -55,7 +57,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Training steps, instead of the run's epochs.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue the unfinished run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete what is in --out first.")] = False,
-    init: Annotated[Path | None, typer.Option(help="Start from this bundle: its values keep their rows, new ones are added.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this bundle: its values keep their rows, new ones are added.")
+    ] = None,
     baseline: Annotated[bool, typer.Option(help="Fit target encoding, too, and print it beside the model.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -73,7 +77,9 @@ def train(
         folder = out or Path("runs") / choice.name
         with Console(quiet=as_json) as watcher:
             watcher.note(f"run `{choice.name}`, seed {choice.seed}")
-            result = job(choice, folder, resume=resume, overwrite=overwrite, init=init, baseline=baseline, watcher=watcher)
+            result = job(
+                choice, folder, resume=resume, overwrite=overwrite, init=init, baseline=baseline, watcher=watcher
+            )
     except (config.RunError, JobError, ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -92,7 +98,9 @@ def train(
 @app.command()
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="A trained bundle.")],
-    rows: Annotated[Path | None, typer.Argument(help="Labelled rows (Parquet or CSV) instead of a split of the run's data.")] = None,
+    rows: Annotated[
+        Path | None, typer.Argument(help="Labelled rows (Parquet or CSV) instead of a split of the run's data.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     folder: Annotated[Path | None, typer.Option(help="Read the run's tables from this folder.")] = None,
     as_json: AsJson = False,

@@ -190,7 +190,9 @@ def explain(error: ValidationError, where: str) -> str:
             lines.append(f"`{path}`: {mistake['msg']}")
         else:
             found = f" Found {mistake['input']!r}." if not isinstance(mistake["input"], dict | list) else ""
-            lines.append(f"`{path or where}`: {mistake['msg'].removeprefix('Value error, ')}.{found}".replace("..", "."))
+            lines.append(
+                f"`{path or where}`: {mistake['msg'].removeprefix('Value error, ')}.{found}".replace("..", ".")
+            )
     return f"{where}: " + "\n  ".join(lines)
 
 

@@ -113,7 +113,9 @@ def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
     for term in terms:
         missing = set(term.needs) - set(model.gives)
         if missing:
-            raise JobError(f"{term} reads {sorted(missing)}, which the model does not give. It gives {sorted(model.gives)}.")
+            raise JobError(
+                f"{term} reads {sorted(missing)}, which the model does not give. It gives {sorted(model.gives)}."
+            )
     return terms
 
 
@@ -129,7 +131,9 @@ def one_class_domains(encoded: Encoded) -> list[str]:
                 found = np.unique(label[(domain == code) & (label >= 0)])
                 if len(found) < 2:
                     what = f"only {found[0]}s" if len(found) else "no labels"
-                    warnings.append(f"task {task.name}, domain {encoded.schema.domains[code]}: {what} in the training split")
+                    warnings.append(
+                        f"task {task.name}, domain {encoded.schema.domains[code]}: {what} in the training split"
+                    )
     return warnings
 
 
@@ -144,7 +148,9 @@ def measure(run: config.Run, encoded: Encoded, model: Model, session: Local, bas
         session.watcher.note("no baseline: target encoding needs an id feature, a user or a domain")
     elif baseline:
         session.watcher.stage("baseline", 0, 0)
-        metrics["baseline"] = {"target_encoding": evaluate(baseline_scores(run, encoded, scores), encoded.schema, seed=run.seed)}
+        metrics["baseline"] = {
+            "target_encoding": evaluate(baseline_scores(run, encoded, scores), encoded.schema, seed=run.seed)
+        }
     metrics["rows"] = {name: len(encoded.split(name)) for name in ("train", "valid", "test")}
     metrics["seconds"] = {"train": round(session.seconds, 2)}
     tables = sum(t.weight.numel() for t in model.tables.values())
@@ -191,7 +197,12 @@ def report(run: config.Run, metrics: Mapping[str, Any]) -> str:
 
 
 def evaluate_bundle(
-    bundle: Bundle, *, split: str = "test", rows: Any = None, folder: str | Path | None = None, tables: Tables | None = None
+    bundle: Bundle,
+    *,
+    split: str = "test",
+    rows: Any = None,
+    folder: str | Path | None = None,
+    tables: Tables | None = None,
 ) -> dict[str, Any]:
     """Metrics of a bundle on a split of its data (in ``folder`` now, if given) or on labelled rows of a file or frame."""
     from unbraid.bundle import Predictor
@@ -220,5 +231,3 @@ def write_predictions(rows: Path, predictions: Scores, schema: Schema, out: Path
         temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
-
-

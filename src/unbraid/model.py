@@ -127,7 +127,9 @@ class Model(nn.Module):
             packed = batch.features[history.name]
             assert isinstance(packed, Ragged)
             for name in history.fields:
-                readers.setdefault(self.schema.field_vocabulary(name), []).append((f"{history.name}.{name}", packed.values[name]))
+                readers.setdefault(self.schema.field_vocabulary(name), []).append(
+                    (f"{history.name}.{name}", packed.values[name])
+                )
         return readers
 
     def _view(self, view: str, batch: Batch, rows: Mapping[str, Mapping[str, Rows]]) -> dict[str, Tensor]:
@@ -182,7 +184,9 @@ class _Head(nn.Module):
 
     def _stacked(self, part: str, live: list[bool]) -> Tensor:
         """(domains, ...) weights or biases; a domain that training did not know has the mean of those it knew."""
-        parts = [getattr(m, part) if on else getattr(m, part).detach() for m, on in zip(self.linears, live, strict=True)]
+        parts = [
+            getattr(m, part) if on else getattr(m, part).detach() for m, on in zip(self.linears, live, strict=True)
+        ]
         if not self.training:
             parts[UNKNOWN] = torch.stack(parts[FIRST_VALUE:]).mean(0)
         return torch.stack(parts)

@@ -17,7 +17,13 @@ class Console(Watcher):
 
     def __init__(self, quiet: bool = False) -> None:
         self.rich = Rich(stderr=True, quiet=quiet, highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=self.rich, transient=True, disable=quiet or not self.rich.is_terminal)
         self.now: TaskID | None = None
         self.what, self.told = "", 0.0
@@ -35,7 +41,7 @@ class Console(Watcher):
                 self.bar.remove_task(self.now)
             self.now, self.what = self.bar.add_task(what, total=total or None, text=text), what
             if not self.rich.is_terminal:
-                self.rich.print(what)
+                self.rich.print(what, soft_wrap=True)
         assert self.now is not None
         self.bar.update(self.now, completed=done, total=total or None, text=text)
 
@@ -49,15 +55,21 @@ class Console(Watcher):
         self._show("training", done, total, text)
         if not self.rich.is_terminal and (time.monotonic() - self.told > 10 or done == total):
             self.told = time.monotonic()
-            self.rich.print(f"  step {done:,}/{total:,}  {text}")
+            self.rich.print(f"  step {done:,}/{total:,}  {text}", soft_wrap=True)
 
     def evaluated(self, step: int, metric: str, value: float | None, best: bool, values: Mapping[str, Any]) -> None:
         """Print the validation metric."""
         name = metric.rpartition(".")[2]
-        each = "  ".join(f"{task} {found[name]['value']:.4f}" for task, found in values.items() if found.get(name, {}).get("value") is not None)
+        each = "  ".join(
+            f"{task} {found[name]['value']:.4f}"
+            for task, found in values.items()
+            if found.get(name, {}).get("value") is not None
+        )
         shown = "none" if value is None else f"{value:.4f}"
-        self.rich.print(f"  step {step:,}  validation {metric} {shown}{' (best)' if best else ''}   {each}")
+        self.rich.print(
+            f"  step {step:,}  validation {metric} {shown}{' (best)' if best else ''}   {each}", soft_wrap=True
+        )
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self.rich.print(text)
+        self.rich.print(text, soft_wrap=True)

@@ -22,13 +22,14 @@ from unbraid.types import Feature, Field, History, Task
 USER_CATEGORIES = ("user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range",
                    "fans_user_num_range", "friend_user_num_range", "register_days_range",
                    *(f"onehot_feat{i}" for i in range(18)))  # fmt: skip
+NUMBERS = ("video_duration", "follow_user_num", "fans_user_num", "friend_user_num", "register_days")
 
 
 def kuairand() -> Data:
     """The bundled log: four tasks, six tabs as domains, histories before the window and in it."""
     ids = (
-        Feature("video_id", min_count=10),
-        Feature("author_id", min_count=10),
+        Feature("video_id", min_count=2),
+        Feature("author_id", min_count=2),
         Feature("tab"),
         Feature("hour", column="hourmin / 100"),
         Feature("video_type"),
@@ -36,15 +37,14 @@ def kuairand() -> Data:
         Feature("music_type"),
         *(Feature(name) for name in USER_CATEGORIES),
         Feature("tag", kind="bag", separator=","),
-        Feature("video_duration", kind="number", transform="log1p"),
+        *(Feature(name, kind="number", transform="log1p") for name in NUMBERS),
     )
-    flags = {"click": "is_click", "long": "long_view", "liked": "is_like"}
+    flags = {"click": "is_click", "long": "long_view", "liked": "is_like", "entered": "is_profile_enter"}
     before = {"watch_seq": {}, "like_seq": {"liked": "1"}, "long_watch_seq": {"long": "1"}}
     sources = tuple(
         Events(table="history.parquet", time="none", columns={"video_id": column, "kind": f"'{column}'", **known})
         for column, known in before.items()
     )
-    items = ("video_id", "author_id")
     return Data(
         folder="kuairand",
         rows="impressions.parquet",
@@ -55,13 +55,17 @@ def kuairand() -> Data:
         domain="tab",
         joins=(Join("users.parquet", on="user_id"), Join("videos.parquet", on="video_id")),
         features=ids,
-        fields=(Field("video_id"), Field("author_id"), Field("click"), Field("long"), Field("liked")),
-        events=(*sources, Events(columns={"video_id": "video_id", "author_id": "author_id", "kind": "'impression'", **flags})),
+        fields=tuple(Field(name) for name in ("video_id", "author_id", *flags)),
+        events=(
+            *sources,
+            Events(columns={"video_id": "video_id", "author_id": "author_id", "kind": "'impression'", **flags}),
+        ),
         histories=(
-            History("seen", fields=("video_id", "author_id", "click", "long", "liked"), where="kind = 'impression'"),
-            History("clicked", fields=items, where="click = 1"),
-            History("watched_long", fields=items, where="long = 1"),
-            History("liked", fields=items, where="liked = 1"),
+            History("seen", fields=("video_id", "author_id"), where="kind in ('watch_seq', 'impression')"),
+            History("outcomes", fields=tuple(flags), where="kind = 'impression'"),  # the user's own rates, so far
+            History("clicked", fields=("video_id",), where="click = 1"),
+            History("watched_long", fields=("video_id",), where="long = 1"),
+            History("liked", fields=("video_id",), where="liked = 1"),
         ),
         tasks=(
             Task("click", column="is_click"),
@@ -80,27 +84,29 @@ def _base(name: str) -> Run:
         baseline=("user", "video_id", "author_id", "domain"),
         model=ModelChoice(history=Mean()),
         update=Joint(lr=1e-3),
-        training=Training(batch_size=1024, epochs=3, patience=1),
+        training=Training(batch_size=1024, epochs=4, evaluate_every=40, patience=2),
     )
 
 
 def stem() -> Run:
     """STEM: shared and task-specific embeddings; every task reads all experts and writes only its own."""
     run = _base("stem")
-    tower = STEM(shared_experts=1, task_experts=1, expert=(128, 64), tower=(32,), dropout=0.2)
+    tower = STEM(shared_experts=1, task_experts=1, expert=(64, 32), gate=(32,), tower=(16,), dropout=0.1)
     return replace(run, model=replace(run.model, tower=tower, tables=Views(kind="per_task", width=16)))
 
 
 def mmoe() -> Run:
     """MMoE: one embedding, shared experts, one gate per task."""
     run = _base("mmoe")
-    return replace(run, model=replace(run.model, tower=MMoE(experts=4, expert=(128, 64), tower=(32,), dropout=0.2)))
+    return replace(
+        run, model=replace(run.model, tower=MMoE(experts=5, expert=(64, 32), gate=(32,), tower=(16,), dropout=0.1))
+    )
 
 
 def shared_bottom() -> Run:
     """Shared bottom: one embedding, one network, one head per task."""
     run = _base("shared_bottom")
-    return replace(run, model=replace(run.model, tower=SharedBottom(bottom=(128, 64), tower=(32,), dropout=0.2)))
+    return replace(run, model=replace(run.model, tower=SharedBottom(bottom=(64, 32), tower=(16,), dropout=0.1)))
 
 
 RECIPES: dict[str, Callable[[], Run]] = {f.__name__: f for f in (stem, mmoe, shared_bottom)}

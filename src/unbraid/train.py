@@ -86,7 +86,9 @@ def fit(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Batch], schema: Schema, *, hidden: bool = False, device: str = "cpu") -> Scores:
+def predict(
+    model: nn.Module, batches: Iterable[Batch], schema: Schema, *, hidden: bool = False, device: str = "cpu"
+) -> Scores:
     """The model's logits on some batches, with what metrics need.
 
     Args:
@@ -212,7 +214,9 @@ class Local:
         )
         if update_state is not None:
             update.load_state_dict(update_state)
-        one = _OneFit(self, call, model, update, steps, self.rows("train") if rows is None else rows, self._seed(seed, call))
+        one = _OneFit(
+            self, call, model, update, steps, self.rows("train") if rows is None else rows, self._seed(seed, call)
+        )
         one.run()
         return model, update.state_dict()
 
@@ -231,7 +235,14 @@ class _OneFit:
     def __init__(
         self, session: Local, call: int, model: nn.Module, update: Update, steps: int, rows: np.ndarray, seed: int
     ) -> None:
-        self.session, self.model, self.update, self.steps, self.rows, self.seed = session, model, update, steps, rows, seed
+        self.session, self.model, self.update, self.steps, self.rows, self.seed = (
+            session,
+            model,
+            update,
+            steps,
+            rows,
+            seed,
+        )
         self.call, training = call, session.training
         self.every = training.evaluate_every or steps_per_epoch(len(rows), training.batch_size)
         self.best: dict[str, Any] = {"value": None, "step": 0, "misses": 0}
@@ -282,7 +293,12 @@ class _OneFit:
         self.update.settle()
         metrics = evaluate(self.session.score(self.model), self.session.data.schema, replicates=0)
         value, falls = selected(metrics, training.metric, self.session.data.schema)
-        record = {"call": self.call, "step": done, "losses": {k: float(v.detach()) for k, v in losses.items()}, "valid": metrics}
+        record = {
+            "call": self.call,
+            "step": done,
+            "losses": {k: float(v.detach()) for k, v in losses.items()},
+            "valid": metrics,
+        }
         old = self.best["value"]
         better = value is not None and (old is None or (value < old if falls else value > old))
         if better:
@@ -317,7 +333,12 @@ class _OneFit:
         path = self._path()
         if path is None:
             return
-        state: State = {"step": done, "finished": finished, "model": self.model.state_dict(), "update": self.update.state_dict()}
+        state: State = {
+            "step": done,
+            "finished": finished,
+            "model": self.model.state_dict(),
+            "update": self.update.state_dict(),
+        }
         state |= {"rng": _random_state(), "best": self.best}
         if not finished:
             state["best_weights"] = self.best_weights

@@ -358,7 +358,9 @@ class Finding:
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols
-State = dict[str, Any]  # nested dicts, lists, tuples of tensors, arrays, numbers, text, None: what `unbraid.store` writes
+State = dict[
+    str, Any
+]  # nested dicts, lists, tuples of tensors, arrays, numbers, text, None: what `unbraid.store` writes
 Losses = Mapping[str, Tensor]  # objective (a task, a domain, or "task@domain") -> scalar
 
 

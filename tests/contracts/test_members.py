@@ -49,11 +49,20 @@ def choices() -> list[Any]:
     out = []
     for tower, lazy in itertools.product(members(config.TowerChoice), (0, -1)):
         views = dataclasses.replace(views_for(tower()), lazy_rows=lazy)
-        out.append(pytest.param(ModelChoice(tower=tower(), tables=views), id=f"{tower.__name__}-{'lazy' if lazy == 0 else 'dense'}"))
+        out.append(
+            pytest.param(
+                ModelChoice(tower=tower(), tables=views), id=f"{tower.__name__}-{'lazy' if lazy == 0 else 'dense'}"
+            )
+        )
     stem = [t for t in members(config.TowerChoice) if "layers" in {f.name for f in dataclasses.fields(t)}]
     for tower in stem:
         deep = tower(layers=2)
-        out.append(pytest.param(ModelChoice(tower=deep, tables=dataclasses.replace(views_for(deep), kind="per_task", lazy_rows=0)), id=f"{tower.__name__}-deep"))
+        out.append(
+            pytest.param(
+                ModelChoice(tower=deep, tables=dataclasses.replace(views_for(deep), kind="per_task", lazy_rows=0)),
+                id=f"{tower.__name__}-deep",
+            )
+        )
     for history in members(config.HistoryChoice):
         out.append(pytest.param(ModelChoice(history=history(), tables=Views(width=4)), id=history.__name__))
     for interaction in members(config.InteractionChoice):
@@ -144,7 +153,9 @@ def own_parameters(model: Model, run: Run, batch: Batch, task: str) -> set[str]:
     names = dict(model.named_parameters())
     for objective in [t.name for t in model.schema.tasks]:
         output = model(batch, 0)
-        leaves = dict(names) | {f"embeddings.tables.{x.table}.weight": x.vectors for x in output.lookups if x.vectors.is_leaf}
+        leaves = dict(names) | {
+            f"embeddings.tables.{x.table}.weight": x.vectors for x in output.lookups if x.vectors.is_leaf
+        }
         loss = term(output, batch, 0)[objective]
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         reached[objective] = {name for name, grad in zip(leaves, grads, strict=True) if grad is not None}

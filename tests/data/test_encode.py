@@ -175,6 +175,13 @@ def test_a_constant_number_is_zero_and_never_nan(value, opened):
     assert got[:, 1].sum() == 0 and got[:, 0].abs().max() <= abs(value) * 1e-6
 
 
+def test_a_spread_below_single_precision_is_no_spread(opened):
+    """Both values are 32 away from the nearest single-precision numbers: dividing by 0.001 would make that 32,000."""
+    frame = SIX.with_columns(x=pl.Series([1e9 + 31.999, 1e9 + 32.001] * 3))
+    got = batch(opened(replace(DATA, features=(Feature("x", kind="number"),)), log=frame)).features["x"]
+    assert got.abs().max() <= 64
+
+
 def test_numbers_are_learned_alike_in_every_run(tmp_path):
     rng = np.random.default_rng(0)
     n = 200_000

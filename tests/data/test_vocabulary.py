@@ -183,6 +183,6 @@ def test_a_fit_survives_its_folder(opened, tmp_path):
 
 
 def test_a_digest_knows_the_type_of_ids(opened):
-    one = opened(DATA, log=log(item=[1, 2, 3, 4])).fitted
-    assert one.digest() != Fitted(one.schema, {"item": Vocabulary(pl.Series([1, 2, 3]))}).digest()
+    one = opened(DATA, log=log(item=[0, 0, 0, 0])).fitted
+    assert one.digest() != Fitted(one.schema, {"item": Vocabulary(pl.Series([0.0]))}).digest()  # the same bits
     assert one.digest() == Fitted(one.schema, dict(one.vocabularies)).digest()

@@ -67,7 +67,19 @@ def test_train_evaluate_predict(here: Path) -> None:
 
 
 def test_train_json_and_settings(here: Path) -> None:
-    out = ok("train", here / "run.toml", "--out", here / "b", "--json", "--set", "model.tower.kind=mmoe", "--seed", "3", "--steps", "5")
+    out = ok(
+        "train",
+        here / "run.toml",
+        "--out",
+        here / "b",
+        "--json",
+        "--set",
+        "model.tower.kind=mmoe",
+        "--seed",
+        "3",
+        "--steps",
+        "5",
+    )
     assert set(json.loads(out)["test"]) == {"click", "buy"}
     saved = config.load(here / "b" / "run.toml")
     assert (saved.seed, saved.training.steps, saved.model.tower.kind) == (3, 5, "mmoe")
@@ -119,7 +131,9 @@ def test_bad_input_is_named(here: Path) -> None:
     assert "`price` holds NaN or infinity in 1 rows" in message and 'nan = "missing"' in message
     log.write_parquet(here / "log.parquet")
     run = relog(here, click=pl.lit(1))
-    assert "all 361 observed labels of the training split are 1" in train(run) or "observed labels of the training split are 1" in train(run)
+    assert "all 361 observed labels of the training split are 1" in train(
+        run
+    ) or "observed labels of the training split are 1" in train(run)
     log.write_parquet(here / "log.parquet")
     assert "split is empty" in train(edit(here, "test_from = 800000000", "test_from = 99999999999"))
     (here / "run.toml").write_text(original)
@@ -140,12 +154,26 @@ def test_one_class_in_one_domain_is_a_warning_and_null(here: Path) -> None:
 
 def test_a_full_disk_leaves_nothing_half_written(here: Path) -> None:
     """Files may not grow past a limit: the encode, then the checkpoint, fails with a clear message and no leftovers."""
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from unbraid.cli import app; app(sys.argv[2:])"
+    limit = (
+        "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from unbraid.cli import app; app(sys.argv[2:])"
+    )
     cache = here / "cache2"
     env = {**ENV, "UNBRAID_CACHE": str(cache)}
 
     def limited(size: int, out: str) -> subprocess.CompletedProcess:
-        words = [sys.executable, "-c", limit, str(size), "train", str(here / "run.toml"), "--out", str(here / out), "--set", "training.checkpoint_steps=2"]
+        words = [
+            sys.executable,
+            "-c",
+            limit,
+            str(size),
+            "train",
+            str(here / "run.toml"),
+            "--out",
+            str(here / out),
+            "--set",
+            "training.checkpoint_steps=2",
+        ]
         return subprocess.run(words, env=env, capture_output=True, text=True)
 
     small = limited(3000, "b1")
@@ -160,8 +188,10 @@ def test_a_full_disk_leaves_nothing_half_written(here: Path) -> None:
 @pytest.mark.slow
 def test_kill_nine_ten_times_then_resume_is_bit_equal(here: Path) -> None:
     """Ten deaths by SIGKILL at random moments of training, each resumed: the weights are those of an undisturbed run."""
-    settings = ["model.tower.kind=stem", "model.tower.dropout=0.2", "model.tables.kind=per_task", "model.tables.lazy_rows=0",
-                "update.table_weight_decay=0.01", "training.steps=4000", "training.evaluate_every=100", "training.checkpoint_steps=7"]  # fmt: skip
+    settings = [
+        "model.tower.kind=stem", "model.tower.dropout=0.2", "model.tables.kind=per_task", "model.tables.lazy_rows=0",
+        "update.table_weight_decay=0.01", "training.steps=2500", "training.evaluate_every=100", "training.checkpoint_steps=7",
+    ]  # fmt: skip
     words = [sys.executable, "-m", "unbraid", "train", str(here / "run.toml"), "--no-baseline"]
     words += [w for s in settings for w in ("--set", s)]
     env = {**ENV, "UNBRAID_CACHE": str(here / "cache3")}
@@ -169,7 +199,9 @@ def test_kill_nine_ten_times_then_resume_is_bit_equal(here: Path) -> None:
     chance, kills, steps = random.Random(0), 0, []
     while kills < 10:
         resume = ["--resume"] if (here / "cut" / "run.toml").exists() else []
-        process = subprocess.Popen([*words, "--out", str(here / "cut"), *resume], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*words, "--out", str(here / "cut"), *resume], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         checkpoint = here / "cut" / "fit-0.safetensors"
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
@@ -189,6 +221,10 @@ def test_kill_nine_ten_times_then_resume_is_bit_equal(here: Path) -> None:
 
 
 def test_help_is_quick_and_does_not_import_torch() -> None:
-    code = "import sys, unbraid.cli; from typer.testing import CliRunner; r = CliRunner().invoke(unbraid.cli.app, ['--help']); assert r.exit_code == 0; print('torch' in sys.modules, 'polars' in sys.modules)"
+    code = (
+        "import sys, unbraid.cli; from typer.testing import CliRunner; "
+        "r = CliRunner().invoke(unbraid.cli.app, ['--help']); assert r.exit_code == 0; "
+        "print('torch' in sys.modules, 'polars' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True).stdout
     assert out.split() == ["False", "False"]

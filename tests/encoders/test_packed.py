@@ -67,7 +67,9 @@ def test_histories_match_a_loop_over_rows(kind: str) -> None:
         mine = torch.autograd.grad((got[name] * flow).sum(), leaves, allow_unused=True, retain_graph=True)
         theirs = torch.autograd.grad((want * flow).sum(), leaves, allow_unused=True, retain_graph=True)
         for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(torch.zeros(()) if a is None else a.sum(), torch.zeros(()) if b is None else b.sum(), check_dtype=False)
+            torch.testing.assert_close(
+                torch.zeros(()) if a is None else a.sum(), torch.zeros(()) if b is None else b.sum(), check_dtype=False
+            )
             if a is not None and b is not None:
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 

@@ -481,7 +481,9 @@ def write_rows(
         columns.append("domain", codes_of(fitted, "domain ", frame["domain"], "data.domain"))
     for role in ("user", "request"):
         if role in frame.columns:
-            columns.append(role, vocabulary.stable_hash(frame[role]).view(np.int64))
+            hashes = vocabulary.stable_hash(frame[role])
+            # a request below 0 would mean none; half the bits of a user would be lost for nothing
+            columns.append(role, (hashes >> np.uint64(1) if role == "request" else hashes).view(np.int64))
     if "time" in frame.columns:
         if frame["time"].null_count():
             raise DataError(f"Column `{data.time}`: {frame['time'].null_count():,} rows have no time.")

@@ -30,7 +30,11 @@ class _SegmentSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         weights, offsets, rows = ctx.saved_tensors
         flow = grads[0] * weights
-        return flow - weights * torch.segment_reduce(flow, "sum", offsets=offsets, initial=0).index_select(0, rows), None, None
+        return (
+            flow - weights * torch.segment_reduce(flow, "sum", offsets=offsets, initial=0).index_select(0, rows),
+            None,
+            None,
+        )
 
 
 def segment_softmax(scores: Tensor, lists: Ragged) -> Tensor:

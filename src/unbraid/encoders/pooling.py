@@ -70,5 +70,3 @@ def pool_bag(members: Rows, bag: Ragged, pooling: str, attention: BagAttention |
         assert attention is not None
         return attention(members, bag)
     return members.pool(bag.offsets, mode=pooling)
-
-

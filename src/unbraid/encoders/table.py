@@ -31,7 +31,9 @@ class Table(nn.Module):
         lazy: is it updated only at the rows that a batch read?
     """
 
-    before_read: Callable[[Tensor], None] | None = None  # set by an update that brings rows up to date when they are read
+    before_read: Callable[[Tensor], None] | None = (
+        None  # set by an update that brings rows up to date when they are read
+    )
 
     def __init__(self, size: int, width: int, std: float, lazy: bool) -> None:
         super().__init__()
@@ -114,9 +116,16 @@ class Tables(nn.Module):
         config: initialiser, laziness, unknown rate.
     """
 
-    def __init__(self, widths: Mapping[str, int], sizes: Mapping[str, int], roles: Sequence[str], config: Views) -> None:
+    def __init__(
+        self, widths: Mapping[str, int], sizes: Mapping[str, int], roles: Sequence[str], config: Views
+    ) -> None:
         super().__init__()
-        self.widths, self.sizes, self.roles, self.unknown_rate = dict(widths), dict(sizes), tuple(roles), config.unknown_rate
+        self.widths, self.sizes, self.roles, self.unknown_rate = (
+            dict(widths),
+            dict(sizes),
+            tuple(roles),
+            config.unknown_rate,
+        )
         self.tables = nn.ModuleDict()
         for view, width in widths.items():
             for vocabulary, size in sizes.items():
@@ -129,7 +138,9 @@ class Tables(nn.Module):
         """Name of a table."""
         return f"{view}/{vocabulary}/{role}"
 
-    def forward(self, ids: Mapping[str, Sequence[Tensor]]) -> tuple[dict[tuple[str, str, str], list[Rows]], tuple[Lookup, ...]]:
+    def forward(
+        self, ids: Mapping[str, Sequence[Tensor]]
+    ) -> tuple[dict[tuple[str, str, str], list[Rows]], tuple[Lookup, ...]]:
         """Read all ids of a batch.
 
         Args:
