@@ -374,6 +374,7 @@ def test_settings_from_the_command_line_are_checked() -> None:
 def test_requests_give_ranking_metrics() -> None:
     """Every request here holds one clicked row and others, so that recall@all is 1 and NDCG lies between."""
     log = make_log(rows=1200).with_columns((pl.int_range(pl.len()) // 6).alias("request"))
+    log = log.with_columns((pl.col("request") % 40).alias("user"))  # a request is one user's
     log = log.with_columns(pl.when(pl.int_range(pl.len()) % 6 == 2).then(1).otherwise(0).alias("click"))
     run = make_run(data=make_data(request="request", tasks=(Task("click"),)))
     found = train(run, tables={"log": log}, baseline=False).metrics["test"]["click"]
