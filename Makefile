@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: demo test slow lint clean
 

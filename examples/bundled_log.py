@@ -8,9 +8,11 @@ from unbraid.job import train
 from unbraid.train import Training
 
 run = recipes.mmoe()
+videos = tuple(history for history in run.data.histories if "video_id" in history.fields)  # what a target can attend to
 run = replace(
     run,
     name="mmoe_attention",
+    data=replace(run.data, histories=videos),
     model=replace(run.model, history=TargetAttention(), tower=replace(run.model.tower, experts=2)),
     training=Training(batch_size=512, steps=20),
 )

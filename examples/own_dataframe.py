@@ -1,4 +1,4 @@
-"""Train on your own pandas DataFrame: two tasks, a domain, histories from the rows themselves.  Prints AUCs and predictions."""
+"""Train on your own pandas DataFrame: two tasks, a domain, histories from the rows themselves."""
 
 import numpy as np
 import pandas as pd

@@ -367,6 +367,8 @@ def test_settings_from_the_command_line_are_checked() -> None:
     assert config.override(run, ["data.tasks.click.weight=2"]).data.tasks[0].weight == 2
     with pytest.raises(config.RunError, match=r"unknown key `model.tower.mmoe.expertz`. Allowed: kind, experts"):
         config.override(run, ["model.tower.kind=mmoe", "model.tower.expertz=3"])
+    with pytest.raises(config.RunError, match="`model.tower` has no `kind`. Allowed: shared_bottom, mmoe, stem"):
+        config.from_dict({**config.to_dict(run), "model": {"tower": {"experts": 3}}})
     with pytest.raises(config.RunError, match="should look like"):
         config.override(run, ["seed"])
 

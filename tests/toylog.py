@@ -24,6 +24,7 @@ def make_log(rows: int = 600, users: int = 40, seed: int = 0) -> pl.DataFrame:
     taste = rng.normal(size=(users, 3))[user] * rng.normal(size=(30, 3))[item]
     logit = taste.sum(1)
     price = rng.normal(size=rows)
+    bought = rng.random(rows) < 1 / (1 + np.exp(-logit - price))
     return pl.DataFrame({
         "user": user,
         "item": [f"i{i}" for i in item],
@@ -34,7 +35,7 @@ def make_log(rows: int = 600, users: int = 40, seed: int = 0) -> pl.DataFrame:
         "tags": [[int(t) for t in rng.integers(0, 9, rng.integers(0, 4))] for _ in range(rows)],
         "text_vector": [[float(x) for x in v] for v in rng.normal(size=(rows, 3))],
         "click": (rng.random(rows) < 1 / (1 + np.exp(-logit))).astype(int),
-        "buy": [None if rng.random() < 0.3 else int(rng.random() < 1 / (1 + np.exp(-l - p))) for l, p in zip(logit, price)],
+        "buy": [None if hidden else int(bought) for hidden, bought in zip(rng.random(rows) < 0.3, bought, strict=True)],
         "spend": logit + rng.normal(size=rows),
         "size": rng.choice(["S", "M", "L"], rows),
     })  # fmt: skip

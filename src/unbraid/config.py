@@ -186,6 +186,8 @@ def explain(error: ValidationError, where: str) -> str:
         if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             allowed = _allowed(mistake["loc"][:-1])
             lines.append(f"unknown key `{path}`. Allowed: {', '.join(allowed)}.")
+        elif mistake["type"] == "union_tag_not_found":
+            lines.append(f"`{path}` has no `kind`. Allowed: {', '.join(_kinds(mistake['loc']))}.")
         elif mistake["type"].startswith("union_tag"):
             lines.append(f"`{path}`: {mistake['msg']}")
         else:
@@ -198,6 +200,16 @@ def explain(error: ValidationError, where: str) -> str:
 
 def _allowed(loc: Sequence[Any]) -> list[str]:
     """The keys of the dataclass at a path (union tags and list positions are steps of the path)."""
+    at = _at(loc)
+    return [f.name for f in dataclasses.fields(at)] if dataclasses.is_dataclass(at) else []
+
+
+def _kinds(loc: Sequence[Any]) -> list[str]:
+    """The kinds of the slot at a path."""
+    return [member.kind for member in _members(_at(loc)) if hasattr(member, "kind")]
+
+
+def _at(loc: Sequence[Any]) -> Any:
     at: Any = Run
     for step in loc:
         if dataclasses.is_dataclass(at) and isinstance(step, str):
@@ -206,7 +218,7 @@ def _allowed(loc: Sequence[Any]) -> list[str]:
         members = [m for m in _members(at) if dataclasses.is_dataclass(m)]
         tagged = [m for m in members if step == getattr(m, "kind", None)]
         at = (tagged or members or [at])[0] if tagged or len(members) == 1 else at
-    return [f.name for f in dataclasses.fields(at)] if dataclasses.is_dataclass(at) else []
+    return at
 
 
 def _members(at: Any) -> list[Any]:

@@ -54,6 +54,8 @@ def train(
         JobError: ``out`` holds another run, or a finished one; DataError, BundleError, OSError as they say.
     """
     watcher = watcher or Watcher()
+    if run.training.threads:
+        torch.set_num_threads(run.training.threads)
     folder = None if out is None else Path(out)
     if folder is not None and _prepare(folder, run, resume, overwrite):
         watcher.note(f"{folder} is finished; nothing to resume")
@@ -123,17 +125,17 @@ def one_class_domains(encoded: Encoded) -> list[str]:
     """A warning for each task and domain whose training labels are all of one class."""
     warnings = []
     rows = encoded.split("train")
-    domain = encoded.columns["domain"][rows] if "domain" in encoded.columns else np.full(len(rows), 2)
-    for task in encoded.schema.tasks:
-        if task.kind == "binary":
-            label = encoded.columns[f"label.{task.name}"][rows]
-            for code in np.unique(domain):
-                found = np.unique(label[(domain == code) & (label >= 0)])
-                if len(found) < 2:
-                    what = f"only {found[0]}s" if len(found) else "no labels"
-                    warnings.append(
-                        f"task {task.name}, domain {encoded.schema.domains[code]}: {what} in the training split"
-                    )
+    domain = encoded.columns["domain"][rows] if "domain" in encoded.columns else np.full(len(rows), FIRST_VALUE)
+    labels, observed = encoded.labels(rows)
+    for task in (t for t in encoded.schema.tasks if t.kind == "binary"):
+        label, known = labels[task.name].numpy(), observed[task.name].numpy()
+        for code in np.unique(domain):
+            found = np.unique(label[(domain == code) & known])
+            if len(found) < 2:
+                what = f"only {found[0]:g}s" if len(found) else "no labels"
+                warnings.append(
+                    f"task {task.name}, domain {encoded.schema.domains[code]}: {what} in the training split"
+                )
     return warnings
 
 

@@ -44,6 +44,11 @@ class Model(nn.Module):
         self.schema, config = schema, tables or Views()
         encoder = history or Mean()
         tasks = [task.name for task in schema.tasks]
+        if getattr(encoder, "needs_target", False) and not any(self.targets(h) for h in schema.histories):
+            raise ValueError(
+                f"History encoder `{encoder.kind}` needs a history with an event field whose vocabulary is also an id feature of "
+                f"the row. Found histories {[(h.name, *h.fields) for h in schema.histories]}."
+            )
         self.vocabularies = {f.name: f.vocab for f in schema.features if f.kind in ("id", "bag")}
         sizes = {name: schema.sizes[name] for name in self._tables_needed()}
         self.embeddings = config.build(tasks, sizes, getattr(encoder, "roles", ("value",)))

@@ -84,7 +84,7 @@ def _base(name: str) -> Run:
         baseline=("user", "video_id", "author_id", "domain"),
         model=ModelChoice(history=Mean()),
         update=Joint(lr=1e-3),
-        training=Training(batch_size=1024, epochs=4, evaluate_every=40, patience=2),
+        training=Training(batch_size=1024, epochs=4, evaluate_every=40, patience=2, threads=1),
     )
 
 

@@ -39,6 +39,8 @@ class Training:
             and keep the last weights.
         checkpoint_seconds, checkpoint_steps: write a checkpoint so often (0: not by that measure).
         device: where to train; ``auto`` is CUDA when there is one.
+        threads: of torch on the CPU; 0 leaves its own choice.  Small models gain little from a second thread, and on a
+            machine whose cores are busy two threads can be ten times slower than one.
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
@@ -51,12 +53,13 @@ class Training:
     checkpoint_seconds: float = 60.0
     checkpoint_steps: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Parameter `{name}` should be positive. Found {getattr(self, name)}.")
-        for name in ("steps", "evaluate_every", "patience", "checkpoint_seconds", "checkpoint_steps"):
+        for name in ("steps", "evaluate_every", "patience", "checkpoint_seconds", "checkpoint_steps", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"Parameter `{name}` should not be negative. Found {getattr(self, name)}.")
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toylog import make_data, make_log, make_run
 from pydantic import TypeAdapter, ValidationError
+from toylog import make_data, make_log, make_run
 
 from unbraid import config
 from unbraid.bundle import build

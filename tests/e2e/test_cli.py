@@ -57,7 +57,7 @@ def test_train_evaluate_predict(here: Path) -> None:
     again = json.loads(ok("evaluate", here / "b", "--json"))
     assert again["test"] == metrics["test"]
     valid = json.loads(ok("evaluate", here / "b", "--split", "valid", "--json"))
-    assert valid["valid"]["click"]["rows"] != metrics["test"]["click"]["rows"]
+    assert valid["valid"]["click"]["auc"] != metrics["test"]["click"]["auc"]
     ok("predict", here / "b", here / "log.parquet", "--out", here / "p.parquet")
     predicted = pl.read_parquet(here / "p.parquet")
     assert predicted.drop("predicted_click", "predicted_buy").equals(pl.read_parquet(here / "log.parquet"))

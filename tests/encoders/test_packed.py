@@ -8,7 +8,9 @@ import torch
 from unbraid.encoders.attention import TargetAttention
 from unbraid.encoders.packed import segment_softmax
 from unbraid.encoders.pooling import BagAttention, Mean, pool_bag
-from unbraid.types import Ragged, Rows
+from unbraid.model import Model
+from unbraid.towers.mlp import SharedBottom
+from unbraid.types import Feature, Field, History, Ragged, Rows, Schema, Task
 
 LENGTHS = [3, 0, 1, 5, 0, 2]
 
@@ -80,9 +82,22 @@ def test_mean_counts_events() -> None:
     assert out["count"].squeeze(1).tolist() == pytest.approx([math.log1p(n) for n in LENGTHS])
 
 
-def test_target_attention_without_a_target_is_refused() -> None:
-    with pytest.raises(ValueError, match="whose vocabulary is also a feature of the row"):
-        TargetAttention().build({"kind": 4}, {})
+def test_target_attention_with_nothing_to_compare_is_the_mean() -> None:
+    table, ids, ragged = packed()
+    events = {"value": {"item": Rows(table, ids)}}
+    got = TargetAttention().build({"item": 4}, {})(events, ragged, {"value": {}})["item"]
+    torch.testing.assert_close(
+        got, Mean(count=False).build({"item": 4}, {})(events, ragged, {})["item"], rtol=0, atol=1e-12
+    )
+
+
+def test_target_attention_without_any_target_is_refused() -> None:
+    schema = Schema(
+        (Feature("price", kind="number"),), (Task("a"),), histories=(History("h", ("item",)),), fields=(Field("item"),),
+        sizes={"item": 5},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="`target_attention` needs a history with an event field"):
+        Model(schema, SharedBottom(), history=TargetAttention())
 
 
 @pytest.mark.parametrize("pooling", ["mean", "sum", "attention"])

@@ -142,11 +142,24 @@ def test_absent_task_gets_no_gradient(net, sizes, ids):
         assert (parameter.grad is None) == foreign, name
 
 
-@pytest.mark.parametrize("views", [("a", "b", "c", "shared"), ("view0", "view1")])
-def test_reads_one_view(views):
+@pytest.mark.parametrize("views", [("a", "b", "c", "shared"), ()])
+def test_reads_no_views_of_tasks(views):
     with pytest.raises(ValueError) as error:
         MMoE().build(TASKS, views, (4,) * len(views))
-    assert str(error.value) == f"Tower `mmoe` reads one view. Found views {views}. Set model.tables.kind to `shared`."
+    assert str(error.value) == (
+        f"Tower `mmoe` reads one view, or several that belong to no task. Found views {views}. "
+        "Set model.tables.kind to `shared` or `several`."
+    )
+
+
+def test_several_views_are_read_side_by_side():
+    torch.manual_seed(0)
+    one = MMoE(experts=2, expert=(6,), tower=(3,)).build(TASKS, ("shared",), (8,))
+    two = MMoE(experts=2, expert=(6,), tower=(3,)).build(TASKS, ("view0", "view1"), (3, 5))
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(4, 8)
+    for task, hidden in one([x]).tasks.items():
+        assert torch.equal(two([x[:, :3], x[:, 3:]]).tasks[task], hidden)
 
 
 @pytest.mark.parametrize(("name", "value"), [("experts", 0), ("expert", (4, 0)), ("gate", (0,)), ("tower", (-2,))])

@@ -78,12 +78,13 @@ def test_absent_task_gets_no_gradient(net, sizes, ids):
         assert (parameter.grad is None) == (parameter in absent), name
 
 
-@pytest.mark.parametrize("views", [("a", "b", "shared"), ("view0", "view1"), ()])
-def test_reads_one_view(views):
+@pytest.mark.parametrize("views", [("a", "b", "shared"), ()])
+def test_reads_no_views_of_tasks(views):
     with pytest.raises(ValueError) as error:
         SharedBottom().build(("a", "b"), views, (4,) * len(views))
     assert str(error.value) == (
-        f"Tower `shared_bottom` reads one view. Found views {views}. Set model.tables.kind to `shared`."
+        f"Tower `shared_bottom` reads one view, or several that belong to no task. Found views {views}. "
+        "Set model.tables.kind to `shared` or `several`."
     )
 
 

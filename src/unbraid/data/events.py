@@ -119,9 +119,7 @@ def _slices(columns: Columns, users: np.ndarray, times: np.ndarray) -> tuple[np.
     """For every row, the first event of its user and the end of those strictly before its time ((n,) int64 each)."""
     row_user, row_time = columns.read("user"), columns.read("time")
     first = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]])[: len(users)])
-    known = np.concatenate(
-        [users[first], [0]]
-    )  # users differ from 0, which is no user: the last place is everyone else's
+    known = np.concatenate([users[first], [0]])  # the last place is of everyone without events, and of 0: no user
     first = np.concatenate([first, [len(users)], [len(users)]])
     place = np.searchsorted(known[:-1], row_user)
     place = np.where(known[place] == row_user, place, len(known) - 1)

@@ -25,12 +25,13 @@ class TargetAttention:
     __pydantic_config__: ClassVar[dict] = FORBID
     kind: Literal["target_attention"] = field(default="target_attention", kw_only=True)
 
+    needs_target: ClassVar[bool] = True  # of at least one history, or it is a mean by a longer way
+
     def build(self, widths: Mapping[str, int], targets: Mapping[str, int]) -> TargetAttentionHistory:
-        """widths: event field -> D; targets: the event fields that the row has, too.  Raises ValueError without any."""
-        if not targets:
-            raise ValueError(
-                f"Target attention needs an event field whose vocabulary is also a feature of the row. Found {list(widths)}."
-            )
+        """widths: event field -> D; targets: the event fields that the row has, too.
+
+        A history without such a field has nothing to compare: all its scores are 0, its weights equal, its output the mean.
+        """
         return TargetAttentionHistory(widths, targets)
 
 
@@ -40,16 +41,16 @@ class TargetAttentionHistory(nn.Module):
     def __init__(self, widths: Mapping[str, int], targets: Mapping[str, int]) -> None:
         super().__init__()
         self.widths, self.targets = dict(widths), tuple(targets)
-        self.scale = 1.0 / math.sqrt(sum(targets.values()))
+        self.scale = 1.0 / math.sqrt(max(1, sum(targets.values())))
 
     def forward(
         self, events: Mapping[str, Mapping[str, Rows]], history: Ragged, target: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
         """As `unbraid.encoders.pooling.MeanHistory.forward`."""
-        scores: Tensor | float = 0.0
+        first = next(iter(events["value"].values()))
+        scores = first.vectors.new_zeros(len(first.index))
         for name in self.targets:
             query = nn.functional.embedding(history.rows, target["value"][name])
             scores = scores + (events["value"][name].gather() * query).sum(1)
-        assert isinstance(scores, Tensor)
         weights = segment_softmax(scores * self.scale, history)
         return {name: events["value"][name].pool(history.offsets, weights) for name in self.widths}

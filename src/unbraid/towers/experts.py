@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.layers import mlp, mlp_width, require_dropout, require_positive, task_key
-from unbraid.towers.mlp import task_towers, the_view
+from unbraid.towers.mlp import one_width, side_by_side, task_towers
 from unbraid.types import FORBID, TowerOutput
 
 BIBTEX = """
@@ -80,7 +80,7 @@ class MMoETower(nn.Module):
 
         The trunk is the plain mean of the experts (B, D); extras hold the gates, ``mmoe.gate.TASK`` (B, experts).
         """
-        (x,) = hidden
+        x = side_by_side(hidden)
         pool = [expert(x) for expert in self.experts]
         gates = {task: self.gates[task_key(task)](x).softmax(dim=1) for task in self.widths}
         states = {task: self.towers[task_key(task)](mix(gate, pool)) for task, gate in gates.items()}
@@ -112,4 +112,4 @@ class MMoE:
 
     def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> MMoETower:
         """The module for these tasks.  Raises ValueError unless there is exactly one view."""
-        return MMoETower(self, tasks, the_view(self.kind, views, widths))
+        return MMoETower(self, tasks, one_width(self.kind, views, widths))

@@ -15,19 +15,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from unbraid.layers import mlp, mlp_width, require_dropout, require_positive, task_key
 from unbraid.types import FORBID, TowerOutput
 
 
-def the_view(tower: str, views: Sequence[str], widths: Sequence[int]) -> int:
-    """Width of the only view of a tower that reads one; raises ValueError if there are several."""
-    if len(views) != 1:
+def one_width(tower: str, views: Sequence[str], widths: Sequence[int]) -> int:
+    """Width of the input of a tower that reads the shared view, or several views side by side.
+
+    Raises:
+        ValueError: the views are those of tasks.
+    """
+    if not views or (tuple(views) != ("shared",) and "shared" in views):
         raise ValueError(
-            f"Tower `{tower}` reads one view. Found views {tuple(views)}. Set model.tables.kind to `shared`."
+            f"Tower `{tower}` reads one view, or several that belong to no task. Found views {tuple(views)}. "
+            f"Set model.tables.kind to `shared` or `several`."
         )
-    return widths[0]
+    return sum(widths)
+
+
+def side_by_side(hidden: Sequence[Tensor]) -> Tensor:
+    """(B, sum of widths) all views."""
+    return hidden[0] if len(hidden) == 1 else torch.cat(list(hidden), dim=1)
 
 
 def task_towers(tasks: Sequence[str], width: int, hidden: Sequence[int], dropout: float) -> nn.ModuleDict:
@@ -51,7 +62,7 @@ class SharedBottomTower(nn.Module):
 
     def forward(self, hidden: Sequence[Tensor]) -> TowerOutput:
         """One (B, width) view becomes task -> (B, H); the trunk is the bottom's output (B, ``bottom[-1]``)."""
-        (x,) = hidden
+        x = side_by_side(hidden)
         h = self.bottom(x)
         return TowerOutput({task: self.towers[task_key(task)](h) for task in self.widths}, h, {})
 
@@ -77,4 +88,4 @@ class SharedBottom:
 
     def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> SharedBottomTower:
         """The module for these tasks.  Raises ValueError unless there is exactly one view."""
-        return SharedBottomTower(self, tasks, the_view(self.kind, views, widths))
+        return SharedBottomTower(self, tasks, one_width(self.kind, views, widths))

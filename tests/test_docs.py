@@ -1,0 +1,288 @@
+"""The pages say what the code does: run files load, commands parse, examples run, links resolve, members have pages."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import types
+import typing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toylog import make_data, make_log, make_run
+from typer.main import get_command
+
+from unbraid import config
+from unbraid.bundle import build
+from unbraid.cli import app
+from unbraid.data.encode import encode
+from unbraid.data.source import Data
+from unbraid.data.table import Encoded
+from unbraid.job import train
+from unbraid.types import GAP, Ragged, Rows, Schema
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+METHODS = DOCS / "methods"
+PAGES = sorted(DOCS.rglob("*.md")) + [page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if page.exists()]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+BASE: dict[str, Any] = {
+    "data": {
+        "rows": "log",
+        "user": "user",
+        "time": "time",
+        "features": [{"name": "item_id"}, {"name": "brand"}],
+        "tasks": [{"name": "click"}, {"name": "buy"}],
+        "split": {"kind": "user"},
+    }
+}  # what a snippet of a run file is put into
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def all_blocks(language: str) -> list[Any]:
+    found = [(page, n, text) for page in PAGES for n, text in enumerate(blocks(page, language))]
+    return [pytest.param(page, text, id=f"{page.relative_to(ROOT)}-{n}") for page, n, text in found]
+
+
+def merged(base: Any, change: Any) -> Any:
+    if isinstance(base, dict) and isinstance(change, dict):
+        both = {key: merged(base[key], change[key]) for key in base.keys() & change.keys()}
+        return {**base, **change, **both}
+    return change
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+@pytest.mark.parametrize(("page", "text"), all_blocks("toml"))
+def test_run_files_load(page: Path, text: str, tmp_path: Path) -> None:
+    plain = tomllib.loads(text)
+    if {"rows", "features", "tasks"} <= set(plain.get("data", {})):
+        (tmp_path / "run.toml").write_text(text)
+        config.load(tmp_path / "run.toml")
+        return
+    split = plain.get("data", {}).get("split")  # kinds of splits have keys of their own
+    base = copy.deepcopy(BASE)
+    if split:
+        base["data"].pop("split")
+    config.from_dict(merged(base, plain), str(page))
+
+
+def test_there_is_a_whole_run_on_the_page() -> None:
+    found = [tomllib.loads(block).get("data", {}) for block in blocks(DOCS / "run-file.md", "toml")]
+    assert any({"rows", "features", "tasks"} <= set(data) for data in found)
+
+
+def small_schema(data: Data) -> Schema:
+    """What encoding might have found, without reading anything."""
+    vocabularies = [f.vocab for f in (*data.features, *data.fields)]
+    sizes = dict.fromkeys([*vocabularies, GAP], 3)
+    return Schema(data.features, data.tasks, data.histories, data.fields, ("(unknown)", "(missing)", "a"), sizes)
+
+
+@pytest.mark.parametrize("page", sorted(METHODS.glob("*.md")), ids=lambda page: page.stem)
+def test_python_of_a_method_makes_a_run(page: Path) -> None:
+    (text,) = blocks(page, "python")
+    names: dict[str, Any] = {}
+    exec(compile(text, str(page), "exec"), names)
+    for run in [value for value in names.values() if isinstance(value, config.Run)]:
+        assert config.from_dict(tomllib.loads(config.dumps(run))) == run, "what is not valid shows here"
+        build(run, small_schema(run.data))  # what does not fit together shows here
+    assert isinstance(names["run"], config.Run)
+    for heading in ("Idea", "Equations", "Shapes", "Usage", "Differences", "What is tested", "What reproduced"):
+        assert f"\n## {heading}\n" in page.read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+def command_lines() -> list[str]:
+    lines: set[str] = set()
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for block in re.findall(r"^```(?:console|sh|bash|shell)\n(.*?)^```", text, re.M | re.S):
+            found = re.findall(r"^(?:\$ )?(?:\.venv/bin/)?unbraid (.+)$", block, re.M)
+            lines.update("! " + line for line in found)
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        lines.update("~ " + line for line in re.findall(r"`unbraid ([a-z][^`]*)`", prose))
+    return sorted(lines)
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_commands_parse(line: str) -> None:
+    whole, words = line[0] == "!", shlex.split(line[2:], comments=True)
+    words = words[: next((i for i, word in enumerate(words) if word in (">", "|", "&&", ";", "2>")), len(words))]
+    command: Any = get_command(app)
+    while words and hasattr(command, "commands"):
+        assert words[0] in command.commands, f"no command {words[0]}"
+        command = command.commands[words.pop(0)]
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    used = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert used <= options | {"--help"}
+    if whole and "--help" not in words:
+        command.make_context("unbraid", list(words))  # raises for missing arguments and values of the wrong type
+
+
+def test_every_command_has_a_section() -> None:
+    command: Any = get_command(app)
+    text = (DOCS / "commands.md").read_text()
+    for name, sub in command.commands.items():
+        for full in [f"{name} {inner}" for inner in getattr(sub, "commands", {})] or [name]:
+            assert f"\n## `unbraid {full}`\n" in text
+
+
+def test_every_option_of_train_is_described() -> None:
+    command: Any = get_command(app)
+    text = (DOCS / "commands.md").read_text()
+    for parameter in command.commands["train"].params:
+        names = [name for name in (*parameter.opts, *parameter.secondary_opts) if name.startswith("--")]
+        assert not names or any(f"`{name}" in text for name in names), names
+
+
+# ------------------------------------------------------------------------------------------------------------- examples
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path: Path, tmp_path: Path) -> None:
+    ours = {"OMP_NUM_THREADS": "1", "UNBRAID_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT / "src")}
+    environment = {**os.environ, **ours}
+    assert len(path.read_text().splitlines()) <= 40
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "AUC" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------- links
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", prose, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.exists(), f"{page.name} links to {target}"
+        if anchor and other.suffix == ".md":
+            assert anchor in anchors(other), f"{page.name} links to {target}"
+
+
+# -------------------------------------------------------------------------------------------------------------- members
+def config_classes() -> list[type]:
+    """Every dataclass that a run can hold."""
+    found: list[type] = []
+
+    def visit(at: Any) -> None:
+        for member in typing.get_args(at) or [at]:
+            if typing.get_args(member):
+                visit(member)
+            elif dataclasses.is_dataclass(member) and member not in found:
+                found.append(member)  # type: ignore[arg-type]
+                for hint in typing.get_type_hints(member, include_extras=True).values():
+                    visit(hint)
+
+    visit(config.Run)
+    return found
+
+
+def tables_of_keys(text: str) -> list[list[tuple[str, str]]]:
+    """The page's tables of keys: (key, default) of each line."""
+    tables = re.findall(r"^\| key \| type \| default \| meaning \|\n\|[-|]+\n((?:\|.*\n)+)", text, re.M)
+    return [re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|", table, re.M) for table in tables]
+
+
+@pytest.mark.parametrize("cls", config_classes())
+def test_every_key_of_a_run_file_is_on_the_page(cls: Any) -> None:
+    names = [f.name for f in dataclasses.fields(cls)]
+    tables = [table for table in tables_of_keys((DOCS / "run-file.md").read_text()) if [n for n, _ in table] == names]
+    assert tables, f"no table has the keys of {cls.__name__}: {names}"
+    kind = getattr(cls, "kind", None) if any(f.name == "kind" and f.kw_only for f in dataclasses.fields(cls)) else None
+    shown = {f.name: written_default(f) for f in dataclasses.fields(cls)}
+    fitting = [table for table in tables if kind is None or dict(table)["kind"] == f'`"{kind}"`']
+    right = [all(shown[name] in (None, default) for name, default in table) for table in fitting]
+    assert any(right), f"{cls.__name__}: {shown}"
+
+
+def written_default(f: dataclasses.Field) -> str | None:
+    """A key's default as the page writes it, None where it is another dataclass."""
+    if f.default is dataclasses.MISSING:
+        return "**required**" if f.default_factory is dataclasses.MISSING else "its defaults"
+    value = list(f.default) if isinstance(f.default, tuple) else f.default
+    if isinstance(value, list) and any(dataclasses.is_dataclass(v) for v in value):
+        return None
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
+
+
+def slot_members() -> list[type]:
+    found = []
+    for name in [n for n in vars(config) if n.endswith("Choice") and n != "ModelChoice"]:
+        choice = getattr(config, name)
+        inner = typing.get_args(choice)[0] if typing.get_origin(choice) is typing.Annotated else choice
+        found += typing.get_args(inner) or [inner]
+    return found
+
+
+@pytest.mark.parametrize("member", slot_members())
+def test_every_member_has_a_page(member: Any) -> None:
+    kind = member().kind
+    assert (METHODS / f"{kind}.md").exists() or f"`{kind}`" in (DOCS / "run-file.md").read_text()
+
+
+# --------------------------------------------------------------------------------------------------- the worked example
+@pytest.fixture
+def worked() -> Any:
+    module = types.ModuleType("worked_example")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    (text,) = blocks(DOCS / "add-a-method.md", "python")
+    exec(compile(text, "add-a-method.md", "exec"), module.__dict__)
+    yield module
+    del sys.modules[module.__name__]
+
+
+def test_the_worked_example_is_max_pooling(worked: Any) -> None:
+    table = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    index, offsets = torch.tensor([0, 5, 5, 2, 6]), torch.tensor([0, 3, 3, 5])
+    encoder = worked.Max().build({"item": 3}, {})
+    got = encoder({"value": {"item": Rows(table, index)}}, Ragged({}, offsets), {})["item"]
+    want = torch.stack([table[index[:3]].max(0)[0], torch.zeros(3, dtype=torch.float64), table[index[3:]].max(0)[0]])
+    assert torch.equal(got, want) and encoder.widths == {"item": 3}
+    got.sum().backward()
+    assert int((table.grad != 0).sum()) >= 2
+
+
+def test_the_worked_example_trains_from_python(worked: Any, tmp_path: Path) -> None:
+    run = make_run(training=replace(make_run().training, steps=5, evaluate_every=5))
+    run = replace(run, model=replace(run.model, history=worked.Max()))
+    result = train(run, tables={"log": make_log()}, baseline=False)
+    assert result.metrics["test"]["click"]["auc"]["value"] > 0
+    encoded = Encoded(encode(make_data(), tables={"log": make_log()}))
+    assert "seen.item" in result.bundle.model.interactions["view/shared"].fields and encoded.rows == 600
+
+
+def test_the_worked_example_is_valid_in_a_union(worked: Any) -> None:
+    from typing import Annotated
+
+    from pydantic import TypeAdapter, ValidationError
+
+    union = typing.get_args(config.HistoryChoice)[0] | worked.Max
+    adapter: Any = TypeAdapter(Annotated[union, config.kind])
+    assert adapter.validate_python({"kind": "max"}) == worked.Max()
+    with pytest.raises(ValidationError):
+        adapter.validate_python({"kind": "max", "widht": 1})
