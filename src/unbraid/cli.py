@@ -19,7 +19,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
-RunFile = Annotated[Path | None, typer.Argument(help="Run file (TOML). None: the bundled log with the recipe `stem`.")]
+RunFile = Annotated[Path | None, typer.Argument(help="Run file (TOML). None: the bundled log with the default recipe.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Change a value: `--set model.tower.kind=mmoe`. Repeat it.")
 ]
@@ -38,7 +38,7 @@ def load_run(path: Path | None, settings: list[str] | None, seed: int | None = N
 
     from unbraid import config, recipes
 
-    run = recipes.stem() if path is None else config.load(path)
+    run = recipes.DEFAULT() if path is None else config.load(path)
     if settings:
         run = config.override(run, settings)
     if seed is not None:

@@ -111,6 +111,8 @@ def shared_bottom() -> Run:
 
 RECIPES: dict[str, Callable[[], Run]] = {f.__name__: f for f in (stem, mmoe, shared_bottom)}
 
+DEFAULT = stem  # what `unbraid train` runs without a run file
+
 
 def get(name: str) -> Run:
     """The recipe of that name.  Raises ValueError that lists the names."""

@@ -19,7 +19,8 @@ import numpy as np
 import polars as pl
 from polars.exceptions import PolarsError
 
-from unbraid.data.encode import bag_lists, encode, id_values
+from unbraid.data.encode import encode
+from unbraid.data.fit import bag_lists, id_values
 from unbraid.data.source import (
     SPLIT,
     SPLITS,

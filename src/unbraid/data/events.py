@@ -19,7 +19,8 @@ from unbraid.data.vocabulary import canonical, stable_hash
 from unbraid.types import FIRST_VALUE, GAP, MISSING
 
 if TYPE_CHECKING:
-    from unbraid.data.encode import Columns, Progress
+    from unbraid.data.encode import Columns
+    from unbraid.data.fit import Progress
     from unbraid.data.fitted import Fitted
 
 NO_TIME = np.iinfo(np.int64).min  # before every row
@@ -69,7 +70,8 @@ def _event_chunks(
     data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted: Fitted, users: Any, per_second: float
 ) -> Iterator[dict[str, np.ndarray]]:
     """Encoded events of one source: user (hash), time, one column per field, one bool per history with a filter."""
-    from unbraid.data.encode import chunks, event_values
+    from unbraid.data.encode import chunks
+    from unbraid.data.fit import event_values
 
     have, where = plan.collect_schema(), f"data.events `{source.table}`"
     exprs = {"user": src.users_of_events(data, have, users, where)}

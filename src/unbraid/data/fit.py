@@ -1,0 +1,235 @@
+"""The first pass: what the training split teaches (vocabularies, scales, domains, classes), and how columns are read.
+
+Every expression that both passes read a column by is here, so that what is fitted is what is encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from unbraid.data import vocabulary
+from unbraid.data.fitted import Fitted
+from unbraid.data.source import (
+    SPLIT,
+    SPLITS,
+    Data,
+    DataError,
+    Tables,
+    _dtype,
+    add_joins,
+    event_plans,
+    expression,
+    instant,
+    reading,
+    rows_plan,
+    to_time,
+    users_of_events,
+)
+from unbraid.data.vocabulary import Vocabulary, canonical, canonical_type
+from unbraid.types import GAP, Feature, Schema
+
+GAP_BUCKETS = 34  # unknown, missing, then floor(log2(seconds + 1)): 2**32 seconds are 136 years
+Progress = Callable[[str, int, int], None]  # (what, done, total): total 0 when unknown
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Say nothing."""
+
+
+def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, progress: Progress) -> Fitted:
+    """Vocabularies, scales, domains and classes of the training split."""
+    plan = rows_plan(data, base, tables)
+    schema = plan.collect_schema()
+    _check_split(data, plan)
+    train = plan.filter(pl.col(SPLIT) == 0)
+    progress("fitting vocabularies", 0, 0)
+    vocabularies = _fit_vocabularies(data, base, tables, train, schema, grow)
+    numbers = {f.name: _fit_number(f, train, schema) for f in data.features if f.kind == "number"}
+    widths = {f.name: _fit_width(f, train, schema) for f in data.features if f.kind == "vector"}
+    classes = {t.name: _fit_classes(t.source, t.name, train, schema) for t in data.tasks if t.kind == "multiclass"}
+    domains = tuple(vocabularies["domain "].names()) if data.domain else ("(unknown)", "(missing)", "all")
+    sizes = {name: v.size for name, v in vocabularies.items() if name != "domain "}
+    if data.histories:
+        sizes[GAP] = GAP_BUCKETS
+    return Fitted(
+        Schema(data.features, data.tasks, data.histories, data.fields, domains, sizes, widths, numbers, classes),
+        vocabularies,
+    )
+
+
+def _check_split(data: Data, plan: pl.LazyFrame) -> None:
+    counts = dict(plan.group_by(SPLIT).len().collect().rows())
+    if None in counts:
+        what = {"column": data.split.column, "time": data.time, "user": data.user}[data.split.kind]
+        raise DataError(
+            f"{counts[None]:,} rows belong to no split: check `{what}` for nulls or other words than {SPLITS}."
+        )
+    empty = [name for code, name in enumerate(SPLITS) if not counts.get(code)]
+    if empty:
+        have = ", ".join(f"{name} {counts.get(code, 0):,}" for code, name in enumerate(SPLITS))
+        raise DataError(f"The {' and '.join(empty)} split is empty ({have} rows). Move the boundaries of `data.split`.")
+
+
+def _fit_vocabularies(
+    data: Data, base: Path, tables: Tables | None, train: pl.LazyFrame, schema: Mapping[str, Any], grow: Fitted | None
+) -> dict[str, Vocabulary]:
+    counts: dict[str, list[pl.DataFrame]] = {}
+    need: dict[str, tuple[int, int]] = {}
+
+    def want(name: str, rows: pl.LazyFrame, expr: pl.Expr, dtype: Any, min_count: int, buckets: int) -> None:
+        values = rows.with_columns(expr.alias("value")).select("value")  # with_columns: a constant counts once a row
+        if isinstance(dtype, pl.List):
+            values, dtype = values.explode("value", empty_as_null=False, keep_nulls=False), dtype.inner
+        frame = values.select(canonical(pl.col("value"), dtype)).drop_nulls().group_by("value").len("count")
+        counts.setdefault(name, []).append(frame.collect(engine="streaming"))
+        old = need.get(name, (1, 0))
+        need[name] = (max(old[0], min_count), max(old[1], buckets))
+
+    for feature in data.features:
+        if feature.kind in ("id", "bag"):
+            want(feature.vocab, train, *ids_of(feature, schema), feature.min_count, feature.buckets)
+    if data.domain:
+        want("domain ", train, expression(data.domain, schema, "data.domain"), _dtype(data.domain, schema), 1, 0)
+    for source, plan in event_plans(data, base, tables):
+        with reading(f"data.events `{source.table}`"):
+            plan = training_events(data, source.table, source.time, plan, train)
+            joined = add_joins(plan.drop(SPLIT, strict=False), data, base, tables)
+            have = joined.collect_schema()
+            fields = [f for f in data.fields if f.name in source.columns]
+            read = {f.name: event_values(source.columns[f.name], have, source.table) for f in fields}
+            events = joined.with_columns(expr.alias(name) for name, (expr, _) in read.items()).select(*read)
+            if lists := [name for name, (_, dtype) in read.items() if isinstance(dtype, pl.List)]:
+                events = events.explode(lists, empty_as_null=False, keep_nulls=False)
+            for f in fields:
+                want(f.vocab, events, pl.col(f.name), events.collect_schema()[f.name], f.min_count, f.buckets)
+    for field in data.fields:
+        if field.vocab not in counts:
+            raise DataError(f"Event field `{field.name}` is in no `[[data.events]]` columns.")
+    fitted = {}
+    for name, frames in counts.items():
+        old = grow.vocabularies.get(name) if grow else None
+        kinds = [f.schema["value"] for f in frames if len(f)] + ([old.values.dtype] if old and len(old.values) else [])
+        if len(set(kinds)) > 1:
+            found = ", ".join(sorted({str(kind) for kind in kinds}))
+            raise DataError(
+                f"Vocabulary `{name}` is read from columns (or an earlier model) of different types: {found}."
+            )
+        for frame in frames:
+            if frame.schema["value"] == pl.Float64 and frame["value"].is_nan().any():
+                raise DataError(f"Vocabulary `{name}`: its columns hold NaN. Write nulls for missing ids.")
+        kind = kinds[0] if kinds else frames[0].schema["value"]
+        fitted[name] = vocabulary.fit([f.cast({"value": kind}) for f in frames], *need[name], old)
+    return fitted
+
+
+def training_events(data: Data, table: str, time: str, plan: pl.LazyFrame, train: pl.LazyFrame) -> pl.LazyFrame:
+    """The events that vocabularies are fitted on: of training rows, before the training split ends, or of its users."""
+    have, rows = plan.collect_schema(), train.collect_schema()
+    if table == "rows":
+        return plan.filter(pl.col(SPLIT) == 0)
+    if data.split.kind == "time" and time != "none":
+        expr, per_second = to_time(
+            expression(time or data.time, have, f"data.events `{table}`"), _dtype(time or data.time, have),
+            data.time_unit,
+            f"Time of `{table}`",
+        )  # fmt: skip
+        return plan.filter(expr < instant(data.split.valid_from, per_second))
+    kind = canonical_type(_dtype(data.user, rows))
+    user = users_of_events(data, have, kind, f"data.events `{table}`")
+    users = train.select(expression(data.user, rows, "data.user").cast(kind).alias(SPLIT)).unique()
+    return plan.join(users, left_on=user, right_on=SPLIT, how="semi")
+
+
+def id_values(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
+    """A feature's ids in canonical type, bags exploded."""
+    expr, dtype = ids_of(feature, schema)
+    return canonical(expr.explode(), dtype.inner) if isinstance(dtype, pl.List) else canonical(expr, dtype)
+
+
+def ids_of(feature: Feature, schema: Mapping[str, Any]) -> tuple[pl.Expr, Any]:
+    """Expression and type of a feature's ids, or of a bag's lists of them."""
+    expr, dtype = expression(feature.source, schema, f"Feature `{feature.name}`"), _dtype(feature.source, schema)
+    if feature.kind == "bag":
+        return bag_lists(feature, expr, dtype)
+    if isinstance(dtype, pl.List | pl.Array):
+        raise DataError(
+            f"Feature `{feature.name}`: `{feature.source}` holds lists. Use kind `bag`, or `vector` for numbers."
+        )
+    return expr, dtype
+
+
+def bag_lists(feature: Feature, expr: pl.Expr, dtype: Any) -> tuple[pl.Expr, Any]:
+    """A bag's column as lists."""
+    if dtype == pl.String and feature.separator:
+        members = expr.str.split(feature.separator)
+        return members.list.eval(pl.element().filter(pl.element() != "")), pl.List(pl.String)  # no text, no members
+    if not isinstance(dtype, pl.List | pl.Array):
+        raise DataError(f"Feature `{feature.name}`: a bag needs lists, or text and `separator`. Found {dtype}.")
+    return _as_lists(expr, dtype)
+
+
+def event_values(source: str, schema: Mapping[str, Any], table: str) -> tuple[pl.Expr, Any]:
+    """Expression and type of an event field, or of lists of them."""
+    return _as_lists(expression(source, schema, f"data.events `{table}`"), _dtype(source, schema))
+
+
+def _as_lists(expr: pl.Expr, dtype: Any) -> tuple[pl.Expr, Any]:
+    return (expr.arr.to_list(), pl.List(dtype.inner)) if isinstance(dtype, pl.Array) else (expr, dtype)
+
+
+def number_expression(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
+    """A number after its transform, null where missing."""
+    expr, dtype = expression(feature.source, schema, f"Feature `{feature.name}`"), _dtype(feature.source, schema)
+    if not (dtype.is_numeric() or dtype in (pl.Boolean, pl.Null)):
+        raise DataError(f"Feature `{feature.name}`: kind `number` needs numbers. Found {dtype} in `{feature.source}`.")
+    expr = expr.cast(pl.Float64)
+    if feature.nan == "missing":
+        expr = expr.fill_nan(None)
+    return expr.sign() * expr.abs().log1p() if feature.transform == "log1p" else expr
+
+
+def _fit_number(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[float, float]:
+    expr = number_expression(feature, schema)
+    mean, std, bad = train.select(
+        expr.mean().alias("m"), expr.std(ddof=0).alias("s"), (~expr.is_finite()).sum().alias("bad")
+    ).collect(engine="streaming").row(0)  # fmt: skip
+    refuse_bad_numbers(feature, bad)
+    if mean is None or std is None or std <= 2.0**-23 * abs(mean):
+        return (mean or 0.0, 1.0)  # an empty or (in single precision) constant column becomes 0
+    # threads sum in any order: single precision hides it, so that every run learns the same numbers
+    return (float(np.float32(mean)) if abs(mean) > 1e-9 * std else 0.0, float(np.float32(std)))
+
+
+def refuse_bad_numbers(feature: Feature, bad: int | None) -> None:
+    """Raises DataError when there are any."""
+    if bad:
+        raise DataError(
+            f"Feature `{feature.name}`: `{feature.source}` holds NaN or infinity in {bad:,} rows. A null is missing; "
+            f'to read a NaN as missing too, set nan = "missing" on the feature.'
+        )
+
+
+def _fit_width(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]) -> int:
+    expr, dtype = expression(feature.source, schema, f"Feature `{feature.name}`"), _dtype(feature.source, schema)
+    if not isinstance(dtype, pl.List | pl.Array):
+        raise DataError(
+            f"Feature `{feature.name}`: a vector needs lists of numbers. Found {dtype} in `{feature.source}`."
+        )
+    expr = expr.cast(pl.List(pl.Float32))
+    widths = train.select(expr.drop_nulls().list.len().unique().alias("n")).collect()["n"].to_list()
+    if len(widths) != 1:
+        raise DataError(f"Feature `{feature.name}`: vectors should have one length. Found {sorted(widths)}.")
+    return widths[0]
+
+
+def _fit_classes(source: str, name: str, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[str, ...]:
+    expr = canonical(expression(source, schema, f"Task `{name}`"), _dtype(source, schema))
+    values = train.select(expr.drop_nulls().unique().sort().cast(pl.String).alias("value")).collect()["value"]
+    if len(values) < 2:
+        raise DataError(f"Task `{name}`: the training split has {len(values)} class(es) of `{source}`; two are needed.")
+    return tuple(values)
