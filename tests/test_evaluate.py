@@ -481,3 +481,10 @@ def test_tables_show_intervals_dashes_and_signed_differences():
     out = io.StringIO()
     Console(file=out, width=300).print(render_table(metrics))
     assert "[nearby]" in out.getvalue() and first[4] in out.getvalue() and "baseline" not in out.getvalue()
+
+
+def test_a_narrow_terminal_keeps_the_comparison():
+    metrics = {"click": {"auc": {"value": 0.7, "low": 0.6, "high": 0.8}, "ece": {"value": 0.1, "low": 0, "high": 1},
+                         "rows": 9, "positives": 3, "domains": {}}}  # fmt: skip
+    columns = {w: [c.header for c in render_table(metrics, metrics, width=w).columns] for w in (80, 120)}
+    assert columns[80] == [c for c in columns[120] if c != "ECE"] and "ECE" in columns[120]

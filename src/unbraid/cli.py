@@ -48,6 +48,16 @@ def load_run(path: Path | None, settings: list[str] | None, seed: int | None = N
     return run
 
 
+def show(metrics: dict[str, Any], baseline: dict[str, Any] | None = None) -> None:
+    """Print a table of metrics as wide as the terminal (120 columns where there is none)."""
+    from rich.console import Console
+
+    from unbraid.evaluate import render_table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(render_table(metrics, baseline, width=console.width))
+
+
 @app.command()
 def train(
     run: RunFile = None,
@@ -65,7 +75,6 @@ def train(
 ) -> None:
     """Train a run, print the test metrics of every task and domain, and write a bundle."""
     from unbraid import config
-    from unbraid.evaluate import render_table
     from unbraid.job import JobError
     from unbraid.job import train as job
     from unbraid.progress import Console
@@ -87,10 +96,7 @@ def train(
     if as_json:
         print(json.dumps(result.metrics))
         return
-    from rich.console import Console as Rich
-
-    reference = result.metrics.get("baseline", {}).get("target_encoding")
-    Rich(width=None if sys.stdout.isatty() else 160).print(render_table(result.metrics["test"], reference))
+    show(result.metrics["test"], result.metrics.get("baseline", {}).get("target_encoding"))
     print(f"model   {folder}   (unbraid predict {folder} ROWS.parquet --out PREDICTIONS.parquet)")
     print(f"report  {folder / 'report.md'}   metrics  {folder / 'metrics.json'}")
 
@@ -108,7 +114,6 @@ def evaluate(
     """Metrics of a bundle, per task and domain, with intervals."""
     from unbraid.bundle import Bundle
     from unbraid.data.source import SPLITS
-    from unbraid.evaluate import render_table
     from unbraid.job import evaluate_bundle
 
     try:
@@ -120,9 +125,7 @@ def evaluate(
     if as_json:
         print(json.dumps({split if rows is None else "rows": metrics}))
         return
-    from rich.console import Console as Rich
-
-    Rich(width=None if sys.stdout.isatty() else 160).print(render_table(metrics))
+    show(metrics)
 
 
 @app.command()

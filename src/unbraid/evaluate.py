@@ -522,19 +522,24 @@ def summary(metrics: Metrics) -> list[dict[str, Any]]:
     return flat
 
 
-def render_table(metrics: Metrics, baseline: Metrics | None = None) -> Table:
+def render_table(metrics: Metrics, baseline: Metrics | None = None, *, width: int = 120) -> Table:
     """A rich table, one line per task and domain; with ``baseline`` also its lead metric and ours minus it.
+
+    On a terminal narrower than 118 columns (``width``) lead metrics and baseline are shown alone.
 
     The lead metric (AUC, else accuracy, else RMSE) carries its interval; nulls are dashes.  The difference has none:
     an interval for it needs paired draws of both models.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    titles, lines = _cells(metrics, baseline)
-    table = Table()
-    for i, title in enumerate(titles):
-        table.add_column(title, justify="left" if i < 2 else "right")
+    titles, lines = _cells(metrics, baseline, brief=width < 118)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # without rules it fits 120 columns
+    short = {"calibration": "calib.", "difference": "diff.", "positives": "pos."}
+    for i, title in enumerate(short.get(title, title) for title in titles):
+        wide = max([max(map(len, title.split(" "))), *(len(line[i]) for line in lines)])
+        table.add_column(title, justify="left" if i < 2 else "right", min_width=wide)  # titles wrap, numbers do not
     for line in lines:
         table.add_row(*map(Text, line))  # Text: a domain's name may hold square brackets
     return table
@@ -556,13 +561,13 @@ def _lead(found: Metrics) -> str:
     return next(name for name in _LEADS if name in found)
 
 
-def _cells(metrics: Metrics, baseline: Metrics | None) -> tuple[list[str], list[list[str]]]:
+def _cells(metrics: Metrics, baseline: Metrics | None, brief: bool = False) -> tuple[list[str], list[list[str]]]:
     """Titles and text of the tables.  A binary task's accuracy says little at 2 % positives and gets no column."""
     slices = [(t, d, found) for t, whole in metrics.items() for d, found in {"": whole, **whole["domains"]}.items()]
     leads = [name for name in _LEADS if any(_lead(found) == name for _, _, found in slices)]
     shown = {name for _, _, found in slices for name in _names(found) if name != "accuracy"}
     ranks = list(dict.fromkeys(name for _, _, found in slices for name in _names(found) if "@" in name))
-    rest = [name for name in (*_TITLES, *ranks) if name in shown and name not in leads]
+    rest = [] if brief else [name for name in (*_TITLES, *ranks) if name in shown and name not in leads]
     titles = ["task", "domain", "rows", "positives", *(_TITLES.get(name, name) for name in leads + rest)]
     if baseline is not None:
         titles += ["baseline " + "/".join(_TITLES[name] for name in leads), "difference"]
