@@ -218,8 +218,9 @@ def test_warm_start_moves_rows_by_value_and_counts_them(tmp_path: Path) -> None:
     still = dataclasses.replace(
         make_run(model=ModelChoice(heads=Heads(by="domain"), tower=SharedBottom(bottom=(16,), tower=(8,)))),
         update=Joint(lr=1e-30),
+        init=str(tmp_path / "old"),
     )
-    new = train(still, tables={"log": second}, baseline=False, init=tmp_path / "old", watcher=Notes())
+    new = train(still, tables={"log": second}, baseline=False, watcher=Notes())
     (line,) = [n for n in notes if n.startswith("warm start")]
     before, after = old.bundle, new.bundle
     key = "embeddings.tables.shared/item/value.weight"
@@ -246,9 +247,20 @@ def test_warm_start_moves_rows_by_value_and_counts_them(tmp_path: Path) -> None:
 
 def test_warm_start_refuses_another_model(tmp_path: Path) -> None:
     train(make_run(), tmp_path / "old", tables=TABLES, baseline=False)
-    other = make_run(model=ModelChoice(tower=SharedBottom((32,), (8,))))
+    other = make_run(model=ModelChoice(tower=SharedBottom((32,), (8,))), init=str(tmp_path / "old"))
     with pytest.raises(BundleError, match="A warm start needs the same model"):
-        train(other, tables=TABLES, baseline=False, init=tmp_path / "old")
+        train(other, tables=TABLES, baseline=False)
+
+
+def test_a_warm_start_resumes_bit_equal(tmp_path: Path) -> None:
+    train(make_run(), tmp_path / "old", tables=TABLES, baseline=False)
+    fewer = {"log": TABLES["log"].filter(pl.col("item") != "i3")}  # its row stays, though no row has it now
+    training = Training(batch_size=64, steps=20, evaluate_every=10, checkpoint_steps=4, checkpoint_seconds=0)
+    run = make_run(training=training, init=str(tmp_path / "old"), seed=1)
+    whole = train(run, tables=fewer, baseline=False)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(run, tmp_path / "new", tables=fewer, baseline=False, watcher=Dies(10))
+    assert equal(weights(whole), weights(train(run, tmp_path / "new", tables=fewer, baseline=False, resume=True)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- bundle

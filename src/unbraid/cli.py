@@ -32,7 +32,9 @@ def fail(error: Exception) -> NoReturn:
     raise typer.Exit(2)
 
 
-def load_run(path: Path | None, settings: list[str] | None, seed: int | None = None, steps: int | None = None) -> Run:
+def load_run(
+    path: Path | None, settings: list[str] | None, seed: int | None = None, steps: int | None = None, init: Path | None = None
+) -> Run:  # fmt: skip
     """The run of a file (or the default recipe) with the command line's changes."""
     import dataclasses
 
@@ -43,6 +45,8 @@ def load_run(path: Path | None, settings: list[str] | None, seed: int | None = N
         run = config.override(run, settings)
     if seed is not None:
         run = dataclasses.replace(run, seed=seed)
+    if init is not None:
+        run = dataclasses.replace(run, init=str(init.resolve()))
     if steps is not None:
         run = dataclasses.replace(run, training=dataclasses.replace(run.training, steps=steps))
     return run
@@ -82,13 +86,11 @@ def train(
     try:
         if run is None and resume and out is not None and (out / "run.toml").exists():
             run = out / "run.toml"
-        choice = load_run(run, settings, seed, steps)
+        choice = load_run(run, settings, seed, steps, init)
         folder = out or Path("runs") / choice.name
         with Console(quiet=as_json) as watcher:
             watcher.note(f"run `{choice.name}`, seed {choice.seed}")
-            result = job(
-                choice, folder, resume=resume, overwrite=overwrite, init=init, baseline=baseline, watcher=watcher
-            )
+            result = job(choice, folder, resume=resume, overwrite=overwrite, baseline=baseline, watcher=watcher)
     except (config.RunError, JobError, ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -63,6 +63,7 @@ class Run:
     """Everything that a training run is: data, model, losses, update, schedule, training, seed.
 
     ``baseline`` names the columns of the target-encoding baseline: id features, ``user``, ``domain``; empty means all.
+    ``init`` is a bundle to start from: its vocabulary's values stay, its weights are copied; empty means none.
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
@@ -70,6 +71,7 @@ class Run:
     name: str = "run"
     seed: int = 0
     baseline: tuple[str, ...] = ()
+    init: str = ""
     model: ModelChoice = dataclasses.field(default_factory=ModelChoice)
     losses: tuple[TermChoice, ...] = (Supervised(),)
     update: UpdateChoice = dataclasses.field(default_factory=Joint)
@@ -109,7 +111,9 @@ def load(path: str | Path) -> Run:
 
 
 def with_base(run: Run, base: Path) -> Run:
-    """The run with its data folder absolute, so that it means the same from anywhere."""
+    """The run with its folders absolute, so that it means the same from anywhere."""
+    if run.init:
+        run = dataclasses.replace(run, init=str((base / run.init).resolve()))
     if bundled(run.data.folder):
         return run
     folder = str((base / run.data.folder).resolve())

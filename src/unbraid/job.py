@@ -48,7 +48,7 @@ def train(
     Args:
         run: what to do; out: the bundle's folder (None: nothing is written); tables: tables in memory by name.
         resume: continue the unfinished run in ``out``; overwrite: delete what is in ``out`` first.
-        init: a bundle to start from; baseline: fit and report target encoding, too.
+        baseline: fit and report target encoding, too.
 
     Raises:
         JobError: ``out`` holds another run, or a finished one; DataError, BundleError, OSError as they say.
@@ -61,7 +61,7 @@ def train(
         watcher.note(f"{folder} is finished; nothing to resume")
         bundle = Bundle.load(folder)
         return Result(bundle, bundle.metrics, folder)
-    old = Bundle.load(init) if init else None
+    old = Bundle.load(run.init) if run.init else None
     encoded = Encoded(encode(run.data, tables=tables, grow=old.fitted if old else None, progress=watcher.stage))
     schema = encoded.schema
     for warning in one_class_domains(encoded):
