@@ -117,6 +117,25 @@ def test_early_stopping_keeps_the_best_weights() -> None:
     assert valid["click"]["logloss"]["value"] == pytest.approx(values[best], abs=1e-9)
 
 
+def test_a_run_resumed_after_its_best_step_still_ends_with_those_weights(tmp_path: Path) -> None:
+    training = Training(
+        batch_size=64, steps=400, evaluate_every=10, patience=3, metric="click.logloss", checkpoint_steps=1,
+        checkpoint_seconds=0,
+    )  # fmt: skip
+    run, looks = make_run(training=training, update=Joint(lr=0.05)), []
+
+    class Looks(Watcher):
+        def evaluated(self, step: int, metric: str, value: float | None, best: bool, values: Any) -> None:
+            looks.append((step, best))
+
+    whole = train(run, tables=TABLES, baseline=False, watcher=Looks())
+    assert [best for _, best in looks[-3:]] == [False] * 3
+    with pytest.raises(RuntimeError, match="killed"):
+        train(run, tmp_path / "out", tables=TABLES, baseline=False, watcher=Dies(looks[-1][0]))
+    again = train(run, tmp_path / "out", tables=TABLES, baseline=False, resume=True)
+    assert equal(weights(whole), weights(again))
+
+
 def test_selection_metric_must_exist() -> None:
     with pytest.raises(ValueError, match="`training.metric` is `rmse`, which no task has"):
         train(make_run(training=Training(batch_size=64, steps=2, metric="rmse")), tables=TABLES)

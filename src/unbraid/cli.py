@@ -207,7 +207,7 @@ def cite(run: RunFile = None, settings: Settings = None) -> None:
 def describe(run: RunFile = None, settings: Settings = None, as_json: AsJson = False) -> None:
     """What is there: rows, users, items, label rates per task and domain, histories, time span, missing values, duplicates."""
     from unbraid.data.describe import describe as look
-    from unbraid.data.describe import render
+    from unbraid.data.describe_table import render
 
     try:
         found: dict[str, Any] = look(load_run(run, settings).data)

@@ -8,7 +8,8 @@ from dataclasses import replace
 import polars as pl
 import pytest
 
-from unbraid.data.describe import describe, render
+from unbraid.data.describe import describe
+from unbraid.data.describe_table import render
 from unbraid.data.source import Data, DataError, Events, Join, Split
 from unbraid.types import Feature, Field, History, Task
 

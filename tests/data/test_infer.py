@@ -14,8 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from unbraid import cli, config
-from unbraid.data import infer as module
-from unbraid.data.infer import infer, single_auc
+from unbraid.data import guess
+from unbraid.data.guess import single_auc
+from unbraid.data.infer import infer
 from unbraid.data.source import bundled
 from unbraid.types import Feature
 
@@ -234,7 +235,7 @@ def test_domains_are_a_comment_unless_given(tmp_path: Path) -> None:
 
 
 def test_a_sample_sees_every_part_of_a_large_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAMPLE", 300)
+    monkeypatch.setattr(guess, "SAMPLE", 300)
     shop(6000).write_parquet(tmp_path / "t.parquet")
     run, features, text = guessed(tmp_path / "t.parquet", "bought")
     assert "every 20th of 6,000 rows" in text

@@ -30,6 +30,13 @@ def test_lazy_rows_are_leaves_and_dense_rows_are_not(lazy_rows: int) -> None:
     assert (weight.grad is None) == (lazy_rows == 0)
 
 
+def test_a_frozen_table_takes_no_gradient() -> None:
+    for lazy_rows in (0, -1):
+        tables = Views(width=2, lazy_rows=lazy_rows).build(["a"], {"item": 9}).requires_grad_(False)
+        _, (lookup,) = tables({"item": [torch.tensor([4, 2])]})
+        assert not lookup.vectors.requires_grad
+
+
 def test_without_gradients_nothing_is_looked_up_and_values_agree() -> None:
     tables = Views(width=3, lazy_rows=0).build(["a"], {"item": 9})
     ids = {"item": [torch.tensor([1, 5])]}

@@ -8,8 +8,7 @@ the encoder, which stops at the first contradiction, it goes on: a part that can
 from __future__ import annotations
 
 import datetime as dt
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,23 +56,20 @@ def describe(data: Data, base: Path = Path(), *, tables: Tables | None = None) -
         data: the declaration; base: the folder it is relative to; tables: in-memory tables by name.
 
     Returns:
-        What `render` prints, as plain JSON values.  Shares and rates are in [0, 1], and None where nothing is counted.
-        The key ``warnings`` holds sentences.
+        Plain JSON values, which `unbraid.data.describe_table.render` prints.  Shares and rates are in [0, 1], and None
+        where nothing is counted.  The key ``warnings`` holds sentences.
 
     Raises:
         DataError: the table of the rows itself is missing or cannot be read.
     """
     look = _Look(data, base, tables)
-    found: Found = {"rows": look.rows(), "users": look.users(), "time": look.time(), "joins": look.joins}
-    found["tasks"] = look.tasks()
-    found["domains"] = look.domains()
-    found["ids"] = look.ids()
-    found["numbers"] = look.numbers()
-    found["missing"] = look.missing()
-    found["histories"] = look.histories()
+    found: Found = {
+        "rows": look.rows(), "users": look.users(), "time": look.time(), "joins": look.joins, "tasks": look.tasks(),
+        "domains": look.domains(), "ids": look.ids(), "numbers": look.numbers(), "missing": look.missing(),
+        "histories": look.histories(),
+    }  # fmt: skip
     look.warn_about(found)
-    found["warnings"] = look.warnings
-    return found
+    return found | {"warnings": look.warnings}
 
 
 class _Look:
@@ -145,18 +141,22 @@ class _Look:
             check_joins(alone, self.base, self.tables)
             have, right = plan.collect_schema(), scan(self.data.folder, join.table, self.base, self.tables)
             if join.on not in have:
-                raise DataError(
-                    f"Join of `{join.table}`: the rows have no column `{join.on}`. Columns: {', '.join(have)}."
-                )
+                names = ", ".join(have)
+                raise DataError(f"Join of `{join.table}`: the rows have no column `{join.on}`. Columns: {names}.")
             self.plan = add_joins(plan, alone, self.base, self.tables)
             sides = [p.select(canonical(pl.col(join.on), p.collect_schema()[join.on])) for p in (plan, right)]
             return _count(sides[0].join(sides[1], on=join.on, how="anti"))
 
         self.joins[join.table] = {"on": join.on, "rows without a match": self._try(unmatched, None)}
 
-    def _expression(self, source: str, where: str) -> pl.Expr | None:
-        """A column or SQL expression of the plan, or None and a warning."""
-        return self._try(lambda: expression(source, self.schema, where), None)
+    def _read(self, source: str, where: str) -> tuple[pl.Expr, Any]:
+        """A column or SQL expression of the plan, and its type."""
+        return expression(source, self.schema, where), _dtype(source, self.schema)
+
+    def _read_part(self, part: Feature | Task) -> tuple[pl.Expr, Any] | None:
+        """The same of a feature or task, or None and a warning."""
+        where = f"{type(part).__name__} `{part.name}`"
+        return self._try(lambda: self._read(part.source, where), None)
 
     def _one(self, exprs: Sequence[pl.Expr]) -> Found:
         """One row of aggregates.  If one of them cannot be computed, the others are."""
@@ -188,18 +188,12 @@ class _Look:
         """Distinct users, and the share of test rows whose user has no training row."""
         if not self.data.user:
             return None
-        source = self.data.user
-        counts = self._try(
-            lambda: self._values(expression(source, self.schema, "data.user"), _dtype(source, self.schema)), None
-        )
+        counts = self._try(lambda: self._values(*self._read(self.data.user, "data.user")), None)
         if counts is None:
             return None
         about = _id_summary(counts, 1)
-        return {
-            "distinct": about["distinct"],
-            "rows without a user": about["missing"],
-            "test unseen": about["test unseen"],
-        }
+        names = {"distinct": "distinct", "rows without a user": "missing", "test unseen": "test unseen"}
+        return {name: about[key] for name, key in names.items()}
 
     def time(self) -> Found | None:
         """First and last time, in words."""
@@ -208,20 +202,15 @@ class _Look:
             return None
 
         def look() -> Found:
-            dtype = _dtype(source, self.schema)
-            column = expression(source, self.schema, "data.time")
+            column, dtype = self._read(source, "data.time")
             time, per_second = to_time(column, dtype, self.data.time_unit, f"Column `{source}`")
             stats = self.plan.select(time.min().alias("a"), time.max().alias("b"), time.is_null().sum().alias("n"))
             first, last, missing = stats.collect(engine="streaming").row(0)
             unit = f"integers, {UNITS[self.data.time_unit]}" if dtype.is_integer() else "dates or date-times, in UTC"
-            moments = [_iso(t, per_second) for t in (first, last)]
             return {
-                "column": source,
-                "from": moments[0],
-                "to": moments[1],
-                "unit": unit,
+                "column": source, "from": _iso(first, per_second), "to": _iso(last, per_second), "unit": unit,
                 "rows without a time": missing,
-            }
+            }  # fmt: skip
 
         return self._try(look, None)
 
@@ -241,25 +230,23 @@ class _Look:
             elif task.kind == "multiclass":
                 found[task.name] = self._classes(task, ready[task.name], observed[task.name], groups)
             else:
-                found[task.name] = self._rates(task)
+                found[task.name] = self._sliced(task, partial(_rate, task))
         return found
 
     def _label(self, task: Task) -> pl.Expr | None:
         """A task's label as a number (binary, real; null where it is none) or as text (multiclass)."""
-        expr = self._expression(task.source, f"Task `{task.name}`")
-        if expr is None:
+        read = self._read_part(task)
+        if read is None:
             return None
-        dtype = self._try(lambda: _dtype(task.source, self.schema), None)
-        if dtype is None or dtype.is_nested():
-            self.warnings.append(
-                f"Task `{task.name}`: labels should be numbers or words. Found {dtype} in `{task.source}`."
-            )
+        expr, dtype = read
+        if dtype.is_nested():
+            text = f"labels should be numbers or words. Found {dtype} in `{task.source}`."
+            self.warnings.append(f"Task `{task.name}`: {text}")
             return None
         if task.kind == "multiclass":
             return canonical(expr, dtype).cast(pl.String)
-        bad = expr.is_not_null() & expr.cast(pl.Float64, strict=False).is_null()
         number = expr.cast(pl.Float64, strict=False)
-        bad = bad | number.is_nan().fill_null(False)
+        bad = (expr.is_not_null() & number.is_null()) | number.is_nan().fill_null(False)
         if task.kind == "binary":
             bad = bad | ~number.is_in([0.0, 1.0]).fill_null(True)
         wrong = self._one([bad.sum().alias("n")])["n"] if dtype != pl.Boolean else 0
@@ -288,11 +275,8 @@ class _Look:
         out = []
         if task.kind != "multiclass":
             seen = pl.when(known).then(label)
-            out = [
-                known.sum().alias(f"{name}.n"),
-                seen.sum().alias(f"{name}.sum"),
-                (seen**2).sum().alias(f"{name}.squares"),
-            ]
+            sums = {"n": known.sum(), "sum": seen.sum(), "squares": (seen**2).sum()}
+            out = [e.alias(f"{name}.{what}") for what, e in sums.items()]
         if task.given in labels:
             positive = (label == 1).fill_null(False) if task.kind == "binary" else label.is_not_null()
             alone = positive & ~(observed[task.given] & (labels[task.given] == 1).fill_null(False))
@@ -301,32 +285,22 @@ class _Look:
 
     def _domain(self) -> pl.Expr:
         """The domain in words."""
-        source, everything = self.data.domain, pl.lit("all")
-        if not source:
-            return everything
-        expr = self._try(
-            lambda: canonical(expression(source, self.schema, "data.domain"), _dtype(source, self.schema)), None
-        )
-        return everything if expr is None else expr.cast(pl.String).fill_null("(missing)")
+        if not self.data.domain:
+            return pl.lit("all")
+        expr = self._try(lambda: canonical(*self._read(self.data.domain, "data.domain")), None)
+        return pl.lit("all") if expr is None else expr.cast(pl.String).fill_null("(missing)")
 
-    def _slices(self) -> dict[str, tuple[str, pl.DataFrame]]:
-        """The groups of ``cells`` by name of the slice: ("splits", frame) or ("domains", frame)."""
-        out = {name: ("splits", self.cells.filter(pl.col("split") == code)) for code, name in enumerate(SPLITS)}
-        for name in _in_order(self.cells["domain"]):
-            out[f"\0{name}"] = ("domains", self.cells.filter(pl.col("domain") == name))
-        return out
-
-    def _rates(self, task: Task) -> Found:
-        found: Found = {"kind": task.kind, "all": _rate(self.cells, task), "splits": {}, "domains": {}}
-        for name, (what, frame) in self._slices().items():
-            found[what][name.removeprefix("\0")] = _rate(frame, task)
-        return found | self._orphans(task)
-
-    def _orphans(self, task: Task) -> Found:
-        """Children without a parent, for a task that has one."""
-        if f"{task.name}.orphans" not in self.cells.columns:
-            return {}
-        return {"given": task.given, "children without parent": int(self.cells[f"{task.name}.orphans"].sum())}
+    def _sliced(self, task: Task, summary: Callable[[pl.DataFrame], Found]) -> Found:
+        """The summary of all ``cells``, of each split's and of each domain's; children without a parent."""
+        found: Found = {"kind": task.kind, "all": summary(self.cells)}
+        splits = {name: pl.col("split") == code for code, name in enumerate(SPLITS)}
+        domains = {name: pl.col("domain") == name for name in _in_order(self.cells["domain"])}
+        for what, slices in (("splits", splits), ("domains", domains)):
+            found[what] = {name: summary(self.cells.filter(mine)) for name, mine in slices.items()}
+        if f"{task.name}.orphans" in self.cells.columns:
+            orphans = int(self.cells[f"{task.name}.orphans"].sum())
+            found |= {"given": task.given, "children without parent": orphans}
+        return found
 
     def _classes(self, task: Task, label: pl.Expr, known: pl.Expr, groups: Sequence[pl.Expr]) -> Found:
         """Rows of each class of a multiclass task."""
@@ -335,22 +309,14 @@ class _Look:
         if counts is None:
             return {"kind": task.kind}
 
-        def summary(part: pl.DataFrame, rows: int) -> Found:
-            each = part.group_by("label").agg(pl.col("n").sum())
-            numbers = {name: int(each.filter(pl.col("label") == name)["n"].sum()) for name in _in_order(each["label"])}
-            n = sum(numbers.values())
-            return {"observed": n, "share": n / rows if rows else None, "classes": numbers}
+        def summary(cells: pl.DataFrame) -> Found:
+            part = counts.join(cells, on=["domain", "split"], how="semi", nulls_equal=True)
+            each = dict(part.group_by("label").agg(pl.col("n").sum()).rows())
+            n, rows = sum(each.values()), int(cells["rows"].sum())
+            classes = {name: each[name] for name in _in_order(part["label"])}
+            return {"observed": n, "share": n / rows if rows else None, "classes": classes}
 
-        found: Found = {
-            "kind": task.kind,
-            "all": summary(counts, int(self.cells["rows"].sum())),
-            "splits": {},
-            "domains": {},
-        }
-        for name, (what, frame) in self._slices().items():
-            part = counts.join(frame.select("domain", "split"), on=["domain", "split"], how="semi", nulls_equal=True)
-            found[what][name.removeprefix("\0")] = summary(part, int(frame["rows"].sum()))
-        return found | self._orphans(task)
+        return self._sliced(task, summary)
 
     def domains(self) -> Found:
         """Rows of each domain, by split."""
@@ -390,55 +356,44 @@ class _Look:
 
     def _id_counts(self, feature: Feature) -> pl.DataFrame:
         id_values(feature, self.schema)  # raises where the declared kind does not fit the column
-        expr = expression(feature.source, self.schema, f"Feature `{feature.name}`")
-        return self._values(expr, _dtype(feature.source, self.schema), feature if feature.kind == "bag" else None)
+        read = self._read(feature.source, f"Feature `{feature.name}`")
+        return self._values(*read, feature if feature.kind == "bag" else None)
 
     def numbers(self) -> Found:
         """Mean, spread and range of the numbers as they are in the file, over all rows."""
-        exprs: list[pl.Expr] = []
-        names = []
+        exprs: dict[str, dict[str, pl.Expr]] = {}
         for feature in self.data.features:
             expr = self._number(feature) if feature.kind == "number" else None
             if expr is not None:
-                names.append(feature.name)
                 good = pl.when(expr.is_finite()).then(expr)
                 stats = {"mean": good.mean(), "sd": good.std(ddof=0), "min": good.min(), "max": good.max()}
-                stats["infinite"] = expr.is_infinite().sum()
-                exprs.extend(e.alias(f"{feature.name}.{what}") for what, e in stats.items())
-        values = self._one(exprs)
-        return {n: {w: values.get(f"{n}.{w}") for w in ("mean", "sd", "min", "max", "infinite")} for n in names}
+                exprs[feature.name] = stats | {"infinite": expr.is_infinite().sum()}
+        return self._of_each(exprs)
+
+    def _of_each(self, exprs: Mapping[str, Mapping[str, pl.Expr]]) -> Found:
+        """Aggregates by feature and what they are, in one pass; None for those that cannot be computed."""
+        values = self._one([e.alias(f"{n}.{what}") for n, mine in exprs.items() for what, e in mine.items()])
+        return {n: {what: values.get(f"{n}.{what}") for what in mine} for n, mine in exprs.items()}
 
     def _number(self, feature: Feature) -> pl.Expr | None:
-        expr = self._expression(feature.source, f"Feature `{feature.name}`")
-        dtype = None if expr is None else self._try(lambda: _dtype(feature.source, self.schema), None)
-        if expr is None or dtype is None:
+        read = self._read_part(feature)
+        if read is None:
             return None
-        if not (dtype.is_numeric() or dtype == pl.Boolean):
-            self.warnings.append(
-                f"Feature `{feature.name}`: kind `number` needs numbers. Found {dtype} in `{feature.source}`."
-            )
-            return None
-        return expr.cast(pl.Float64)
+        expr, dtype = read
+        if dtype.is_numeric() or dtype == pl.Boolean:
+            return expr.cast(pl.Float64)
+        text = f"kind `number` needs numbers. Found {dtype} in `{feature.source}`."
+        self.warnings.append(f"Feature `{feature.name}`: {text}")
+        return None
 
     def missing(self) -> Found:
         """Nulls, and NaNs of floating-point columns, per feature."""
-        exprs, floats = [], set()
+        exprs: dict[str, dict[str, pl.Expr]] = {}
         for feature in self.data.features:
-            expr = self._expression(feature.source, f"Feature `{feature.name}`")
-            if expr is None:
-                continue
-            exprs.append(expr.is_null().sum().alias(f"{feature.name}.nulls"))
-            dtype = self._try(partial(_dtype, feature.source, self.schema), None)
-            if dtype is not None and dtype.is_float():
-                floats.add(feature.name)
-                exprs.append(expr.is_nan().sum().alias(f"{feature.name}.nans"))
-        values, found = self._one(exprs), {}
-        for feature in self.data.features:
-            if f"{feature.name}.nulls" in values:
-                found[feature.name] = {"nulls": values[f"{feature.name}.nulls"]}
-                if feature.name in floats:
-                    found[feature.name]["nans"] = values.get(f"{feature.name}.nans")
-        return found
+            if read := self._read_part(feature):
+                nans = {"nans": read[0].is_nan().sum()} if read[1].is_float() else {}
+                exprs[feature.name] = {"nulls": read[0].is_null().sum(), **nans}
+        return {n: about for n, about in self._of_each(exprs).items() if about["nulls"] is not None}
 
     def histories(self) -> Found:
         """Lengths of each history over all rows, from the encoded table (which a later training run finds ready)."""
@@ -461,12 +416,24 @@ class _Look:
     # --------------------------------------------------------------------------------------------------------- warnings
     def warn_about(self, found: Found) -> None:
         """Say in words what someone should look at before training."""
-        say, rows = self.warnings.append, found["rows"]
+        self._warn_about_rows(found["rows"])
+        self._warn_about_time(found["time"])
+        self._warn_about_domains(found["domains"])
+        self._warn_about_features(found)
+        for task, about in found["tasks"].items():
+            test = about.get("splits", {}).get("test", {}).get("positives")
+            if test is not None and test < FEW_POSITIVES:
+                text = f"{test:,} positives in the test split. Its metrics will have wide intervals."
+                self.warnings.append(f"Task {task}: {text}")
+            if orphans := about.get("children without parent"):
+                text = f"{orphans:,} rows are positive although {about['given']} is 0 or unobserved."
+                self.warnings.append(f"Task {task}: {text} They are not observed for {task}, as `given` says.")
+
+    def _warn_about_rows(self, rows: Found) -> None:
+        say = self.warnings.append
         if rows["duplicates"] and not rows["duplicates dropped"]:
-            say(
-                f"{rows['duplicates']:,} rows equal an earlier row in every column and stay. "
-                "data.drop_duplicates = true drops them."
-            )
+            fix = "data.drop_duplicates = true drops them."
+            say(f"{rows['duplicates']:,} rows equal an earlier row in every column and stay. {fix}")
         if not rows["used"]:
             say("There are no rows" + (f" after keep = `{self.data.keep}`." if self.data.keep else "."))
         for name in SPLITS:
@@ -474,19 +441,6 @@ class _Look:
                 say(f"The {name} split is empty. Move the boundaries of data.split.")
         if rows["in no split"]:
             say(f"{rows['in no split']:,} rows belong to no split (a null or another word in the column that splits).")
-        self._warn_about_time(found["time"])
-        self._warn_about_domains(found["domains"], found["tasks"])
-        self._warn_about_features(found)
-        for task, about in found["tasks"].items():
-            test = about.get("splits", {}).get("test", {}).get("positives")
-            if test is not None and test < FEW_POSITIVES:
-                say(f"Task {task}: {test:,} positives in the test split. Its metrics will have wide intervals.")
-            orphans = about.get("children without parent")
-            if orphans:
-                say(
-                    f"Task {task}: {orphans:,} rows are positive although {about['given']} is 0 or unobserved. "
-                    f"They are not observed for {task}, as `given` says."
-                )
 
     def _warn_about_time(self, time: Found | None) -> None:
         if time is None:
@@ -497,7 +451,7 @@ class _Look:
         if odd and time["unit"].startswith("integers"):
             self.warnings.append(f"Times reach to {odd[0]}, read as {time['unit']}. Is data.time_unit right?")
 
-    def _warn_about_domains(self, domains: Found, tasks: Found) -> None:
+    def _warn_about_domains(self, domains: Found) -> None:
         for name, about in domains.items():
             if about["rows"] < FEW_ROWS:
                 self.warnings.append(f"Domain {name}: {about['rows']:,} rows, too few to learn or measure much.")
@@ -508,28 +462,22 @@ class _Look:
             if task.kind != "binary" or f"{task.name}.n" not in train.columns:
                 continue
             for name in domains or ["all"]:
-                cell = _rate(train.filter(pl.col("domain") == name), task)
-                if cell["positives"] in (0, cell["observed"]) and rows_of(domains, name):
+                cell = _rate(task, train.filter(pl.col("domain") == name))
+                if cell["positives"] in (0, cell["observed"]):
                     what = "no labels" if not cell["observed"] else "only 1s" if cell["positives"] else "only 0s"
                     place = f", domain {name}" if domains else ""
                     self.warnings.append(f"Task {task.name}{place}: {what} in the training split.")
 
     def _warn_about_features(self, found: Found) -> None:
-        kinds = {f.name: f for f in self.data.features}
-        for name, about in found["missing"].items():
-            feature = kinds[name]
-            if about.get("nans") and not (feature.kind == "number" and feature.nan == "missing"):
-                fix = (
-                    'nan = "missing" reads them as missing'
-                    if feature.kind == "number"
-                    else "write nulls for missing ids"
-                )
-                self.warnings.append(f"Feature {name}: {about['nans']:,} rows hold NaN; {fix}.")
+        for feature in self.data.features:
+            nans, number = found["missing"].get(feature.name, {}).get("nans"), feature.kind == "number"
+            if nans and not (number and feature.nan == "missing"):
+                fix = 'nan = "missing" reads them as missing' if number else "write nulls for missing ids"
+                self.warnings.append(f"Feature {feature.name}: {nans:,} rows hold NaN; {fix}.")
         for name, about in found["numbers"].items():
             if about["infinite"]:
-                self.warnings.append(
-                    f"Feature {name}: {about['infinite']:,} rows hold infinity. Filter or replace them."
-                )
+                text = f"{about['infinite']:,} rows hold infinity. Filter or replace them."
+                self.warnings.append(f"Feature {name}: {text}")
         for table, about in found["joins"].items():
             if about["rows without a match"] == found["rows"]["used"] > 0:
                 self.warnings.append(f"Join of {table}: no row has a match on {about['on']}.")
@@ -549,11 +497,6 @@ def _in_order(names: pl.Series) -> list[str]:
         return sorted(distinct)
 
 
-def rows_of(domains: Found, name: str) -> int:
-    """Rows of a domain; 1 where there are no domains, so that ``all`` counts."""
-    return domains[name]["rows"] if domains else 1
-
-
 def _iso(value: int | None, per_second: float) -> str | None:
     """A time in words (UTC); the bare number when no calendar reaches so far."""
     if value is None:
@@ -565,7 +508,7 @@ def _iso(value: int | None, per_second: float) -> str | None:
     return moment.isoformat(timespec="seconds")
 
 
-def _rate(cells: pl.DataFrame, task: Task) -> Found:
+def _rate(task: Task, cells: pl.DataFrame) -> Found:
     """Observed rows and the rate (binary) or the mean and spread (real) of a task over some cells."""
     rows, n = int(cells["rows"].sum()), int(cells[f"{task.name}.n"].sum())
     total, squares = float(cells[f"{task.name}.sum"].sum()), float(cells[f"{task.name}.squares"].sum())
@@ -596,130 +539,3 @@ def _id_summary(counts: pl.DataFrame, least: int) -> Found:
         "missing": int(counts.filter(pl.col("value").is_null())["n"].sum()),
         "test unseen": new / total if total else None,
     }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------- printing
-WIDTH = 100  # of piped output
-TASKS_ABREAST = 5  # columns of a table by domain
-
-
-def render(found: Found) -> None:
-    """Print what `describe` found as tables."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    for line in _headlines(found):
-        console.print(line, markup=False)
-    for table in (*_task_tables(found), *_domain_tables(found), *_feature_tables(found)):
-        console.print()
-        console.print(table)
-    console.print()
-    for warning in found["warnings"]:
-        console.print(f"! {warning}", style="yellow", markup=False)
-    if not found["warnings"]:
-        console.print("Nothing to warn about.")
-
-
-def _headlines(found: Found) -> Iterable[str]:
-    rows = found["rows"]
-    yield f"rows      {rows['read']:,} read, {rows['kept']:,} kept, {rows['used']:,} used"
-    if rows["duplicates"] is not None:
-        fate = "" if not rows["duplicates"] else ", dropped" if rows["duplicates dropped"] else ", not dropped"
-        yield f"          {rows['duplicates']:,} exact duplicates{fate}"
-    yield "splits    " + ", ".join(f"{name} {rows[name]:,}" for name in SPLITS)
-    if found["users"]:
-        users = found["users"]
-        new = _share(users["test unseen"])
-        yield f"users     {users['distinct']:,}; {new} of test rows are of users without training rows"
-    if found["time"]:
-        time = found["time"]
-        yield f"time      {time['from']} to {time['to']}"
-        yield f"          `{time['column']}`, {time['unit']}"
-    for table, about in found["joins"].items():
-        missing = about["rows without a match"]
-        yield f"join      {table} on {about['on']}: " + (
-            "not possible" if missing is None else f"{missing:,} rows without a match"
-        )
-
-
-def _table(title: str, first: str, columns: Sequence[str]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _task_tables(found: Found) -> Iterable[Any]:
-    table = _table("Tasks", "task", ("observed", "share", "positives", "all", *SPLITS))
-    for name, about in found["tasks"].items():
-        whole = about.get("all")
-        if whole is None:
-            table.add_row(name, *["?"] * 7)
-            continue
-        positives = f"{whole['positives']:,}" if "positives" in whole else about["kind"]
-        rates = [_cell_text(about["splits"][s]) for s in SPLITS]
-        table.add_row(name, f"{whole['observed']:,}", _share(whole["share"]), positives, _cell_text(whole), *rates)
-    yield table
-    for name, about in found["tasks"].items():
-        if "classes" in about.get("all", {}):
-            table = _table(f"Classes of {name}", "class", ("rows", *SPLITS))
-            for label, n in about["all"]["classes"].items():
-                table.add_row(label, f"{n:,}", *(f"{about['splits'][s]['classes'].get(label, 0):,}" for s in SPLITS))
-            yield table
-
-
-def _domain_tables(found: Found) -> Iterable[Any]:
-    tasks = [name for name, about in found["tasks"].items() if "domains" in about]
-    for at in range(0, len(tasks), TASKS_ABREAST) if found["domains"] else ():
-        part = tasks[at : at + TASKS_ABREAST]
-        table = _table("Label rates by domain", "domain", ("rows", "test", *part))
-        for name, about in found["domains"].items():
-            rates = [_cell_text(found["tasks"][t]["domains"].get(name, {})) for t in part]
-            table.add_row(name, f"{about['rows']:,}", f"{about['test']:,}", *rates)
-        yield table
-
-
-def _feature_tables(found: Found) -> Iterable[Any]:
-    missing = {n: about["nulls"] for n, about in found["missing"].items()}
-    if found["ids"]:
-        table = _table("Ids", "feature", ("distinct", "in training", "min_count", "below it", "missing", "test unseen"))
-        for name, i in found["ids"].items():
-            counts = (f"{i[k]:,}" for k in ("distinct", "in training", "min_count", "rare"))
-            table.add_row(name, *counts, _whole(missing.get(name)), _share(i["test unseen"]))
-        yield table
-    if found["numbers"]:
-        table = _table("Numbers", "feature", ("mean", "sd", "min", "max", "missing", "NaN"))
-        for name, i in found["numbers"].items():
-            stats = ("-" if i[k] is None else f"{i[k]:.4g}" for k in ("mean", "sd", "min", "max"))
-            table.add_row(
-                name, *stats, _whole(missing.get(name)), _whole(found["missing"].get(name, {}).get("nans", 0))
-            )
-        yield table
-    if found["histories"]:
-        table = _table("Histories (events per row)", "history", ("mean", "median", "p95", "max", "empty"))
-        for name, i in found["histories"].items():
-            table.add_row(
-                name, f"{i['mean']:.1f}", f"{i['median']:g}", f"{i['p95']:g}", f"{i['max']:,}", _share(i["empty"])
-            )
-        yield table
-
-
-def _cell_text(cell: Found) -> str:
-    """A rate, a mean with its spread, or the number of classes."""
-    if "classes" in cell:
-        return f"{len(cell['classes'])} classes"
-    if "mean" in cell:
-        return "-" if cell["mean"] is None else f"{cell['mean']:.4g} sd {cell['sd']:.3g}"
-    return _share(cell.get("rate"))
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
-
-
-def _whole(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
