@@ -1,4 +1,4 @@
-"""Train on your own pandas DataFrame: two tasks, a domain, histories from the rows themselves."""
+"""Train on your own pandas DataFrame (pip install pandas pyarrow): two tasks, a domain, histories from the rows."""
 
 import numpy as np
 import pandas as pd

@@ -22,7 +22,7 @@ import torch
 from unbraid import config, store
 from unbraid.data.encode import encode_query
 from unbraid.data.fitted import Fitted
-from unbraid.data.source import Tables, scan
+from unbraid.data.source import DataError, Tables, scan
 from unbraid.data.table import Encoded
 from unbraid.model import Model
 from unbraid.train import predict
@@ -139,6 +139,8 @@ class Predictor:
             tables: tables in memory instead of files, by the name that the run uses.
         """
         if isinstance(rows, str | Path):
+            if not Path(rows).exists():
+                raise DataError(f"There is no file or folder {rows}.")
             rows = scan("", str(Path(rows).resolve()), Path("/"), None)
         with tempfile.TemporaryDirectory(prefix="unbraid-") as place:
             encode_query(self.data, rows.lazy(), self.bundle.fitted, Path(place), tables=tables)

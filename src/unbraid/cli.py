@@ -26,6 +26,23 @@ Settings = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"unbraid {version('unbraid')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train recommendation and transfer models whose tasks and domains share parameters without hurting each other."""
+
+
 def fail(error: Exception) -> NoReturn:
     """Print one clear message and end with 2."""
     typer.secho(f"unbraid: {error}", fg="red", err=True)
@@ -142,6 +159,8 @@ def predict(
     from unbraid.job import JobError, write_predictions
 
     try:
+        if out.suffix != ".parquet":
+            raise ValueError(f"--out should be a .parquet file. Found {out}.")
         predictor = Predictor(bundle, folder)
         scores = predictor.scores(rows)
         write_predictions(rows, scores, predictor.bundle.fitted.schema, out)

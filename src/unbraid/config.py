@@ -79,6 +79,8 @@ class Run:
     training: Training = dataclasses.field(default_factory=Training)
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"Parameter `seed` should not be negative. Found {self.seed}.")
         ids = [f.name for f in self.data.features if f.kind == "id"]
         allowed = [*(role for role in ("user", "domain") if getattr(self.data, role)), *ids]
         if not set(self.baseline) <= set(allowed):
@@ -100,6 +102,10 @@ def from_dict(plain: dict[str, Any], where: str = "the run") -> Run:
 def load(path: str | Path) -> Run:
     """A run from a TOML file; its ``data.folder`` is made absolute.  Raises RunError."""
     path = Path(path)
+    if path.suffix in {".parquet", ".csv"}:
+        raise RunError(
+            f"{path} is data, not a run file. `unbraid init {path} --label COLUMN > run.toml` writes one for it."
+        )
     try:
         plain = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -143,6 +149,19 @@ def _plain(value: Any, defaults: bool) -> Any:
 def dumps(run: Run, *, defaults: bool = False) -> str:
     """The run as TOML."""
     return tomli_w.dumps(to_dict(run, defaults=defaults))
+
+
+def differences(one: Run, other: Run) -> list[str]:
+    """``a.b: 1 / 2`` for every value in which two runs differ."""
+
+    def flat(value: Any, path: str = "") -> dict[str, Any]:
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            return {k: v for key, inner in items for k, v in flat(inner, f"{path}.{key}").items()}
+        return {path[1:]: value}
+
+    a, b = flat(to_dict(one)), flat(to_dict(other))
+    return [f"{key}: {a.get(key)} / {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
 
 
 def override(run: Run, settings: Sequence[str]) -> Run:
@@ -192,8 +211,9 @@ def explain(error: ValidationError, where: str) -> str:
             lines.append(f"unknown key `{path}`. Allowed: {', '.join(allowed)}.")
         elif mistake["type"] == "union_tag_not_found":
             lines.append(f"`{path}` has no `kind`. Allowed: {', '.join(_kinds(mistake['loc']))}.")
-        elif mistake["type"].startswith("union_tag"):
-            lines.append(f"`{path}`: {mistake['msg']}")
+        elif mistake["type"] == "union_tag_invalid":
+            found = (mistake.get("ctx") or {}).get("tag")
+            lines.append(f"`{path}` has no kind `{found}`. Allowed: {', '.join(_kinds(mistake['loc']))}.")
         else:
             found = f" Found {mistake['input']!r}." if not isinstance(mistake["input"], dict | list) else ""
             lines.append(

@@ -92,6 +92,10 @@ def train(
 def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bool:
     """Make the folder ready.  Returns whether a finished run was asked to be resumed.  Raises JobError."""
     mark, text = folder / "run.toml", config.dumps(run)
+    if folder.exists() and not folder.is_dir():
+        raise JobError(f"{folder} is a file. Choose another --out.")
+    if resume and not mark.exists():
+        raise JobError(f"There is nothing to resume in {folder}: it holds no run.toml.")
     if not mark.exists() and folder.exists() and any(folder.iterdir()):
         raise JobError(f"{folder} is not empty and holds no run. Choose another --out.")
     finished = (folder / "weights.safetensors").exists()
@@ -100,7 +104,11 @@ def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bo
         what = "a finished run" if finished else "an unfinished run (continue it with --resume)"
         raise JobError(f"{folder} holds {what}. Choose another --out, or delete it with --overwrite.")
     if worth and resume and mark.read_text() != text:
-        raise JobError(f"{folder} holds a different run than the one given: compare {mark}. Use another --out.")
+        changed = config.differences(config.load(mark), run)
+        raise JobError(
+            f"{folder} holds a different run than the one given (there / here): {'; '.join(changed[:5])}. "
+            "Give the same settings, or use another --out."
+        )
     if mark.exists() and not (worth and resume):
         shutil.rmtree(folder)
         finished = False

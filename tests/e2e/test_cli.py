@@ -143,6 +143,32 @@ def test_bad_input_is_named(here: Path) -> None:
     assert not list((here / "b").glob("*.safetensors"))
 
 
+def test_mistakes_of_a_first_day_are_answered(here: Path) -> None:
+    run = here / "run.toml"
+    assert "There is nothing to resume" in fails("train", run, "--out", here / "typo", "--resume")
+    assert "There is nothing to resume" in fails("train", "--out", here / "typo", "--resume")
+    assert "is data, not a run file. `unbraid init" in fails("train", here / "log.parquet")
+    assert "is a file. Choose another --out" in fails("train", run, "--out", here / "log.parquet")
+    assert "`seed` should not be negative" in fails("train", run, "--seed", "-1")
+    message = fails("train", run, "--set", "model.tower.kind=stm")
+    assert "`model.tower` has no kind `stm`. Allowed: shared_bottom, mmoe, stem" in message
+    original = run.read_text()
+    pl.DataFrame({"uid": [1, 2], "country": ["no", "se"]}).write_parquet(here / "users.parquet")
+    join = '[[data.joins]]\ntable = "users.parquet"\non = "uid"\n\n[data.split]'
+    message = fails("train", edit(here, "[data.split]", join), "--out", here / "j")
+    assert (
+        "Join of `users.parquet`: the rows have no column `uid`. Columns: user, item" in message and "__" not in message
+    )
+    run.write_text(original)
+    ok("train", run, "--out", here / "b", "--no-baseline")
+    assert "There is no file or folder" in fails(
+        "predict", here / "b", here / "nope.parquet", "--out", here / "p.parquet"
+    )
+    assert "should be a .parquet file" in fails("predict", here / "b", here / "log.parquet", "--out", here / "p.csv")
+    message = fails("train", run, "--out", here / "b", "--resume", "--set", "training.steps=7")
+    assert "(there / here): training.steps: 20 / 7" in message
+
+
 def test_one_class_in_one_domain_is_a_warning_and_null(here: Path) -> None:
     run = relog(here, click=pl.when(pl.col("site") == "mail").then(0).otherwise("click"))
     result = unbraid("train", run, "--out", here / "b")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from unbraid.data.source import ROW_KEY, SPLIT, DataError, Negatives
+from unbraid.data.source import ROW_KEY, SPLIT, DataError, Negatives, listed
 from unbraid.data.vocabulary import stable_hash
 
 
@@ -23,7 +23,7 @@ def add_negatives(plan: pl.LazyFrame, negatives: Negatives) -> pl.LazyFrame:
     """
     schema = plan.collect_schema()
     if negatives.item not in schema:
-        raise DataError(f"data.negatives: there is no column `{negatives.item}`. Columns: {', '.join(schema)}.")
+        raise DataError(f"data.negatives: there is no column `{negatives.item}`. Columns: {listed(schema)}.")
     counts = plan.filter(pl.col(SPLIT) == 0).group_by(negatives.item).len().drop_nulls().sort(negatives.item).collect()
     if len(counts) < 2:
         raise DataError(

@@ -280,17 +280,33 @@ def expression(source: str, schema: Mapping[str, Any], where: str) -> pl.Expr:
         expr = pl.lit(None) if source.isidentifier() else pl.sql_expr(source)  # a lone name is a column, not SQL's USER
         missing = [source] if source.isidentifier() else sorted(set(expr.meta.root_names()) - set(schema))
     except Exception as error:
-        raise DataError(f"{where}: `{source}` is neither a column nor an SQL expression ({error}).") from error
+        raise DataError(
+            f"{where}: `{source}` is neither a column nor an SQL expression ({error}). Columns: {listed(schema)}."
+        ) from error
     if missing:
-        raise DataError(f"{where}: there is no column `{'`, `'.join(missing)}`. Columns: {', '.join(schema)}.")
+        raise DataError(f"{where}: there is no column `{'`, `'.join(missing)}`. Columns: {listed(schema)}.")
     return expr
 
 
-def add_joins(plan: pl.LazyFrame, data: Data, base: Path, tables: Tables | None) -> pl.LazyFrame:
-    """The plan with the columns of every declared join whose key it has; order and number of rows stay."""
+def listed(schema: Mapping[str, Any]) -> str:
+    """The user's own columns, for a message."""
+    return ", ".join(name for name in schema if not name.startswith("__"))
+
+
+def add_joins(
+    plan: pl.LazyFrame, data: Data, base: Path, tables: Tables | None, *, rows: bool = False
+) -> pl.LazyFrame:  # fmt: skip
+    """The plan with the columns of every declared join; order and number of rows stay.
+
+    An event table need not have a join's key; the rows (``rows``) must.
+    """
     for join in data.joins:
         have = plan.collect_schema()
         if join.on not in have:
+            if rows:
+                raise DataError(
+                    f"Join of `{join.table}`: the rows have no column `{join.on}`. Columns: {listed(have)}."
+                )
             continue
         right = scan(data.folder, join.table, base, tables)
         columns = right.collect_schema()
@@ -397,14 +413,14 @@ def kept_rows(data: Data, base: Path, tables: Tables | None) -> pl.LazyFrame:
 def rows_plan(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame | None = None) -> pl.LazyFrame:
     """The rows with their joined columns: kept rows with split and sampled negatives, or those of a query as is."""
     if query is not None:
-        return add_joins(query, data, base, tables)
+        return add_joins(query, data, base, tables, rows=True)
     plan = kept_rows(data, base, tables)
     plan = plan.with_columns(split_expression(data, plan.collect_schema()).alias(SPLIT))
     if data.negatives is not None:
         from unbraid.data.negatives import add_negatives
 
         plan = add_negatives(plan, data.negatives)
-    return add_joins(plan, data, base, tables)
+    return add_joins(plan, data, base, tables, rows=True)
 
 
 def event_plans(data: Data, base: Path, tables: Tables | None, split: bool = True) -> list[tuple[Events, pl.LazyFrame]]:
