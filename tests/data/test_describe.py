@@ -215,3 +215,18 @@ def test_is_json_and_renders_at_100_columns(found: dict, capsys: pytest.CaptureF
     for words in ("10 read", "1 exact duplicates, not dropped", "Label rates by domain", "Classes of stars", "44.44%"):
         assert words in text
     assert all("! " + line[:20] in text for line in found["warnings"])
+
+
+def test_rows_without_users_and_ids_that_never_return_are_warned_of():
+    log = pl.DataFrame({
+        "user": [None, *range(99)], "session": range(100), "item": [i % 4 for i in range(100)], "time": range(100),
+        "click": [i % 2 for i in range(100)],
+    })  # fmt: skip
+    data = Data(
+        rows="log", user="user", time="time", features=(Feature("session"), Feature("item")), tasks=(Task("click"),),
+        split=Split(kind="time", valid_from=60, test_from=80),
+    )  # fmt: skip
+    warnings = " ".join(describe(data, tables={"log": log})["warnings"])
+    assert "1 rows have no user (`user` is null)" in warnings
+    assert "Feature session: 100% of the test rows have a value that training never saw" in warnings
+    assert "Feature item" not in warnings

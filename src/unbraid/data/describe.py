@@ -420,6 +420,7 @@ class _Look:
         self._warn_about_time(found["time"])
         self._warn_about_domains(found["domains"])
         self._warn_about_features(found)
+        self._warn_about_ids(found)
         for task, about in found["tasks"].items():
             test = about.get("splits", {}).get("test", {}).get("positives")
             if test is not None and test < FEW_POSITIVES:
@@ -467,6 +468,16 @@ class _Look:
                     what = "no labels" if not cell["observed"] else "only 1s" if cell["positives"] else "only 0s"
                     place = f", domain {name}" if domains else ""
                     self.warnings.append(f"Task {task.name}{place}: {what} in the training split.")
+
+    def _warn_about_ids(self, found: Found) -> None:
+        nobody = (found["users"] or {}).get("rows without a user")
+        if nobody:
+            self.warnings.append(f"{nobody:,} rows have no user (`{self.data.user}` is null): they have no history.")
+        for name, about in found["ids"].items():
+            if (about["test unseen"] or 0) > 0.5:
+                share = f"{about['test unseen']:.0%}"
+                text = f"{share} of the test rows have a value that training never saw; it can teach them nothing."
+                self.warnings.append(f"Feature {name}: {text}")
 
     def _warn_about_features(self, found: Found) -> None:
         for feature in self.data.features:
