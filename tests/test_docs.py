@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from toylog import make_data, make_log, make_run
+from toylog import config_classes, make_data, make_log, make_run
 from typer.main import get_command
 
 from unbraid import config
@@ -183,23 +183,6 @@ def test_links_resolve(page: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- members
-def config_classes() -> list[type]:
-    """Every dataclass that a run can hold."""
-    found: list[type] = []
-
-    def visit(at: Any) -> None:
-        for member in typing.get_args(at) or [at]:
-            if typing.get_args(member):
-                visit(member)
-            elif dataclasses.is_dataclass(member) and member not in found:
-                found.append(member)  # type: ignore[arg-type]
-                for hint in typing.get_type_hints(member, include_extras=True).values():
-                    visit(hint)
-
-    visit(config.Run)
-    return found
-
-
 def tables_of_keys(text: str) -> list[list[tuple[str, str]]]:
     """The page's tables of keys: (key, default) of each line."""
     tables = re.findall(r"^\| key \| type \| default \| meaning \|\n\|[-|]+\n((?:\|.*\n)+)", text, re.M)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import replace
 from typing import Any
 
@@ -77,3 +79,20 @@ def make_run(**changes: Any) -> Run:
         training=Training(batch_size=64, steps=20, evaluate_every=10, checkpoint_seconds=0),
     )
     return replace(run, **changes)
+
+
+def config_classes() -> list[type]:
+    """Every dataclass that a run can hold."""
+    found: list[type] = []
+
+    def visit(at: Any) -> None:
+        for member in typing.get_args(at) or [at]:
+            if typing.get_args(member):
+                visit(member)
+            elif dataclasses.is_dataclass(member) and member not in found:
+                found.append(member)  # type: ignore[arg-type]
+                for hint in typing.get_type_hints(member, include_extras=True).values():
+                    visit(hint)
+
+    visit(Run)
+    return found

@@ -21,7 +21,7 @@ app.add_typer(data_app, name="data")
 
 RunFile = Annotated[Path | None, typer.Argument(help="Run file (TOML). None: the bundled log with the default recipe.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a value: `--set model.tower.kind=mmoe`. Repeat it.")
+    list[str] | None, typer.Option("--set", help="Change a value: `--set training.epochs=2`. Repeat it.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

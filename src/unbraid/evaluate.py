@@ -357,7 +357,7 @@ def _auc(rows: _Rows, user: Array, users: int) -> _Metric:
 
 
 def _gauc(rows: _Rows, user: Array, users: int, total: Array) -> _Metric | str:
-    """Each user's own AUC, weighted by all the user's rows (STEM, arXiv 2308.13537, section 5)."""
+    """Each user's own AUC, weighted by all the user's rows (as defined in arXiv 2308.13537, section 5)."""
     n = len(user)
     order = np.sort(user * n + np.arange(n)) % n  # by user, then score; sorting keys beats a stable argsort
     user, y, w = user[order], rows.y[order], rows.w[order]

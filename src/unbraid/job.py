@@ -41,7 +41,7 @@ class Result:
 
 def train(
     run: config.Run, out: str | Path | None = None, *, tables: Tables | None = None, resume: bool = False,
-    overwrite: bool = False, init: str | Path | None = None, baseline: bool = True, watcher: Watcher | None = None,
+    overwrite: bool = False, baseline: bool = True, watcher: Watcher | None = None,
 ) -> Result:  # fmt: skip
     """Encode, train, evaluate and write the bundle.
 

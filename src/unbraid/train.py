@@ -238,20 +238,13 @@ class _OneFit:
     def __init__(
         self, session: Local, call: int, model: nn.Module, update: Update, steps: int, rows: np.ndarray, seed: int
     ) -> None:
-        self.session, self.model, self.update, self.steps, self.rows, self.seed = (
-            session,
-            model,
-            update,
-            steps,
-            rows,
-            seed,
-        )
-        self.call, training = call, session.training
+        self.session, self.call, self.model, self.update = session, call, model, update
+        self.steps, self.rows, self.seed, training = steps, rows, seed, session.training
         self.every = training.evaluate_every or steps_per_epoch(len(rows), training.batch_size)
         self.best: dict[str, Any] = {"value": None, "step": 0, "misses": 0}
         self.best_weights: dict[str, Tensor] | None = None
         self.saved_at = self.told_at = time.monotonic()
-        self.told_step = 0
+        self.told_step, self.looked = 0, 0.0  # seconds of evaluation
 
     # ---------------------------------------------------------------------------------------------------------- the call
     def run(self) -> None:
@@ -274,7 +267,7 @@ class _OneFit:
                 )  # fmt: skip
         finally:
             batches.close()  # type: ignore[attr-defined]
-        session.seconds += time.monotonic() - began
+        session.seconds += time.monotonic() - began - self.looked
         self.update.settle()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
@@ -293,6 +286,7 @@ class _OneFit:
         training = self.session.training
         if done % self.every and done != self.steps:
             return False
+        began = time.monotonic()
         self.update.settle()
         metrics = evaluate(self.session.score(self.model), self.session.data.schema, replicates=0)
         value, falls = selected(metrics, training.metric, self.session.data.schema)
@@ -312,6 +306,8 @@ class _OneFit:
             self.best["misses"] += 1
         self._log(record)
         self.session.watcher.evaluated(done, training.metric, value, better, metrics)
+        self.told_at, self.told_step = time.monotonic(), done  # rows/s are of training
+        self.looked += self.told_at - began
         return self._out_of_patience()
 
     def _out_of_patience(self) -> bool:

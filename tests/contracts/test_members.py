@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from toylog import make_data, make_log, make_run
+from toylog import config_classes, make_data, make_log, make_run
 
 from unbraid import config
 from unbraid.bundle import build
@@ -240,23 +240,6 @@ def test_a_domain_that_training_did_not_know_gets_the_mean_head(encoded: Encoded
 
 
 # ----------------------------------------------------------------------------------------------------------------- config
-def config_classes() -> list[type]:
-    """Every dataclass that a run can hold."""
-    found: list[type] = []
-
-    def visit(at: Any) -> None:
-        for member in typing.get_args(at) or [at]:
-            if typing.get_args(member):
-                visit(member)
-            elif dataclasses.is_dataclass(member) and member not in found:
-                found.append(member)  # type: ignore[arg-type]
-                for hint in typing.get_type_hints(member, include_extras=True).values():
-                    visit(hint)
-
-    visit(Run)
-    return found
-
-
 @pytest.mark.parametrize("cls", config_classes())
 def test_a_misspelt_key_is_an_error_in_every_config_class(cls: type) -> None:
     assert len(config_classes()) >= 15

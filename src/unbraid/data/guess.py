@@ -600,6 +600,7 @@ def _separator(values: pl.Series) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- time
 def calendar(value: int, per_second: float) -> dt.datetime:
+    """The moment (UTC) that a time column's number stands for."""
     return dt.datetime(1970, 1, 1) + dt.timedelta(microseconds=value / per_second * 1e6)
 
 
