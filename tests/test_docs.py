@@ -140,10 +140,11 @@ def test_every_command_has_a_section() -> None:
             assert f"\n## `unbraid {full}`\n" in text
 
 
-def test_every_option_of_train_is_described() -> None:
+@pytest.mark.parametrize("name", ["train", "compare"])
+def test_every_option_is_described(name: str) -> None:
     command: Any = get_command(app)
-    text = (DOCS / "commands.md").read_text()
-    for parameter in command.commands["train"].params:
+    text = (DOCS / "commands.md").read_text().partition(f"\n## `unbraid {name}`\n")[2].partition("\n## ")[0]
+    for parameter in command.commands[name].params:
         names = [name for name in (*parameter.opts, *parameter.secondary_opts) if name.startswith("--")]
         assert not names or any(f"`{name}" in text for name in names), names
 

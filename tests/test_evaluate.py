@@ -12,7 +12,8 @@ import pytest
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
 from unbraid import evaluate as module
-from unbraid.evaluate import auc, evaluate, render_markdown, render_table, summary
+from unbraid.evaluate import auc, evaluate, summary
+from unbraid.render import render_markdown, render_table
 from unbraid.types import Schema, Scores, Task
 
 NAMES = ("(unknown)", "(missing)", "home", "[nearby]")

@@ -50,14 +50,15 @@ def fail(error: Exception) -> NoReturn:
 
 
 def load_run(
-    path: Path | None, settings: list[str] | None, seed: int | None = None, steps: int | None = None, init: Path | None = None
+    path: Path | None, settings: list[str] | None, seed: int | None = None, steps: int | None = None, init: Path | None = None,
+    recipe: str = "",
 ) -> Run:  # fmt: skip
-    """The run of a file (or the default recipe) with the command line's changes."""
+    """The run of a file (or of a recipe, the default one if none is named) with the command line's changes."""
     import dataclasses
 
     from unbraid import config, recipes
 
-    run = recipes.DEFAULT() if path is None else config.load(path)
+    run = config.load(path) if path is not None else recipes.get(recipe) if recipe else recipes.DEFAULT()
     if settings:
         run = config.override(run, settings)
     if seed is not None:
@@ -73,10 +74,25 @@ def show(metrics: dict[str, Any], baseline: dict[str, Any] | None = None) -> Non
     """Print a table of metrics as wide as the terminal (120 columns where there is none)."""
     from rich.console import Console
 
-    from unbraid.evaluate import render_table
+    from unbraid.render import render_table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(render_table(metrics, baseline, width=console.width))
+
+
+def show_comparison(found: dict[str, Any], domains: bool) -> None:
+    """Print the tables of a comparison as wide as the terminal (120 columns where there is none)."""
+    from rich.console import Console
+
+    from unbraid.render import budget, comparison_cells, table
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    main, cost, parts = (table(*cells, left=2) for cells in comparison_cells(found, console.width < 118))
+    console.print(main)
+    if domains:
+        console.print(parts)
+    console.print(cost)
+    console.print(budget(found).replace("**", ""), soft_wrap=True)
 
 
 @app.command()
@@ -118,6 +134,51 @@ def train(
     show(result.metrics["test"], result.metrics.get("baseline", {}).get("target_encoding"))
     print(f"model   {folder}   (unbraid predict {folder} ROWS.parquet --out PREDICTIONS.parquet)")
     print(f"report  {folder / 'report.md'}   metrics  {folder / 'metrics.json'}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run files (TOML) or names of recipes.", metavar="RUN...")],
+    seeds: Annotated[int, typer.Option(help="Each run trains so many times: with its own seed, seed + 1, ...")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the comparison and of all bundles.")] = Path("runs/compare"),
+    against: Annotated[str, typer.Option(help="The reference, or target_encoding. [default: the first run]")] = "",
+    metric: Annotated[
+        str, typer.Option(help="What differences are of. [default: auc, accuracy or rmse, by the task's kind]")
+    ] = "",
+    settings: Settings = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, instead of the runs' epochs.")] = None,
+    any_budget: Annotated[bool, typer.Option("--any-budget", help="Let runs differ in their training budget.")] = False,
+    domains: Annotated[bool, typer.Option("--domains", help="Print the table of domains, too.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep what is finished in --out and continue.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete what is in --out first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train several runs with several seeds and print which differences are more than chance.
+
+    Runs are told apart by `name`; they need the same test rows and the same training budget.  Target encoding always
+    takes part.
+    """
+    from unbraid import config, recipes
+    from unbraid.compare import compare as job
+    from unbraid.job import JobError
+    from unbraid.progress import Console
+
+    try:
+        chosen = [load_run(None if r in recipes.RECIPES else Path(r), settings, None, steps, recipe=r) for r in runs]
+        with Console(quiet=as_json) as watcher:
+            found = job(
+                chosen, out, seeds=seeds, against=against, metric=metric, any_budget=any_budget, resume=resume,
+                overwrite=overwrite, watcher=watcher,
+            )  # fmt: skip
+    except (config.RunError, JobError, ValueError, OSError, FloatingPointError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail(RuntimeError("interrupted; continue with the same command and --resume"))
+    if as_json:
+        print(json.dumps(found))
+        return
+    show_comparison(found, domains)
+    print(f"report  {out / 'compare.md'}   numbers  {out / 'compare.json'}   bundles  {out}/NAME/seed-S")
 
 
 @app.command()

@@ -20,24 +20,30 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from unbraid.data.source import Data, bundled
 from unbraid.encoders.attention import TargetAttention
+from unbraid.encoders.din import DIN
 from unbraid.encoders.pooling import Mean
 from unbraid.encoders.table import Views
+from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
+from unbraid.losses.esmm import ESMM
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.schedules.one_stage import OneStage
-from unbraid.towers.experts import MMoE
+from unbraid.towers.aitm import AITM
+from unbraid.towers.experts import MMoE, OMoE
 from unbraid.towers.mlp import SharedBottom
+from unbraid.towers.ple import PLE
+from unbraid.towers.single_task import SingleTask
 from unbraid.towers.stem import STEM
 from unbraid.train import Training
 from unbraid.types import FORBID
 
 kind = Field(discriminator="kind")
-HistoryChoice = Annotated[Mean | TargetAttention, kind]
-InteractionChoice = Flat  # a union from the second member on
-TowerChoice = Annotated[SharedBottom | MMoE | STEM, kind]
-TermChoice = Supervised
+HistoryChoice = Annotated[Mean | TargetAttention | DIN, kind]
+InteractionChoice = Annotated[Flat | Cross, kind]
+TowerChoice = Annotated[SharedBottom | MMoE | STEM | OMoE | PLE | AITM | SingleTask, kind]
+TermChoice = Annotated[Supervised | ESMM, kind]
 UpdateChoice = Joint
 ScheduleChoice = OneStage
 

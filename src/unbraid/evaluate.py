@@ -22,17 +22,14 @@ Definitions that vary between libraries are stated at `evaluate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, factorial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from unbraid.types import FIRST_VALUE, NO_DOMAIN, Schema, Scores, Task
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Array = np.ndarray
 Metrics = dict[str, Any]
@@ -84,23 +81,64 @@ def evaluate(
     """
     if not 0 < confidence < 1:
         raise ValueError(f"Parameter `confidence` should lie between 0 and 1. Found {confidence}.")
+    slices = replicate(scores, schema, at=at, replicates=replicates, seed=seed)
+    report: Metrics = {}
+    for (task, domain), found in slices.items():
+        numbers = {name: _interval(drawn, confidence) for name, drawn in found.metrics.items()}
+        entry = {**numbers, "rows": found.rows, "positives": found.positives}
+        if domain:
+            report[task]["domains"][domain] = entry
+        else:
+            report[task] = {**entry, "domains": {}}
+    return report
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One metric of one slice: its value (None if withheld, with a ``why``) and (R,) its bootstrap replicates.
+
+    A replicate in which the metric is undefined (a class was not drawn) is NaN; without users to draw there are none.
+    """
+
+    value: float | None
+    draws: Array
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Metrics of one task in one domain, or in all; ``positives`` is None for multiclass and real tasks."""
+
+    metrics: dict[str, Drawn]
+    rows: int
+    positives: int | None
+
+
+def replicate(
+    scores: Scores, schema: Schema, *, at: Sequence[int] = (5, 10), replicates: int = 500, seed: int = 0
+) -> dict[tuple[str, str], Slice]:
+    """(task, domain) -> every metric with its bootstrap replicates; domain ``""`` is the whole task, and comes first.
+
+    Arguments and errors as `evaluate`, whose intervals are made of these.  Replicate r draws the same users in every
+    slice, and in every call on scores of the same users with the same seed: differences between models are paired.
+    """
     if replicates < 0 or any(k < 1 for k in at):
         raise ValueError(f"`replicates` should be 0 or more and `at` positive. Found {replicates} and {tuple(at)}.")
     everyone, user = _dense(np.asarray(scores.group))
     request = _requests(scores, user)
     names = tuple(scores.domains or schema.domains)
-    report = {}
+    found: dict[tuple[str, str], Slice] = {}
     for task in schema.tasks:
         if task.name not in scores.logits:
             continue
         rows = _rows(scores, task, user, request)
-        parts = [(None, rows), *_by_domain(rows, names)]
+        parts = [("", rows), *_by_domain(rows, names)]
         tables = [_measure(part, task.kind, at) for _, part in parts]
         totals = _totals(tables, len(everyone), replicates, seed)
-        found = [_report(*each, task.kind, confidence) for each in zip(parts, tables, totals, strict=True)]
-        named = zip(parts[1:], found[1:], strict=True)
-        report[task.name] = {**found[0], "domains": {name: metrics for (name, _), metrics in named}}
-    return report
+        for (domain, part), table, total in zip(parts, tables, totals, strict=True):
+            positives = int(part.y.sum()) if task.kind == "binary" else None
+            found[task.name, domain] = Slice(_drawn(table, total), len(part.y), positives)
+    return found
 
 
 def auc(score: Array, label: Array, weight: Array | None = None) -> float:
@@ -473,40 +511,31 @@ def _side_by_side(table: _Table) -> Array:
     return np.hstack([np.zeros((len(table.users), 0), np.float32), *columns])
 
 
-def _report(part: tuple[str | None, _Rows], table: _Table, totals: Array, kind: str, confidence: float) -> Metrics:
-    """Numbers of one slice in the form that `evaluate` returns."""
-    rows, report, at = part[1], {}, 0
+def _drawn(table: _Table, totals: Array) -> dict[str, Drawn]:
+    """Values and replicates of one slice's metrics."""
+    found, at = {}, 0
     for name, metric in table.metrics.items():
         if isinstance(metric, str):
-            report[name] = {"value": None, "low": None, "high": None, "why": metric}
+            found[name] = Drawn(None, np.full(totals.shape[1], np.nan), metric)
             continue
         width = metric.sums.shape[1]
-        report[name] = _interval(metric, totals[at : at + width], len(table.users), confidence)
+        if len(table.users) < 2:
+            found[name] = Drawn(metric.value, np.zeros(0), "one user: an interval over users is not possible")
+        else:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                draws = metric.of(totals[at : at + width])
+            found[name] = Drawn(metric.value, np.where(np.isfinite(draws), draws, np.nan))
         at += width
-    positives = int(rows.y.sum()) if kind == "binary" else None
-    return {**report, "rows": len(rows.y), "positives": positives}
+    return found
 
 
-def _interval(metric: _Metric, totals: Array, users: int, confidence: float) -> Metrics:
-    """Percentile interval; replicates in which the metric is undefined (a class was not drawn) are left out."""
-    if users < 2:
-        why = "one user: an interval over users is not possible"
-        return {"value": metric.value, "low": None, "high": None, "why": why}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = metric.of(totals)
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return {"value": metric.value, "low": None, "high": None, "why": "no replicates"}
-    low, high = np.quantile(values, ((1 - confidence) / 2, (1 + confidence) / 2))
-    return {"value": metric.value, "low": float(low), "high": float(high)}
-
-
-# ------------------------------------------------------------------------------------------------------------ rendering
-_TITLES = {
-    "auc": "AUC", "accuracy": "accuracy", "rmse": "RMSE", "mae": "MAE", "gauc": "GAUC", "logloss": "log-loss",
-    "calibration": "calibration", "ece": "ECE",
-}  # fmt: skip
-_LEADS = ("auc", "accuracy", "rmse")  # the first that a task has is shown with its interval and compared
+def _interval(drawn: Drawn, confidence: float) -> Metrics:
+    """Percentile interval; undefined replicates are left out."""
+    draws = drawn.draws[np.isfinite(drawn.draws)]
+    if not len(draws):
+        return {"value": drawn.value, "low": None, "high": None, "why": drawn.why or "no replicates"}
+    low, high = np.quantile(draws, ((1 - confidence) / 2, (1 + confidence) / 2))
+    return {"value": drawn.value, "low": float(low), "high": float(high)}
 
 
 def summary(metrics: Metrics) -> list[dict[str, Any]]:
@@ -515,94 +544,23 @@ def summary(metrics: Metrics) -> list[dict[str, Any]]:
     for task, whole in metrics.items():
         for domain, found in {"": whole, **whole["domains"]}.items():
             row = {"task": task, "domain": domain, "rows": found["rows"], "positives": found["positives"]}
-            for name in _names(found):
+            for name in metric_names(found):
                 value = found[name]
                 row |= {name: value["value"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
             flat.append(row)
     return flat
 
 
-def render_table(metrics: Metrics, baseline: Metrics | None = None, *, width: int = 120) -> Table:
-    """A rich table, one line per task and domain; with ``baseline`` also its lead metric and ours minus it.
-
-    On a terminal narrower than 118 columns (``width``) lead metrics and baseline are shown alone.
-
-    The lead metric (AUC, else accuracy, else RMSE) carries its interval; nulls are dashes.  The difference has none:
-    an interval for it needs paired draws of both models.
-    """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    titles, lines = _cells(metrics, baseline, brief=width < 118)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # without rules it fits 120 columns
-    short = {"calibration": "calib.", "difference": "diff.", "positives": "pos."}
-    for i, title in enumerate(short.get(title, title) for title in titles):
-        wide = max([max(map(len, title.split(" "))), *(len(line[i]) for line in lines)])
-        table.add_column(title, justify="left" if i < 2 else "right", min_width=wide)  # titles wrap, numbers do not
-    for line in lines:
-        table.add_row(*map(Text, line))  # Text: a domain's name may hold square brackets
-    return table
+def lead_metric(found: Iterable[str]) -> str:
+    """The metric that a task is judged by: AUC, else accuracy, else RMSE."""
+    return next(name for name in ("auc", "accuracy", "rmse") if name in set(found))
 
 
-def render_markdown(metrics: Metrics, baseline: Metrics | None = None) -> str:
-    """The same table in Markdown."""
-    titles, lines = _cells(metrics, baseline)
-    rule = ["---" if i < 2 else "---:" for i in range(len(titles))]
-    safe = [[cell.replace("|", "\\|") for cell in line] for line in (titles, rule, *lines)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in safe) + "\n"
+def lower_is_better(metric: str) -> bool:
+    """Is a smaller value of this metric the better one?"""
+    return metric in ("logloss", "rmse", "mae", "ece")
 
 
-def _names(found: Metrics) -> list[str]:
+def metric_names(found: Metrics) -> list[str]:
+    """Names of the metrics in one slice of `evaluate`'s numbers."""
     return [name for name, value in found.items() if isinstance(value, dict) and "value" in value]
-
-
-def _lead(found: Metrics) -> str:
-    return next(name for name in _LEADS if name in found)
-
-
-def _cells(metrics: Metrics, baseline: Metrics | None, brief: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Titles and text of the tables.  A binary task's accuracy says little at 2 % positives and gets no column."""
-    slices = [(t, d, found) for t, whole in metrics.items() for d, found in {"": whole, **whole["domains"]}.items()]
-    leads = [name for name in _LEADS if any(_lead(found) == name for _, _, found in slices)]
-    shown = {name for _, _, found in slices for name in _names(found) if name != "accuracy"}
-    ranks = list(dict.fromkeys(name for _, _, found in slices for name in _names(found) if "@" in name))
-    rest = [] if brief else [name for name in (*_TITLES, *ranks) if name in shown and name not in leads]
-    titles = ["task", "domain", "rows", "positives", *(_TITLES.get(name, name) for name in leads + rest)]
-    if baseline is not None:
-        titles += ["baseline " + "/".join(_TITLES[name] for name in leads), "difference"]
-    lines = []
-    for task, domain, found in slices:
-        line = [task, domain or "all", _count(found["rows"]), _count(found["positives"])]
-        line += [_value(found, name, interval=name == _lead(found)) for name in leads]
-        line += [_value(found, name) for name in rest]
-        if baseline is not None:
-            line += _against(found, _other(baseline, task, domain))
-        lines.append(line)
-    return titles, lines
-
-
-def _other(baseline: Metrics, task: str, domain: str) -> Metrics:
-    whole = baseline.get(task, {})
-    return whole.get("domains", {}).get(domain, {}) if domain else whole
-
-
-def _against(found: Metrics, other: Metrics) -> list[str]:
-    name = _lead(found)
-    ours, theirs = found[name]["value"], other.get(name, {}).get("value")
-    return [_number(theirs), "-" if ours is None or theirs is None else f"{ours - theirs:+.4f}"]
-
-
-def _value(found: Metrics, name: str, interval: bool = False) -> str:
-    value = found.get(name, {"value": None})
-    if not interval or value.get("low") is None:
-        return _number(value["value"])
-    return f"{_number(value['value'])} [{_number(value['low'])}, {_number(value['high'])}]"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"

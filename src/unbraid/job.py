@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from unbraid.bundle import Bundle, as_frame, build, warm_start
 from unbraid.data.encode import encode
 from unbraid.data.source import Tables
 from unbraid.data.table import Encoded
-from unbraid.evaluate import evaluate, render_markdown
+from unbraid.evaluate import evaluate
 from unbraid.model import Model
+from unbraid.render import render_markdown
 from unbraid.train import Local, Watcher, predict
 from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores, Term
 
@@ -41,14 +42,14 @@ class Result:
 
 def train(
     run: config.Run, out: str | Path | None = None, *, tables: Tables | None = None, resume: bool = False,
-    overwrite: bool = False, baseline: bool = True, watcher: Watcher | None = None,
+    overwrite: bool = False, baseline: bool = True, keep_scores: bool = False, watcher: Watcher | None = None,
 ) -> Result:  # fmt: skip
     """Encode, train, evaluate and write the bundle.
 
     Args:
         run: what to do; out: the bundle's folder (None: nothing is written); tables: tables in memory by name.
         resume: continue the unfinished run in ``out``; overwrite: delete what is in ``out`` first.
-        baseline: fit and report target encoding, too.
+        baseline: fit and report target encoding, too; keep_scores: write the test split's `Scores` to ``scores.safetensors``.
 
     Raises:
         JobError: ``out`` holds another run, or a finished one; DataError, BundleError, OSError as they say.
@@ -71,16 +72,23 @@ def train(
         counts = warm_start(model, encoded.fitted, old)
         watcher.note("warm start: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if run.training.device == "auto" else run.training.device
+    terms = bound_terms(run, schema, model)
+    check_labels(terms, encoded)
     session = Local(
-        encoded, bound_terms(run, schema, model), run.update, run.training, {t.name: t.weight for t in schema.tasks},
+        encoded, terms, run.update, run.training, {t.name: t.weight for t in schema.tasks},
         run.seed, folder, resume, device, watcher,
     )  # fmt: skip
     model = model.to(device)
     trained = run.schedule(session, model, run.training.total_steps(len(session.rows("train"))))
     assert isinstance(trained, Model)
-    metrics = measure(run, encoded, trained, session, baseline)
+    session.watcher.stage("evaluating", 0, 0)
+    scores = predict(trained, encoded.in_order(encoded.split("test"), EVALUATION_ROWS), schema, device=device)
+    metrics = measure(run, encoded, trained, scores, session, baseline)
     bundle = Bundle(run, encoded.fitted, trained.cpu().eval(), metrics)
     if folder is not None:
+        if keep_scores:
+            state = {part.name: getattr(scores, part.name) for part in dataclasses.fields(scores)}
+            store.save(folder / "scores.safetensors", state)
         bundle.save(folder)
         store.write_text(folder / "report.md", report(run, metrics))
         for path in folder.glob("*.safetensors"):  # a finished run needs its checkpoints no more
@@ -118,8 +126,14 @@ def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bo
 
 
 def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
-    """The run's loss terms for this schema.  Raises JobError when one reads what the model does not give."""
-    terms: list[Term] = [term.bind(schema) for term in run.losses]
+    """The run's loss terms for this schema.
+
+    Raises JobError when one does not fit the schema, or reads what the model does not give.
+    """
+    try:
+        terms: list[Term] = [term.bind(schema) for term in run.losses]
+    except ValueError as error:
+        raise JobError(str(error)) from error
     for term in terms:
         missing = set(term.needs) - set(model.gives)
         if missing:
@@ -127,6 +141,17 @@ def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
                 f"{term} reads {sorted(missing)}, which the model does not give. It gives {sorted(model.gives)}."
             )
     return terms
+
+
+def check_labels(terms: Sequence[Term], encoded: Encoded) -> None:
+    """Let every term that has a ``check`` see how the training labels contradict ``given``.  Raises JobError."""
+    checks = [term.check for term in terms if hasattr(term, "check")]
+    orphans = encoded.orphans(encoded.split("train")) if checks else {}
+    try:
+        for check in checks:
+            check(orphans)
+    except ValueError as error:
+        raise JobError(str(error)) from error
 
 
 def one_class_domains(encoded: Encoded) -> list[str]:
@@ -148,11 +173,10 @@ def one_class_domains(encoded: Encoded) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
-def measure(run: config.Run, encoded: Encoded, model: Model, session: Local, baseline: bool) -> dict[str, Any]:
+def measure(
+    run: config.Run, encoded: Encoded, model: Model, scores: Scores, session: Local, baseline: bool
+) -> dict[str, Any]:  # fmt: skip
     """Test metrics of the model and the baseline, cost and sizes: what ``metrics.json`` holds."""
-    session.watcher.stage("evaluating", 0, 0)
-    rows = encoded.split("test")
-    scores = predict(model, encoded.in_order(rows, EVALUATION_ROWS), encoded.schema, device=session.device)
     metrics: dict[str, Any] = {"test": evaluate(scores, encoded.schema, seed=run.seed)}
     if baseline and not (run.baseline or default_baseline(run)):
         session.watcher.note("no baseline: target encoding needs an id feature, a user or a domain")
@@ -163,6 +187,7 @@ def measure(run: config.Run, encoded: Encoded, model: Model, session: Local, bas
         }
     metrics["rows"] = {name: len(encoded.split(name)) for name in ("train", "valid", "test")}
     metrics["seconds"] = {"train": round(session.seconds, 2)}
+    metrics["steps"] = session.steps
     tables = sum(t.weight.numel() for t in model.tables.values())
     metrics["parameters"] = {"tables": tables, "dense": sum(p.numel() for p in model.parameters()) - tables}
     metrics["lazy tables"] = sorted(name for name, t in model.tables.items() if t.lazy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def mlp(width: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
@@ -21,7 +21,7 @@ def mlp(width: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequentia
     """
     layers: list[nn.Module] = []
     for before, after in zip((width, *hidden), hidden, strict=False):
-        layers += [nn.Linear(before, after), nn.ReLU()]
+        layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]  # in place: a Linear needs no copy of its result
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers)
@@ -30,6 +30,11 @@ def mlp(width: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequentia
 def mlp_width(width: int, hidden: Sequence[int]) -> int:
     """Width of what `mlp` gives."""
     return (width, *hidden)[-1]
+
+
+def average(states: Sequence[Tensor]) -> Tensor:
+    """(B, D) mean of several (B, D); adding them up needs no stack of all."""
+    return sum(states[1:], states[0]) / len(states)
 
 
 def initialise(module: nn.Module) -> nn.Module:

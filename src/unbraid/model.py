@@ -50,7 +50,10 @@ class Model(nn.Module):
                 f"the row. Found histories {[(h.name, *h.fields) for h in schema.histories]}."
             )
         self.vocabularies = {f.name: f.vocab for f in schema.features if f.kind in ("id", "bag")}
-        sizes = {name: schema.sizes[name] for name in self._tables_needed()}
+        needed = self._tables_needed()
+        sizes = {name: schema.sizes[name] for name in needed}
+        ids = {f.vocab for f in schema.features if f.kind == "id"}
+        self._direct = frozenset(name for name in ids if needed.count(name) == 1)
         self.embeddings = config.build(tasks, sizes, getattr(encoder, "roles", ("value",)))
         self.histories, self.bags = nn.ModuleDict(), nn.ModuleDict()
         self.interactions = nn.ModuleDict()
@@ -67,9 +70,9 @@ class Model(nn.Module):
 
     # ---------------------------------------------------------------------------------------------------------- building
     def _tables_needed(self) -> list[str]:
+        """The vocabulary of every reader, in order: once per reader."""
         names = list(self.vocabularies.values())
-        names += [self.schema.field_vocabulary(f) for h in self.schema.histories for f in h.fields]
-        return list(dict.fromkeys(names))
+        return names + [self.schema.field_vocabulary(f) for h in self.schema.histories for f in h.fields]
 
     def targets(self, history: Any) -> dict[str, str]:
         """Event field -> the id feature of the same vocabulary: what the row itself has of what its events have."""
@@ -105,7 +108,7 @@ class Model(nn.Module):
     def forward(self, batch: Batch, step: int | None = None) -> Output:
         """What the model says about a batch.  ``step`` is for members whose behaviour depends on training time."""
         readers = self._readers(batch)
-        read, lookups = self.embeddings({v: [ids for _, ids in parts] for v, parts in readers.items()})
+        read, lookups = self.embeddings({v: [ids for _, ids in parts] for v, parts in readers.items()}, self._direct)
         hidden = []
         for view in self.embeddings.widths:
             rows: dict[str, dict[str, Rows]] = {role: {} for role in self.embeddings.roles}

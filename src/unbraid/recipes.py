@@ -8,13 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from unbraid.config import ModelChoice, Run
+from unbraid.config import ModelChoice, Run, TowerChoice
 from unbraid.data.source import Data, Events, Join, Split
+from unbraid.encoders.din import DIN
 from unbraid.encoders.pooling import Mean
 from unbraid.encoders.table import Views
+from unbraid.interactions.cross import Cross
+from unbraid.losses.esmm import ESMM
 from unbraid.optim.joint import Joint
-from unbraid.towers.experts import MMoE
+from unbraid.towers.aitm import AITM
+from unbraid.towers.experts import MMoE, OMoE
 from unbraid.towers.mlp import SharedBottom
+from unbraid.towers.ple import PLE
+from unbraid.towers.single_task import SingleTask
 from unbraid.towers.stem import STEM
 from unbraid.train import Training
 from unbraid.types import Feature, Field, History, Task
@@ -88,6 +94,11 @@ def _base(name: str) -> Run:
     )
 
 
+def _with_tower(name: str, tower: TowerChoice) -> Run:
+    run = _base(name)
+    return replace(run, model=replace(run.model, tower=tower))
+
+
 def stem() -> Run:
     """STEM: shared and task-specific embeddings; every task reads all experts and writes only its own."""
     run = _base("stem")
@@ -97,19 +108,59 @@ def stem() -> Run:
 
 def mmoe() -> Run:
     """MMoE: one embedding, shared experts, one gate per task."""
-    run = _base("mmoe")
-    return replace(
-        run, model=replace(run.model, tower=MMoE(experts=5, expert=(64, 32), gate=(32,), tower=(16,), dropout=0.1))
-    )
+    return _with_tower("mmoe", MMoE(experts=5, expert=(64, 32), gate=(32,), tower=(16,), dropout=0.1))
+
+
+def omoe() -> Run:
+    """OMoE: one embedding, shared experts, one gate for all tasks."""
+    return _with_tower("omoe", OMoE(experts=5, expert=(64, 32), gate=(32,), tower=(16,), dropout=0.1))
+
+
+def ple() -> Run:
+    """PLE (one layer: CGC): one embedding, experts of each task and shared ones."""
+    tower = PLE(shared_experts=1, task_experts=1, expert=(64, 32), gate=(32,), tower=(16,), dropout=0.1)
+    return _with_tower("ple", tower)
+
+
+def aitm() -> Run:
+    """AITM: one embedding, one network per task, each informed by the one before."""
+    return _with_tower("aitm", AITM(bottom=(64, 32), tower=(16,), dropout=0.1))
 
 
 def shared_bottom() -> Run:
     """Shared bottom: one embedding, one network, one head per task."""
-    run = _base("shared_bottom")
-    return replace(run, model=replace(run.model, tower=SharedBottom(bottom=(64, 32), tower=(16,), dropout=0.1)))
+    return _with_tower("shared_bottom", SharedBottom(bottom=(64, 32), tower=(16,), dropout=0.1))
 
 
-RECIPES: dict[str, Callable[[], Run]] = {f.__name__: f for f in (stem, mmoe, shared_bottom)}
+def single_task() -> Run:
+    """Single task: one embedding and one network per task, nothing shared; what sharing is measured against."""
+    run = _with_tower("single_task", SingleTask(bottom=(64, 32), tower=(16,), dropout=0.1))
+    return replace(run, model=replace(run.model, tables=Views(kind="separate", width=16)))
+
+
+def esmm() -> Run:
+    """ESMM: the other tasks given a click, each learned through the joint event with the click, over all rows."""
+    run = _with_tower("esmm", SharedBottom(bottom=(), tower=(64, 32), dropout=0.1))
+    tasks = tuple(task if task.name == "click" else replace(task, given="click") for task in run.data.tasks)
+    # a few likes, long views and profile visits have no click: their joint event is 0
+    return replace(run, data=replace(run.data, tasks=tasks), losses=(ESMM(orphans="negative"),))
+
+
+def din() -> Run:
+    """DIN: a shared bottom whose histories are weighted by a small network that sees the row's video and author."""
+    run = _with_tower("din", SharedBottom(bottom=(64, 32), tower=(16,), dropout=0.1))
+    return replace(run, model=replace(run.model, history=DIN(hidden=(32,))))
+
+
+def dcn() -> Run:
+    """DCN V2: a shared bottom on cross layers over all features."""
+    run = _with_tower("dcn", SharedBottom(bottom=(64, 32), tower=(16,), dropout=0.1))
+    return replace(run, model=replace(run.model, interaction=Cross(layers=2)))
+
+
+RECIPES: dict[str, Callable[[], Run]] = {
+    f.__name__: f for f in (stem, single_task, shared_bottom, omoe, mmoe, ple, aitm, esmm, din, dcn)
+}
 
 DEFAULT = stem  # what `unbraid train` runs without a run file
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from unbraid import store
 from unbraid.data.table import Encoded, steps_per_epoch
-from unbraid.evaluate import evaluate
+from unbraid.evaluate import evaluate, lower_is_better
 from unbraid.types import FORBID, Batch, Schema, Scores, State, Term, Update
 
 Callback = Callable[[int, Batch, Mapping[str, Tensor]], bool]  # (steps done, batch, losses) -> stop?
@@ -163,7 +163,8 @@ class Local:
     resume: bool = False
     device: str = "cpu"
     watcher: Watcher = field(default_factory=Watcher)
-    seconds: float = 0.0  # of training, evaluation apart
+    seconds: float = 0.0  # of training in all processes, evaluation apart
+    steps: int = 0  # done
     calls: int = 0
     _cache: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -244,7 +245,8 @@ class _OneFit:
         self.best: dict[str, Any] = {"value": None, "step": 0, "misses": 0}
         self.best_weights: dict[str, Tensor] | None = None
         self.saved_at = self.told_at = time.monotonic()
-        self.told_step, self.looked = 0, 0.0  # seconds of evaluation
+        self.told_step = 0
+        self.seconds, self.began, self.looked = 0.0, time.monotonic(), 0.0  # of earlier processes; of evaluation
 
     # ---------------------------------------------------------------------------------------------------------- the call
     def run(self) -> None:
@@ -256,8 +258,7 @@ class _OneFit:
         session = self.session
         batches = session.data.shuffled(self.rows, session.training.batch_size, self.seed, start)
         moved = (batch.to(session.device) for batch in batches)
-        self.told_step = start
-        began = time.monotonic()
+        self.told_step, self.began = start, time.monotonic()
         done = start
         try:
             if not self._out_of_patience():  # else the process died between its last look and its end
@@ -267,7 +268,8 @@ class _OneFit:
                 )  # fmt: skip
         finally:
             batches.close()  # type: ignore[attr-defined]
-        session.seconds += time.monotonic() - began - self.looked
+        self.seconds, self.began, self.looked = self._spent(), time.monotonic(), 0.0
+        session.seconds, session.steps = session.seconds + self.seconds, session.steps + done
         self.update.settle()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
@@ -324,6 +326,10 @@ class _OneFit:
             self.saved_at = time.monotonic()
         return False
 
+    def _spent(self) -> float:
+        """Seconds of training so far, those of earlier processes included and evaluation left out."""
+        return self.seconds + time.monotonic() - self.began - self.looked
+
     def _path(self) -> Path | None:
         folder = self.session.folder
         return None if folder is None else folder / f"fit-{self.call}.safetensors"
@@ -338,7 +344,7 @@ class _OneFit:
             "model": self.model.state_dict(),
             "update": self.update.state_dict(),
         }
-        state |= {"rng": _random_state(), "best": self.best}
+        state |= {"rng": _random_state(), "best": self.best, "seconds": self._spent()}
         if not finished:
             state["best_weights"] = self.best_weights
         store.save(path, state)
@@ -352,9 +358,15 @@ class _OneFit:
         self.model.load_state_dict(state["model"])
         self.update.load_state_dict(state["update"])
         self.best, self.best_weights = state["best"], state.get("best_weights")
+        self.seconds = state["seconds"]
         _set_random_state(state["rng"])
         self.session.watcher.note(f"resumed at step {state['step']:,} of {self.steps:,}")
         self._cut_log(state["step"])
+        if state["finished"]:
+            self.session.seconds, self.session.steps = (
+                self.session.seconds + self.seconds,
+                self.session.steps + state["step"],
+            )
         return state["step"], state["finished"]
 
     def _log(self, record: Mapping[str, Any]) -> None:
@@ -406,5 +418,4 @@ def selected(metrics: Mapping[str, Any], metric: str, schema: Schema) -> tuple[f
         have = {n: sorted(k for k, v in metrics[n].items() if isinstance(v, dict) and "value" in v) for n in metrics}
         raise ValueError(f"`training.metric` is `{metric}`, which no task has. Metrics: {have}.")
     values = [f["value"] for f in found if f["value"] is not None]
-    lower = name in ("logloss", "rmse", "mae", "ece")
-    return (sum(values) / len(values) if values else None), lower
+    return (sum(values) / len(values) if values else None), lower_is_better(name)

@@ -284,7 +284,8 @@ class Output:
         hidden: task -> (B, H) before its head.
         trunk: (B, H) shared representation.
         extras: ``"slot.name"`` -> gates, attention, second heads.
-        lookups: table rows read while gradients were on.
+        lookups: table rows read while gradients were on.  Those of a dense table may be absent unless the update wants
+            them (``unbraid.optim.joint.JointUpdate.reads_dense_lookups``).
     """
 
     logits: Mapping[str, Tensor]
@@ -368,7 +369,9 @@ Losses = Mapping[str, Tensor]  # objective (a task, a domain, or "task@domain") 
 class Term(Protocol):
     """(output, batch, step) -> objective -> scalar.  An objective without an observed row is absent, never 0 or NaN.
 
-    ``needs`` names the ``Output.extras`` it reads; a missing one is an error when the run is built.
+    ``needs`` names the ``Output.extras`` it reads; a missing one is an error when the run is built.  A term may have a
+    method ``check(orphans)``: it is called once before training with `unbraid.data.table.Encoded.orphans` of the
+    training rows, and raises ValueError where the loss would make no sense of them.
     """
 
     @property
@@ -439,7 +442,7 @@ class Tower(Protocol):
     """Config of a tower: ``build(tasks, views, widths)`` gives a module (hidden: one (B, width) per view) -> `TowerOutput`
     with an attribute ``widths``: task -> H.
 
-    ``views`` names the views in order: ``("shared",)``, or one per task and ``"shared"`` last.
+    ``views`` names the views in order: ``("shared",)``, one per task and ``"shared"`` last, one per task, or any other names.
     """
 
     def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> nn.Module: ...

@@ -33,7 +33,7 @@ def members(choice: Any) -> list[Any]:
 
 def views_for(tower: Any) -> Views:
     """Views that a tower accepts."""
-    for kind in ("shared", "per_task"):
+    for kind in ("shared", "per_task", "separate"):
         views = Views(kind=kind, width=4)  # type: ignore[arg-type]
         try:
             names = views.names(["a", "b"])
@@ -237,6 +237,62 @@ def test_a_domain_that_training_did_not_know_gets_the_mean_head(encoded: Encoded
     logits = [model(dataclasses.replace(batch, domain=torch.full_like(batch.domain, d))).logits["click"] for d in known]
     unknown = model(dataclasses.replace(batch, domain=torch.zeros_like(batch.domain))).logits["click"]
     torch.testing.assert_close(unknown, torch.stack(logits).mean(0), rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------------ terms
+TERMS = members(config.TermChoice)
+PARENTS = {"buy": "click"}
+
+
+@pytest.fixture(scope="module")
+def chained(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
+    tasks = (Task("click"), Task("buy", given="click"), Task("spend", kind="real"), Task("size", kind="multiclass"))
+    data = make_data(tasks=tasks, cache=str(tmp_path_factory.mktemp("cache")))
+    return Encoded(encode(data, tables={"log": LOG}))
+
+
+def hide_chain(batch: Batch, tasks: list[str]) -> Batch:
+    """`hide`, and a child with its parent, as an encoded table does."""
+    return hide(batch, [*tasks, *(child for child, parent in PARENTS.items() if parent in tasks)])
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_is_finite_on_every_pattern_of_missing_labels(term: Any, chained: Encoded) -> None:
+    run, model = model_of(ModelChoice(tables=Views(width=4)), chained)
+    bound, tasks = term().bind(chained.schema), [t.name for t in chained.schema.tasks]
+    update = run.update.build(model, steps=20, weights={})
+    for hidden in itertools.chain.from_iterable(itertools.combinations(tasks, n) for n in range(len(tasks) + 1)):
+        batch = hide_chain(some(chained), list(hidden))
+        output = model(batch, 0)
+        losses = bound(output, batch, 0)
+        seen = {task for task in tasks if batch.observed[task].any()}
+        known = {task for task in tasks if task in seen or PARENTS.get(task) in seen}
+        assert seen <= set(losses) <= known, "an objective without an observed row of its chain is absent"
+        assert all(torch.isfinite(v) and v.shape == () for v in losses.values())
+        update(losses, output)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_moves_no_task_whose_chain_is_absent(term: Any, chained: Encoded) -> None:
+    run, model = model_of(ModelChoice(tables=Views(width=4)), chained)
+    bound = term().bind(chained.schema)
+    step = Joint(weight_decay=0.1, table_weight_decay=0.1).build(model, steps=100, weights={})
+
+    def go(batch: Batch) -> None:
+        output = model(batch, 0)
+        step(bound(output, batch, 0), output)
+
+    for at in range(20):
+        go(some(chained, start=10 * at))
+    for chain in (["click", "buy"], ["spend"], ["size"]):
+        heads = {f"heads.task/{task}" for task in chain}
+        names = {n for n, _ in model.named_parameters() if any(head in n for head in heads)}
+        before, rest = snapshot(model, step, names), {n: p.detach().clone() for n, p in model.named_parameters()}
+        assert len(before) > len(names) >= 2 * len(chain)
+        go(hide_chain(some(chained), chain))
+        assert same(before, snapshot(model, step, names)), f"{chain} moved without a label"
+        assert all(not torch.equal(p, rest[n]) for n, p in model.named_parameters() if "heads." in n and n not in names)
 
 
 # ----------------------------------------------------------------------------------------------------------------- config

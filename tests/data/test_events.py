@@ -12,6 +12,7 @@ import pytest
 from unbraid.data import encode as encoding
 from unbraid.data.events import NO_TIME, gap_codes
 from unbraid.data.source import Data, DataError, Events, Split
+from unbraid.data.vocabulary import stable_hash
 from unbraid.types import Feature, Field, History, Task
 
 HISTORIES = (
@@ -232,3 +233,37 @@ def test_a_filter_on_an_unknown_name(opened):
 
     with pytest.raises(DataError, match="History `x`.*no column `action`.*click"):
         opened(replace(DATA, histories=(History("x", ("item",), where="action = 'like'"),)), **make(1))
+
+
+def test_only_events_that_a_row_can_see_are_kept(opened):
+    tables = make(2)
+    table = opened(DATA, **tables)
+    users = set(tables["log"]["user"]) - {None}
+    assert len(table.columns["event.item"]) == sum(e["user"] in users for part in events_of(tables) for e in part)
+    strangers = {name: make(5)[name].with_columns(user=pl.col("user") + "?") for name in ("old", "more")}
+    both = {name: pl.concat([strangers[name], tables[name], strangers[name]]) for name in strangers}
+    again = opened(DATA, **tables | both)
+    assert all(np.array_equal(again.columns[name], column) for name, column in table.columns.items())
+
+
+def test_times_are_kept_for_gaps_alone(opened):
+    from dataclasses import replace
+
+    assert opened(DATA, **make(0)).columns["event.time"].dtype == np.int64
+    plain = tuple(replace(h, fields=("item",)) for h in HISTORIES)
+    assert "event.time" not in opened(replace(DATA, histories=plain), **make(0)).columns
+
+
+def test_rows_without_a_user_see_nobody_even_if_an_id_hashes_to_0(opened):
+    from dataclasses import replace
+
+    zero = 2**64 - 0x9E3779B97F4A7C15  # the seed's constant cancels it
+    assert stable_hash(pl.Series([zero, None], dtype=pl.Int64)).tolist() == [0, 0]
+    log = pl.DataFrame({"user": [zero, None, 1, 1] * 2, "time": range(8), "item": [1] * 8, "label": [0, 1] * 4,
+                        "split": ["train"] * 6 + ["valid", "test"]}, schema_overrides={"user": pl.Int64})  # fmt: skip
+    data = replace(
+        DATA, features=(Feature("item"),), fields=(Field("item"),), events=(Events(columns={"item": "item"}),),
+        histories=(History("seen", ("item",)),),
+    )  # fmt: skip
+    lengths = opened(data, log=log).batch(np.arange(8)).features["seen"].lengths.tolist()
+    assert lengths == [0, 0, 0, 1, 0, 0, 2, 3]

@@ -152,7 +152,7 @@ def test_copies_share_the_history_of_their_row_and_are_no_events(opened):
     given = tables(400)
     table = opened(data, **given)
     seen = table.batch(np.arange(table.rows)).features["seen"]
-    assert len(table.columns["event.time"]) == 400
+    assert len(table.columns["event.item"]) == 400
     assert (seen.lengths.reshape(400, 4) == seen.lengths[::4, None]).all()
 
 
@@ -168,3 +168,15 @@ def test_null_items_and_bad_item_columns(opened):
         opened(DATA, **one)
     with pytest.raises(ValueError, match="`per_positive` should be at least 1. Found 0"):
         Negatives("item", 0)
+
+
+def test_progress_counts_copies_and_a_bad_split_does_not():
+    said = []
+    encode(DATA, tables=tables(300), progress=lambda what, done, total: said.append((what, done, total)))
+    assert said[:2] == [("fitting vocabularies", 0, 0), ("encoding rows", 0, 1200)]
+    assert said[-1] == ("encoding rows", 1200, 1200)
+    late = tables(300)
+    late["log"] = late["log"].filter(pl.col("time") < 900)
+    with pytest.raises(DataError, match=r"test split is empty \(train .*test 0 rows\)") as error:
+        encode(DATA, tables=late)
+    assert f"valid {len(late['log'].filter(pl.col('time') >= 800))}, " in str(error.value)

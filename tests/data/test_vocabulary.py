@@ -186,3 +186,27 @@ def test_a_digest_knows_the_type_of_ids(opened):
     one = opened(DATA, log=log(item=[0, 0, 0, 0])).fitted
     assert one.digest() != Fitted(one.schema, {"item": Vocabulary(pl.Series([0.0]))}).digest()  # the same bits
     assert one.digest() == Fitted(one.schema, dict(one.vocabularies)).digest()
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 1000])
+def test_values_are_counted_over_chunks(chunk, opened, monkeypatch):
+    monkeypatch.setattr("unbraid.data.encode.CHUNK", chunk)
+    rng = np.random.default_rng(chunk)
+    n = 120
+    item, tags = rng.integers(0, 30, n), [rng.integers(0, 30, k).tolist() for k in rng.integers(0, 5, n)]
+    frame = pl.DataFrame({"item": item, "tags": [t or None for t in tags], "label": [0, 1] * (n // 2)})
+    split = ["train"] * (n - 20) + ["valid", "test"] * 10
+    data = replace(DATA, features=(Feature("item", min_count=4), Feature("tags", kind="bag", min_count=8)))
+    found = opened(data, log=frame.with_columns(split=pl.Series(split))).fitted.vocabularies
+    train = {"item": item[:-20], "tags": np.concatenate([np.array(t, dtype=int) for t in tags[:-20]])}
+    for name, least in (("item", 4), ("tags", 8)):
+        values, counts = np.unique(train[name], return_counts=True)
+        assert found[name].values.to_list() == values[counts >= least].tolist()
+        assert 0 < (counts >= least).sum() < len(values)
+
+
+def test_a_column_of_nulls_has_no_type_to_disagree_with(opened):
+    data = replace(DATA, features=(Feature("item"), Feature("other", vocabulary="item")))
+    table = opened(data, log=log(item=[3, 4, 3, 5], other=[None] * 4))
+    assert table.fitted.vocabularies["item"].values.to_list() == [3, 4]
+    assert table.batch(np.arange(4)).features["other"].tolist() == [1] * 4

@@ -52,7 +52,7 @@ def here(tmp_path: Path) -> Path:
 
 def test_train_evaluate_predict(here: Path) -> None:
     out = ok("train", here / "run.toml", "--out", here / "b")
-    assert "baseline AUC" in out and str(here / "b" / "report.md") in out
+    assert "baseline" in out and "diff." in out and str(here / "b" / "report.md") in out
     metrics = json.loads((here / "b" / "metrics.json").read_text())
     again = json.loads(ok("evaluate", here / "b", "--json"))
     assert again["test"] == metrics["test"]

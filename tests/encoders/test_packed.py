@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from unbraid.encoders import packed as primitives
 from unbraid.encoders.attention import TargetAttention
-from unbraid.encoders.packed import segment_softmax
+from unbraid.encoders.packed import compare, gather, in_pieces, segment_softmax, weighted_sum
 from unbraid.encoders.pooling import BagAttention, Mean, pool_bag
 from unbraid.model import Model
 from unbraid.towers.mlp import SharedBottom
@@ -44,6 +45,94 @@ def test_segment_softmax_survives_huge_scores_and_no_values() -> None:
     ragged = Ragged({}, torch.tensor([0, 2, 2]))
     assert segment_softmax(torch.tensor([1e30, -1e30]), ragged).tolist() == [1.0, 0.0]
     assert segment_softmax(torch.zeros(0), Ragged({}, torch.tensor([0, 0, 0]))).shape == (0,)
+
+
+def same_gradients(got: torch.Tensor, want: torch.Tensor, leaves: list[torch.Tensor]) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    flow = torch.randn_like(want)
+    mine, theirs = (torch.autograd.grad((x * flow).sum(), leaves, retain_graph=True) for x in (got, want))
+    for a, b in zip(mine, theirs, strict=True):
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_gather_is_indexing() -> None:
+    table, ids, _ = packed(vocabulary=9)  # some of its rows are not read, some several times
+    assert 1 < len(ids.unique()) < len(ids) and len(ids.unique()) < 9
+    same_gradients(gather(Rows(table, ids)), table[ids], [table])
+    empty = gather(Rows(table, ids[:0]))
+    assert empty.shape == (0, 4) and torch.equal(torch.autograd.grad(empty.sum(), table)[0], torch.zeros(9, 4).double())
+
+
+def test_weighted_sum_is_a_sum_of_each_row() -> None:
+    table, ids, ragged = packed()
+    vectors = table.detach()[ids].requires_grad_()
+    weights = torch.randn(len(ids), dtype=torch.float64, requires_grad=True)
+    want = torch.stack([(weights[part].unsqueeze(1) * vectors[part]).sum(0) for part in pieces(ragged)])
+    same_gradients(weighted_sum(vectors, weights, ragged), want, [vectors, weights])
+
+
+@pytest.mark.parametrize("common", [0, 3, 4])
+def test_compare_puts_values_products_and_queries_side_by_side(common: int) -> None:
+    table, ids, ragged = packed()
+    vectors = table.detach()[ids].requires_grad_()
+    query = torch.randn(len(LENGTHS), common, dtype=torch.float64, requires_grad=True)
+    of_value = torch.cat([query[i].expand(n, common) for i, n in enumerate(LENGTHS)])
+    want = torch.cat([vectors, of_value * vectors[:, :common], of_value], 1)
+    same_gradients(compare(vectors, query, ragged), want, [vectors, query] if common else [vectors])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "want"),
+    [
+        ([3, 0, 1, 5, 0, 2], 4, [(3, 4), (1, 5), (2, 2)]),
+        ([3, 0, 1, 5, 0, 2], 1, [(1, 3), (2, 1), (1, 5), (2, 2)]),
+        ([3, 0, 1, 5, 0, 2], 11, [(6, 11)]),
+        ([3, 0, 1, 5, 0, 2], 99, [(6, 11)]),
+        ([0, 0, 9, 1, 0, 0], 2, [(3, 9), (3, 1)]),
+        ([2, 2, 0, 0], 2, [(1, 2), (3, 2)]),
+        ([0, 0, 0], 2, [(3, 0)]),
+    ],
+)
+def test_pieces_are_whole_rows_and_none_is_without_values(lengths: list[int], size: int, want: list[tuple]) -> None:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    found = list(primitives.pieces(Ragged({}, offsets), size))
+    assert [(rows.stop - rows.start, at.stop - at.start) for at, rows, _ in found] == want
+    assert torch.cat([own.lengths for _, _, own in found]).tolist() == lengths
+    assert all(own.offsets[0] == 0 for _, _, own in found)
+    assert [at.start for at, _, _ in found] == [0, *(at.stop for at, _, _ in found[:-1])]
+    assert [rows.start for _, rows, _ in found] == [0, *(rows.stop for _, rows, _ in found[:-1])]
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_in_pieces_is_the_function_of_everything(size: int) -> None:
+    table, ids, ragged = packed()
+    values = table.detach()[ids].requires_grad_()
+    per_row = torch.randn(len(LENGTHS), 4, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randn(12, 3, dtype=torch.float64, requires_grad=True)
+    unused = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    calls: list[int] = []
+
+    def function(lists: Ragged, values: torch.Tensor, per_row: torch.Tensor, *shared: torch.Tensor) -> torch.Tensor:
+        calls.append(len(values))
+        x = (compare(values, per_row, lists) @ shared[0]).tanh()
+        return weighted_sum(x, x[:, 0], lists)
+
+    got = in_pieces(function, ragged, values, per_row, [matrix, unused], size)
+    assert sum(calls) == len(values) and len(calls) == {1: 4, 4: 3, 100: 1}[size]
+    same_gradients(got, function(ragged, values, per_row, matrix), [values, per_row, matrix])
+    assert not torch.autograd.grad(got.sum(), unused, retain_graph=True)[0].any()
+    fixed = in_pieces(function, ragged, values.detach(), per_row, [matrix.detach()], size)
+    assert torch.equal(fixed, got)
+    same_gradients(fixed, function(ragged, values, per_row, matrix), [per_row])
+
+
+def test_in_pieces_may_give_one_line_per_piece() -> None:
+    table, ids, ragged = packed()
+    values, nothing = table.detach()[ids].requires_grad_(), table.new_zeros(len(LENGTHS), 0)
+    got = in_pieces(lambda lists, x, per_row: (x**2).sum(0, keepdim=True), ragged, values, nothing, [], 4)
+    assert got.shape == (3, 4)
+    same_gradients(got.sum(0), (values**2).sum(0), [values])
 
 
 @pytest.mark.parametrize("kind", ["mean", "target_attention"])

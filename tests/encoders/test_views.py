@@ -1,9 +1,17 @@
 """Tables: what is read, what is a gradient leaf, which views there are."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from toylog import make_data
 
+from unbraid.data.source import Data
+from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views, distinct
+from unbraid.model import Model
+from unbraid.towers.mlp import SharedBottom
+from unbraid.types import Feature, History
 
 
 @pytest.mark.parametrize("size", [50, 10_000_000])
@@ -30,6 +38,47 @@ def test_lazy_rows_are_leaves_and_dense_rows_are_not(lazy_rows: int) -> None:
     assert (weight.grad is None) == (lazy_rows == 0)
 
 
+def test_a_dense_table_with_one_plain_reader_is_read_directly_unless_its_lookups_are_wanted() -> None:
+    ids = torch.tensor([4, 4, 2])
+    key = ("shared", "item", "value")
+    for lazy, direct, wanted, looked_up in (
+        (False, True, False, False), (False, True, True, True), (False, False, False, True), (True, True, False, True),
+    ):  # fmt: skip
+        tables = Views(width=2, lazy_rows=0 if lazy else -1).build(["a"], {"item": 9, "shop": 5})
+        table = tables.tables["shared/item/value"]
+        table.wanted = wanted
+        read, lookups = tables({"item": [ids], "shop": [ids]}, {"item"} if direct else ())
+        assert ("shared/item/value" in {x.table for x in lookups}) == looked_up, (lazy, direct, wanted)
+        assert "shared/shop/value" in {x.table for x in lookups}, "another vocabulary is as it was"
+        (rows,) = read[key]
+        assert (rows.vectors is table.weight) != looked_up
+        assert torch.equal(rows.gather(), table.weight[ids])
+        (rows.gather() * torch.tensor([[1.0], [2.0], [5.0]])).sum().backward()
+        grad = lookups[0].vectors.grad if lazy else table.weight.grad[[2, 4]]
+        assert grad.tolist() == [[5, 5], [3, 3]]
+
+
+def test_one_lazy_view_keeps_the_lookups_of_all_views_of_a_vocabulary() -> None:
+    tables = Views(kind="per_task", width=2, lazy_rows=-1).build(["a"], {"item": 9})
+    tables.tables["shared/item/value"].lazy = True
+    _, lookups = tables({"item": [torch.tensor([4, 2])]}, {"item"})
+    assert [x.table for x in lookups] == ["a/item/value", "shared/item/value"]
+
+
+def test_the_model_reads_directly_what_a_single_id_column_reads(encoded_of: Callable[[Data], Encoded]) -> None:
+    encoded = encoded_of(
+        make_data(
+            features=(Feature("item"), Feature("shop"), Feature("user"), Feature("seller", column="shop"),
+                      Feature("again", column="shop", vocabulary="seller"), Feature("tags", kind="bag")),
+            histories=(History("seen", fields=("item",), length=10),),
+        )
+    )  # fmt: skip
+    model = Model(encoded.schema, SharedBottom(), Views(width=4))
+    batch = encoded.batch(encoded.split("train")[:9])
+    found = {x.table.split("/")[1] for x in model(batch).lookups}
+    assert found == {"item", "seller", "tags"}, "a history, two columns, a bag"
+
+
 def test_a_frozen_table_takes_no_gradient() -> None:
     for lazy_rows in (0, -1):
         tables = Views(width=2, lazy_rows=lazy_rows).build(["a"], {"item": 9}).requires_grad_(False)
@@ -53,6 +102,11 @@ def test_views_and_their_sizes() -> None:
     assert Views(kind="per_task").names(["a", "b"]) == ("a", "b", "shared")
     per_task = Views(kind="per_task", width=5).build(["a", "b"], sizes)
     assert sum(p.numel() for p in per_task.parameters()) == (10 + 4) * 5 * 3
+    assert Views(kind="separate").names(["a", "b"]) == ("a", "b")
+    separate = Views(kind="separate", width=5).build(["a", "b"], sizes)
+    assert separate.widths == {"a": 5, "b": 5}
+    assert sorted(separate.tables) == [f"{task}/{v}/value" for task in ("a", "b") for v in ("item", "user")]
+    assert Views().names(["a", "b"]) == ("shared",)
     several = Views(kind="several", widths=(2, 6)).build(["a", "b"], sizes)
     assert several.widths == {"view0": 2, "view1": 6}
     two_roles = Views(width=2).build(["a"], sizes, roles=("value", "attention"))
@@ -78,6 +132,7 @@ def test_unknown_rate_reads_row_0_while_training_only() -> None:
         ({"unknown_rate": 1.0}, "`unknown_rate` should be in"),
         ({"kind": "several"}, "`widths` belongs to kind `several`"),
         ({"widths": (3,)}, "`widths` belongs to kind `several`"),
+        ({"kind": "separate", "widths": (3, 3)}, "`widths` belongs to kind `several`"),
     ],
 )
 def test_bad_views_are_refused(change: dict, message: str) -> None:

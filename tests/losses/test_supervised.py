@@ -50,6 +50,13 @@ def data():
     return {name: z.requires_grad_() for name, z in logits.items()}, batch
 
 
+def all_observed(batch):
+    """The same batch with every label and rate known."""
+    known = {name: torch.ones(B, dtype=torch.bool) for name in batch.observed}
+    clean = {n: torch.where(batch.observed[n], v, torch.ones_like(v)) for n, v in batch.labels.items()}
+    return replace(batch, observed=known, labels=clean, meta={k: v.nan_to_num(0.5) for k, v in batch.meta.items()})
+
+
 def output(logits):
     return Output(logits, {}, torch.zeros(B, 1))
 
@@ -92,10 +99,12 @@ def expected(logits, batch, by):
 @pytest.mark.parametrize("by", ["task", "domain", "task@domain"])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("sampled", [True, False])
-def test_value_and_gradient(data, by, weighted, sampled):
+@pytest.mark.parametrize("complete", [True, False])
+def test_value_and_gradient(data, by, weighted, sampled, complete):
     torch.set_default_dtype(torch.float64)
     try:
         logits, batch = data
+        batch = all_observed(batch) if complete else batch
         batch = replace(batch, weight=batch.weight if weighted else None, meta=batch.meta if sampled else {})
         losses = Supervised(by=by).bind(SCHEMA)(output(logits), batch, 0)
         want = expected({name: z.detach() for name, z in logits.items()}, batch, by)

@@ -249,6 +249,17 @@ def test_clipping_is_clip_grad_norm_over_layers_and_rows_together(norm: float) -
     torch.testing.assert_close(update.state_dict()["rows"][name]["mean"][ids], 0.1 * vectors.grad, **EXACT)
 
 
+def test_the_update_says_whether_it_reads_lookups_of_dense_tables() -> None:
+    class Reads(JointUpdate):
+        reads_dense_lookups = True
+
+    model = Small(lazy=False)
+    Reads(Joint(), model, 1, {})
+    assert all(table.wanted for table in model.tables.values())
+    Joint().build(model, steps=1, weights={})
+    assert not any(table.wanted for table in model.tables.values()), "the next update's wish replaces it"
+
+
 def test_a_table_read_in_two_lookups_gets_the_sum() -> None:
     leaves = [torch.zeros(len(ids), 2, requires_grad=True) for ids in ([1, 4], [0, 4, 5])]
     lookups = [Lookup("t", torch.tensor([1, 4]), leaves[0]), Lookup("t", torch.tensor([0, 4, 5]), leaves[1])]

@@ -78,7 +78,7 @@ def test_absent_task_gets_no_gradient(net, sizes, ids):
         assert (parameter.grad is None) == (parameter in absent), name
 
 
-@pytest.mark.parametrize("views", [("a", "b", "shared"), ()])
+@pytest.mark.parametrize("views", [("a", "b", "shared"), ("a", "b"), ()])
 def test_reads_no_views_of_tasks(views):
     with pytest.raises(ValueError) as error:
         SharedBottom().build(("a", "b"), views, (4,) * len(views))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from tower_kit import EXACT, biased, common, force, gradients, owned, parts
 
 from unbraid.data.planted import opposed_tastes
 from unbraid.encoders.table import Views
@@ -19,7 +19,6 @@ from unbraid.towers.experts import MMoE
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.stem import STEM
 
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SMALL = {"expert": (16, 12), "tower": (8,)}
 PER_TASK = Views(kind="per_task", width=3, std=1.0, lazy_rows=-1)
 SHARED = Views(kind="shared", width=3, std=1.0, lazy_rows=-1)
@@ -34,54 +33,6 @@ def float64():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def biased(model):
-    """Positive biases everywhere: a forgotten one shows, and no layer is dead for every row."""
-    for part in model.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.uniform_(part.bias, 0.05, 0.4)
-    return model
-
-
-def parts(model, task):
-    """Everything that belongs to one task: name -> parameters, empty groups left out."""
-    tower, key = model.tower, task_key(task)
-    groups = {"tower": tower.towers[key].parameters(), "head": model.heads[f"task/{task}"].parameters()}
-    if f"view/{task}" in model.views:
-        groups["tables"] = [model.table(task, field) for field in ("user", "item")]
-        groups["interaction"] = model.views[f"view/{task}"].parameters()
-    for i, layer in enumerate(tower.layers):
-        if key in layer.task_experts:
-            groups[f"experts {i}"] = layer.task_experts[key].parameters()
-        if key in layer.gates:
-            groups[f"gate {i}"] = layer.gates[key].parameters()
-    return {name: list(group) for name, group in groups.items()}
-
-
-def owned(model, task):
-    """The same as one list."""
-    return list(chain(*parts(model, task).values()))
-
-
-def common(model):
-    """Every parameter that belongs to no task."""
-    private = {p for task in model.tasks for p in owned(model, task)}
-    return [p for p in model.parameters() if p not in private]
-
-
-def gradients(model, loss):
-    """parameter -> gradient of a loss, None where it does not reach."""
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return {p: p.grad for p in model.parameters()}
-
-
-def force(gate, column):
-    """Make a gate one-hot."""
-    with torch.no_grad():
-        gate[-1].weight.zero_()
-        gate[-1].bias.fill_(-1e4)[column] = 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------- backward

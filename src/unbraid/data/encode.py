@@ -41,6 +41,7 @@ from unbraid.data.source import (
     check_joins,
     expression,
     files_of,
+    kept_rows,
     reading,
     rows_plan,
     to_time,
@@ -49,7 +50,7 @@ from unbraid.data.vocabulary import canonical, canonical_type
 from unbraid.store import atomic_folder
 from unbraid.types import Feature, Schema
 
-FORMAT = 1  # raise it when the folder's layout or the meaning of a column changes
+FORMAT = 2  # raise it when the folder's layout or the meaning of a column changes
 CHUNK = 200_000
 
 
@@ -179,7 +180,7 @@ def write(
     """
     plan = rows_plan(data, base, tables, query)
     schema, labels = plan.collect_schema(), query is None
-    total = plan.select(pl.len()).collect(engine="streaming").item()
+    total = _number_of_rows(data, base, tables, query)
     if not total:
         raise DataError("There are no rows" + (" to predict." if query is not None else f" in `{data.rows}`."))
     per_second, checks = 1.0, LabelChecks(data, fitted.schema)
@@ -188,6 +189,7 @@ def write(
         _, per_second = to_time(pl.lit(0), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`")
     done = 0
     with contextlib.closing(Columns(folder)) as columns:
+        progress("encoding rows", 0, total)
         for frame in chunks(plan.select(**exprs)):
             write_rows(frame, data, fitted, columns, checks, labels)
             done += len(frame)
@@ -199,6 +201,13 @@ def write(
             write_events(data, base, tables, fitted, columns, users, per_second, progress)
         columns.describe(rows=done, per_second=per_second)
     fitted.save(folder)
+
+
+def _number_of_rows(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame | None) -> int:
+    """Of `rows_plan`, without joining and without drawing negatives."""
+    plan = kept_rows(data, base, tables) if query is None else query
+    copies = 1 + data.negatives.per_positive if data.negatives and query is None else 1
+    return copies * plan.select(pl.len()).collect(engine="streaming").item()
 
 
 def chunks(plan: pl.LazyFrame) -> Iterator[pl.DataFrame]:

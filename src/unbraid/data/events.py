@@ -1,7 +1,8 @@
 """The event table, stored once by user and time: a row's history is a slice that ends strictly before its time.
 
-On disk, per event: time (int64) and one small integer per field.  Per history with a filter: its events' positions.
-Per row and history: where its slice starts and ends.  Memory is O(events + rows), whatever the lengths of histories.
+On disk, per event of a user who has rows: one small integer per field, and the time (int64) if a history reads the gap.
+Per history with a filter: its events' positions.  Per row and history: where its slice starts and ends.  Memory is
+O(events + rows), whatever the lengths of histories.
 Events without a time come first for their user, in file order; events of the same instant as a row are not its history.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from unbraid.data import source as src
-from unbraid.data.vocabulary import canonical, stable_hash
+from unbraid.data.vocabulary import Vocabulary, canonical, stable_hash
 from unbraid.types import FIRST_VALUE, GAP, MISSING
 
 if TYPE_CHECKING:
@@ -32,44 +33,56 @@ def write_events(
 ) -> None:  # fmt: skip
     """Encode and sort all events, then cut each row's slices.  The rows must be written; ``users``: their ids' type."""
     progress("encoding events", 0, 0)
-    parts: list[dict[str, np.ndarray]] = [_no_events(data, fitted)]
+    hashes = np.unique(columns.read("user"))
+    known = Vocabulary(pl.Series(hashes[hashes != 0]))  # 0: no user.  Nobody sees the events of users without rows
+    parts: list[dict[str, np.ndarray]] = [_no_events(data, fitted, known)]
     for source, plan in src.event_plans(data, base, tables, split=False):
         joined = src.add_joins(plan, data, base, tables)
         with src.reading(f"data.events `{source.table}`"):
-            parts.extend(_event_chunks(data, source, joined, fitted, users, per_second))
-    events = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = np.lexsort((events["time"], events["user"]))  # stable: ties keep file order
-    events = {name: values[order] for name, values in events.items()}
-    columns.append("event.time", events["time"])
+            parts.extend(_event_chunks(data, source, joined, fitted, users, known, per_second))
+
+    def whole(name: str) -> np.ndarray:
+        return np.concatenate([part.pop(name) for part in parts])  # popped: one column at a time is there twice
+
+    user, time = whole("user"), whole("time")
+    index = _index_type(len(time))
+    order: np.ndarray = np.lexsort((time, user)).astype(index)  # stable: ties keep file order
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=known.size))])
+    del user
+    time = time[order]
+    starts, ends = _slices(known.encode(pl.Series(columns.read("user"))), columns.read("time"), bounds, time)
+    if any(GAP in history.fields for history in data.histories):
+        columns.append("event.time", time)
+    del time
     for field in data.fields:
-        columns.append(f"event.{field.name}", events[field.name])
-    starts, ends = _slices(columns, events["user"], events["time"])
+        columns.append(f"event.{field.name}", whole(field.name)[order])
     for i, history in enumerate(data.histories):
         first, last = starts, ends
         if history.where:
-            keep = events[f"where.{i}"]
-            before = np.concatenate([[0], np.cumsum(keep)])  # kept events before each position
-            columns.append(f"view.{history.name}", np.flatnonzero(keep).astype(_index_type(len(keep))))
+            keep = whole(f"where.{i}")[order]
+            before = np.concatenate([np.zeros(1, index), np.cumsum(keep, dtype=index)])  # kept events before each place
+            columns.append(f"view.{history.name}", np.flatnonzero(keep).astype(index))
             first, last = before[starts], before[ends]
         first = np.maximum(first, last - history.length)
-        columns.append(f"start.{history.name}", first.astype(_index_type(len(events["time"]))))
-        columns.append(f"end.{history.name}", last.astype(_index_type(len(events["time"]))))
+        columns.append(f"start.{history.name}", first.astype(index))
+        columns.append(f"end.{history.name}", last.astype(index))
 
 
 def _index_type(n: int) -> type:
     return np.int32 if n < 2**31 else np.int64
 
 
-def _no_events(data: src.Data, fitted: Fitted) -> dict[str, np.ndarray]:
-    out = {name: np.zeros(0, dtype=np.int64) for name in ("user", "time")}
+def _no_events(data: src.Data, fitted: Fitted, known: Vocabulary) -> dict[str, np.ndarray]:
+    out = {"user": np.zeros(0, dtype=known.dtype), "time": np.zeros(0, dtype=np.int64)}
     out |= {field.name: np.zeros(0, dtype=fitted.vocabularies[field.vocab].dtype) for field in data.fields}
     return out | {f"where.{i}": np.zeros(0, dtype=bool) for i, history in enumerate(data.histories) if history.where}
 
 
 def _event_chunks(
-    data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted: Fitted, users: Any, per_second: float
-) -> Iterator[dict[str, np.ndarray]]:
-    """Encoded events of one source: user (hash), time, one column per field, one bool per history with a filter."""
+    data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted: Fitted, users: Any, known: Vocabulary,
+    per_second: float,
+) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
+    """Encoded events of known users of one source: user, time, one column per field, one bool per filtered history."""
     from unbraid.data.encode import chunks
     from unbraid.data.fit import event_values
 
@@ -92,15 +105,16 @@ def _event_chunks(
         if source.time != "none" and frame["time"].null_count():
             nulls = frame["time"].null_count()
             raise src.DataError(f'{where}: {nulls:,} events have no time. Filter them, or use time = "none".')
-        if len(frame):
-            yield _encode_events(data, source, frame, fitted)
+        codes = known.encode(pl.Series(stable_hash(frame["user"]).view(np.int64)))
+        mine = codes >= FIRST_VALUE
+        if mine.any():
+            yield {"user": codes[mine], **_encode_events(data, source, frame.filter(pl.Series(mine)), fitted)}
 
 
 def _encode_events(data: src.Data, source: src.Events, frame: pl.DataFrame, fitted: Fitted) -> dict[str, np.ndarray]:
     from unbraid.data.encode import codes_of
 
-    out = {"user": stable_hash(frame["user"]).view(np.int64)}
-    out["time"] = np.full(len(frame), NO_TIME) if source.time == "none" else frame["time"].to_numpy()
+    out = {"time": np.full(len(frame), NO_TIME) if source.time == "none" else frame["time"].to_numpy()}
     for field in data.fields:
         if field.name in frame.columns:
             values = frame.select(canonical(pl.col(field.name), frame.schema[field.name])).to_series()
@@ -117,16 +131,18 @@ def _encode_events(data: src.Data, source: src.Events, frame: pl.DataFrame, fitt
     return out
 
 
-def _slices(columns: Columns, users: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For every row, the first event of its user and the end of those strictly before its time ((n,) int64 each)."""
-    row_user, row_time = columns.read("user"), columns.read("time")
-    first = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]])[: len(users)])
-    known = np.concatenate([users[first], [0]])  # the last place is of everyone without events, and of 0: no user
-    first = np.concatenate([first, [len(users)], [len(users)]])
-    place = np.searchsorted(known[:-1], row_user)
-    place = np.where(known[place] == row_user, place, len(known) - 1)
-    low, end = first[place], first[place + 1]
-    start = low
+def _slices(
+    row_user: np.ndarray, row_time: np.ndarray, bounds: np.ndarray, times: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For every row, the first event of its user and the end of those strictly before its time ((n,) int64 each).
+
+    Args:
+        row_user, row_time: (n,) codes and times; bounds: the events of user u are ``bounds[u]`` to ``bounds[u + 1]``,
+            in order of their ``times``.
+    """
+    user = row_user.astype(np.int64)
+    start, end = bounds[user], bounds[user + 1]
+    low = start
     while (todo := low < end).any():  # binary search in all users' slices at once
         middle = (low + end) // 2
         earlier = times[middle.clip(max=len(times) - 1)] < row_time

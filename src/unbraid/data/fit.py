@@ -25,8 +25,10 @@ from unbraid.data.source import (
     event_plans,
     expression,
     instant,
+    kept_rows,
     reading,
     rows_plan,
+    split_expression,
     to_time,
     users_of_events,
 )
@@ -45,7 +47,7 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
     """Vocabularies, scales, domains and classes of the training split."""
     plan = rows_plan(data, base, tables)
     schema = plan.collect_schema()
-    _check_split(data, plan)
+    _check_split(data, kept_rows(data, base, tables))
     train = plan.filter(pl.col(SPLIT) == 0)
     progress("fitting vocabularies", 0, 0)
     vocabularies = _fit_vocabularies(data, base, tables, train, schema, grow)
@@ -63,7 +65,8 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
 
 
 def _check_split(data: Data, plan: pl.LazyFrame) -> None:
-    counts = dict(plan.group_by(SPLIT).len().collect().rows())
+    split = split_expression(data, plan.collect_schema()).alias(SPLIT)
+    counts = dict(plan.group_by(split).len().collect(engine="streaming").rows())
     if None in counts:
         what = {"column": data.split.column, "time": data.time, "user": data.user}[data.split.kind]
         raise DataError(
@@ -81,20 +84,18 @@ def _fit_vocabularies(
     counts: dict[str, list[pl.DataFrame]] = {}
     need: dict[str, tuple[int, int]] = {}
 
-    def want(name: str, rows: pl.LazyFrame, expr: pl.Expr, dtype: Any, min_count: int, buckets: int) -> None:
-        values = rows.with_columns(expr.alias("value")).select("value")  # with_columns: a constant counts once a row
-        if isinstance(dtype, pl.List):
-            values, dtype = values.explode("value", empty_as_null=False, keep_nulls=False), dtype.inner
-        frame = values.select(canonical(pl.col("value"), dtype)).drop_nulls().group_by("value").len("count")
-        counts.setdefault(name, []).append(frame.collect(engine="streaming"))
-        old = need.get(name, (1, 0))
-        need[name] = (max(old[0], min_count), max(old[1], buckets))
+    def want(plan: pl.LazyFrame, reads: list[tuple[str, pl.Expr, Any, int, int]]) -> None:
+        found = _count(plan, [(expr, dtype) for _, expr, dtype, _, _ in reads])
+        for (name, _, _, min_count, buckets), frame in zip(reads, found, strict=True):
+            counts.setdefault(name, []).append(frame)
+            old = need.get(name, (1, 0))
+            need[name] = (max(old[0], min_count), max(old[1], buckets))
 
-    for feature in data.features:
-        if feature.kind in ("id", "bag"):
-            want(feature.vocab, train, *ids_of(feature, schema), feature.min_count, feature.buckets)
+    ids = [f for f in data.features if f.kind in ("id", "bag")]
+    reads = [(f.vocab, *ids_of(f, schema), f.min_count, f.buckets) for f in ids]
     if data.domain:
-        want("domain ", train, expression(data.domain, schema, "data.domain"), _dtype(data.domain, schema), 1, 0)
+        reads.append(("domain ", expression(data.domain, schema, "data.domain"), _dtype(data.domain, schema), 1, 0))
+    want(train, reads)
     for source, plan in event_plans(data, base, tables):
         with reading(f"data.events `{source.table}`"):
             plan = training_events(data, source.table, source.time, plan, train)
@@ -105,8 +106,8 @@ def _fit_vocabularies(
             events = joined.with_columns(expr.alias(name) for name, (expr, _) in read.items()).select(*read)
             if lists := [name for name, (_, dtype) in read.items() if isinstance(dtype, pl.List)]:
                 events = events.explode(lists, empty_as_null=False, keep_nulls=False)
-            for f in fields:
-                want(f.vocab, events, pl.col(f.name), events.collect_schema()[f.name], f.min_count, f.buckets)
+            have = events.collect_schema()
+            want(events, [(f.vocab, pl.col(f.name), have[f.name], f.min_count, f.buckets) for f in fields])
     for field in data.fields:
         if field.vocab not in counts:
             raise DataError(f"Event field `{field.name}` is in no `[[data.events]]` columns.")
@@ -125,6 +126,30 @@ def _fit_vocabularies(
         kind = kinds[0] if kinds else frames[0].schema["value"]
         fitted[name] = vocabulary.fit([f.cast({"value": kind}) for f in frames], *need[name], old)
     return fitted
+
+
+def _count(plan: pl.LazyFrame, reads: list[tuple[pl.Expr, Any]]) -> list[pl.DataFrame]:
+    """Per column, or column of lists, a frame (value, count) in canonical type: one pass, as plans can be costly."""
+    from unbraid.data.encode import CHUNK, chunks
+
+    columns, kinds = {}, []
+    for i, (expr, dtype) in enumerate(reads):
+        kinds.append(canonical_type(dtype.inner if isinstance(dtype, pl.List) else dtype))
+        columns[f"__{i}"] = expr.cast(pl.List(kinds[-1]) if isinstance(dtype, pl.List) else kinds[-1])
+    parts = [[pl.DataFrame(schema={"value": kind, "count": pl.UInt32})] for kind in kinds]
+    # with_columns: a constant counts once a row
+    for frame in chunks(plan.with_columns(**columns).select(*columns)) if reads else ():
+        for column, found in zip(frame.iter_columns(), parts, strict=True):
+            if column.dtype == pl.List:
+                column = column.explode(empty_as_null=False, keep_nulls=False)
+            found.append(column.rename("value").drop_nulls().value_counts(name="count"))
+            if sum(map(len, found[1:])) > max(4 * CHUNK, len(found[0])):
+                found[:] = [_add_up(found)]
+    return [_add_up(found) for found in parts]
+
+
+def _add_up(parts: list[pl.DataFrame]) -> pl.DataFrame:
+    return pl.concat(parts).group_by("value").agg(pl.col("count").sum())
 
 
 def training_events(data: Data, table: str, time: str, plan: pl.LazyFrame, train: pl.LazyFrame) -> pl.LazyFrame:

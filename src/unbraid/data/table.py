@@ -130,6 +130,27 @@ class Encoded:
                 observed[task.name] = observed[task.name] & observed[task.given] & (labels[task.given] == 1)
         return labels, observed
 
+    def orphans(self, rows: np.ndarray) -> dict[str, tuple[int, int]]:
+        """Rows that contradict ``given``, of a log with labels.
+
+        Args:
+            rows: (n,) int64 row numbers.
+
+        Returns:
+            Binary task with ``given`` -> (rows where its label is 1 although a task that it depends on is known to be 0,
+            rows where its label is 1).  A row whose chain ends in an unobserved label before any 0 is no contradiction.
+        """
+        labels, observed = self.labels(rows)
+        failed: dict[str, np.ndarray] = {}
+        found = {}
+        for task in (t for t in self.schema.tasks if t.kind == "binary"):
+            failed[task.name] = (observed[task.name] & (labels[task.name] == 0)).numpy()
+            if task.given:
+                positive = self.columns[f"label.{task.name}"][rows] == 1  # as stored: `labels` hides it under a 0
+                found[task.name] = int((positive & failed[task.given]).sum()), int(positive.sum())
+                failed[task.name] |= failed[task.given]
+        return found
+
     # -------------------------------------------------------------------------------------------------------- in order
     def in_order(self, rows: np.ndarray, size: int) -> Iterator[Batch]:
         """The rows in batches, first to last."""

@@ -8,11 +8,14 @@ While gradients are on, the gathered rows are what later steps differentiate at 
 a *lazy* table hands out a detached leaf and its optimiser writes back those rows alone, so that a row that no batch
 reads never moves; a *dense* table hands out a differentiable gather and its parameter trains as any other.
 Lazy pays only when a table is large (`benchmarks/table_crossover.py` measures where on a given machine).
+
+A dense table that one id column alone reads is gathered straight from its weight, which saves finding the distinct ids
+and a second gather, unless an update says that it reads the lookups of dense tables, too (``Table.wanted``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -29,6 +32,9 @@ class Table(nn.Module):
         size: number of rows; width: D.
         std: standard deviation of the normal initialiser.
         lazy: is it updated only at the rows that a batch read?
+
+    Attributes:
+        wanted: set by an update: must its lookups be in the output although it is dense?
     """
 
     before_read: Callable[[Tensor], None] | None = (
@@ -38,7 +44,7 @@ class Table(nn.Module):
     def __init__(self, size: int, width: int, std: float, lazy: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, width).normal_(0.0, std))
-        self.lazy = lazy
+        self.lazy, self.wanted = lazy, False
 
     def read(self, ids: Tensor) -> Tensor:
         """(U, D) the given distinct rows, differentiable."""
@@ -71,7 +77,8 @@ class Views:
     """Which tables there are.
 
     Args:
-        kind: ``shared`` (one view), ``per_task`` (one per task and a shared one, in that order) or ``several``.
+        kind: ``shared`` (one view), ``per_task`` (one per task and a shared one, in that order), ``separate`` (one per
+            task and no other) or ``several``.
         width: D of every table; widths: D of each view, only for ``several``.
         std: standard deviation of the tables' normal initialiser.
         lazy_rows: tables with at least this many rows are updated lazily, smaller ones densely (0: all lazy, -1: none).
@@ -80,7 +87,7 @@ class Views:
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
-    kind: Literal["shared", "per_task", "several"] = "shared"
+    kind: Literal["shared", "per_task", "separate", "several"] = "shared"
     width: int = 16
     widths: tuple[int, ...] = ()
     std: float = 1e-2
@@ -99,7 +106,8 @@ class Views:
         """Names of the views in order."""
         if self.kind == "several":
             return tuple(f"view{i}" for i in range(len(self.widths)))
-        return (*tasks, "shared") if self.kind == "per_task" else ("shared",)
+        own = tuple(tasks) if self.kind in ("per_task", "separate") else ()
+        return own if self.kind == "separate" else (*own, "shared")
 
     def build(self, tasks: Sequence[str], sizes: Mapping[str, int], roles: Sequence[str] = ("value",)) -> Tables:
         """The tables of all views, vocabularies and roles."""
@@ -139,12 +147,14 @@ class Tables(nn.Module):
         return f"{view}/{vocabulary}/{role}"
 
     def forward(
-        self, ids: Mapping[str, Sequence[Tensor]]
+        self, ids: Mapping[str, Sequence[Tensor]], direct: Collection[str] = ()
     ) -> tuple[dict[tuple[str, str, str], list[Rows]], tuple[Lookup, ...]]:
         """Read all ids of a batch.
 
         Args:
             ids: vocabulary -> list of (n,) int64 ids, one per reader.
+            direct: vocabularies whose reader has no use for distinct rows.  Their dense tables come whole, without a
+                lookup, unless they are ``wanted``.
 
         Returns:
             (view, vocabulary, role) -> one `Rows` per reader; and the lookups (empty while gradients are off).
@@ -155,15 +165,16 @@ class Tables(nn.Module):
             flat = torch.cat(list(parts))
             if self.training and self.unknown_rate > 0:
                 flat = torch.where(torch.rand(len(flat), device=flat.device) < self.unknown_rate, UNKNOWN, flat)
-            learn = torch.is_grad_enabled()
-            unique, place = distinct(flat, self.sizes[vocabulary]) if learn else (flat, flat)
+            keys = [(view, vocabulary, role) for view in self.widths for role in self.roles]
+            tables = {key: cast(Table, self.tables[self.key(*key)]) for key in keys}
+            by_row = torch.is_grad_enabled() and not (
+                vocabulary in direct and all(not (table.lazy or table.wanted) for table in tables.values())
+            )
+            unique, place = distinct(flat, self.sizes[vocabulary]) if by_row else (flat, flat)
             pieces = place.split([len(part) for part in parts])
-            for view in self.widths:
-                for role in self.roles:
-                    name = self.key(view, vocabulary, role)
-                    table = cast(Table, self.tables[name])
-                    vectors = table.read(unique) if learn else table.weight
-                    if learn:
-                        lookups.append(Lookup(name, unique, vectors))
-                    read[view, vocabulary, role] = [Rows(vectors, piece) for piece in pieces]
+            for key, table in tables.items():
+                vectors = table.read(unique) if by_row else table.weight
+                if by_row:
+                    lookups.append(Lookup(self.key(*key), unique, vectors))
+                read[key] = [Rows(vectors, piece) for piece in pieces]
         return read, tuple(lookups)

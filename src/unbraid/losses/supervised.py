@@ -22,23 +22,33 @@ from torch.nn import functional as F
 from unbraid.types import FORBID, Batch, Losses, Output, Schema, Task
 
 
-def sampling_offset(task: Task, batch: Batch, rows: Tensor) -> Tensor | float:
+def sampling_offset(task: Task, batch: Batch, rows: Tensor | slice) -> Tensor | float:
     """What to add to the logits of the given rows, ``-log(rate)``: (n,) if the batch knows a rate per row, else 0."""
     rate = batch.meta.get(f"sampling_rate.{task.name}")
     return 0.0 if rate is None else -rate[rows].log()
 
 
-def row_losses(task: Task, output: Output, batch: Batch, rows: Tensor) -> Tensor:
-    """(n,) loss of one task on the given rows ((n,) int64), all of them observed."""
+def shifted(task: Task, logits: Tensor, batch: Batch, rows: Tensor | slice) -> Tensor:
+    """(n,) logits of the given rows as the kept log has them, in their own precision."""
+    offset = sampling_offset(task, batch, rows)
+    return logits + (offset.to(logits.dtype) if isinstance(offset, Tensor) else offset)
+
+
+def row_losses(task: Task, output: Output, batch: Batch, rows: Tensor | slice) -> Tensor:
+    """(n,) loss of one task on the given rows ((n,) int64, or a slice), all of them observed."""
     logits, labels = output.logits[task.name][rows], batch.labels[task.name][rows]
     if task.kind == "multiclass":
         return F.cross_entropy(logits, labels, reduction="none")
     labels = labels.to(logits.dtype)
     if task.kind == "real":
         return F.mse_loss(logits, labels, reduction="none")
-    offset = sampling_offset(task, batch, rows)
-    shifted = logits + (offset.to(logits.dtype) if isinstance(offset, Tensor) else offset)
-    return F.binary_cross_entropy_with_logits(shifted, labels, reduction="none")
+    return F.binary_cross_entropy_with_logits(shifted(task, logits, batch, rows), labels, reduction="none")
+
+
+def counted(mask: Tensor) -> Tensor | slice | None:
+    """The rows (n,) of a mask (B,); None if there are none.  All rows are a slice, which neither copies nor scatters back."""
+    rows = mask.nonzero().squeeze(1)
+    return None if len(rows) == 0 else slice(None) if len(rows) == len(mask) else rows
 
 
 def domain_means(losses: Tensor, weights: Tensor, domain: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
@@ -79,15 +89,23 @@ class Bound:
     schema: Schema
     by: Literal["task", "domain", "task@domain"] = "task"
 
+    def known(self, task: Task, batch: Batch) -> Tensor:
+        """(B,) bool: the rows that the task's loss counts."""
+        return batch.observed[task.name]
+
+    def row_losses(self, task: Task, output: Output, batch: Batch, rows: Tensor | slice) -> Tensor:
+        """(n,) loss of one task on the given rows, all of them known."""
+        return row_losses(task, output, batch, rows)
+
     def __call__(self, output: Output, batch: Batch, step: int) -> Losses:
         """objective -> scalar.  One without an observed row of positive weight is absent."""
         losses: dict[str, Tensor] = {}
         counts = torch.ones_like(batch.row, dtype=torch.float32) if batch.weight is None else batch.weight
         for task in self.schema.tasks:
-            rows = (batch.observed[task.name] & (counts > 0)).nonzero().squeeze(1)
-            if len(rows) == 0:
+            rows = counted(self.known(task, batch) & (counts > 0))
+            if rows is None:
                 continue
-            loss = row_losses(task, output, batch, rows)
+            loss = self.row_losses(task, output, batch, rows)
             weights = counts[rows].to(loss.dtype)
             if self.by == "task":
                 losses[task.name] = (loss * weights).sum() / weights.sum()

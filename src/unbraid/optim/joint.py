@@ -114,11 +114,15 @@ class JointUpdate:
     `begin` and `apply`.
 
     Attributes:
+        reads_dense_lookups: must `Output.lookups` hold the rows of dense tables, too?  This class reads those of lazy
+            ones alone, and a dense table's lookup costs the forward pass something.
         dense: optimiser of the layers (group 0) and of the dense tables (group 1).
         rows: optimiser of the lazy tables.
         step: calls so far.
         grad_norm: global norm of the gradients before clipping, of the last step; None while ``clip_norm`` is 0.
     """
+
+    reads_dense_lookups: ClassVar[bool] = False
 
     def __init__(
         self, config: Joint, model: nn.Module, steps: int, weights: Mapping[str, float],
@@ -127,6 +131,8 @@ class JointUpdate:
         _check_weights(weights, objectives)
         self.config, self.weights, self.step, self.grad_norm = config, dict(weights), 0, cast(Tensor | None, None)
         tables = cast(Mapping[str, Any], model.tables)
+        for table in tables.values():
+            table.wanted = self.reads_dense_lookups
         trained = {name: table for name, table in tables.items() if table.weight.requires_grad}
         lazy = {name: table for name, table in trained.items() if table.lazy}
         self.known = {*tables, *(name for name, _ in model.named_parameters())}

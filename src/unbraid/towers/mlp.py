@@ -22,13 +22,18 @@ from unbraid.layers import mlp, mlp_width, require_dropout, require_positive, ta
 from unbraid.types import FORBID, TowerOutput
 
 
-def one_width(tower: str, views: Sequence[str], widths: Sequence[int]) -> int:
+def of_tasks(tasks: Sequence[str], views: Sequence[str]) -> bool:
+    """Do these views belong to tasks: one per task, or one per task beside a shared one?"""
+    return tuple(views) == tuple(tasks) or ("shared" in views and len(views) > 1)
+
+
+def one_width(tower: str, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> int:
     """Width of the input of a tower that reads the shared view, or several views side by side.
 
     Raises:
         ValueError: the views are those of tasks.
     """
-    if not views or (tuple(views) != ("shared",) and "shared" in views):
+    if not views or of_tasks(tasks, views):
         raise ValueError(
             f"Tower `{tower}` reads one view, or several that belong to no task. Found views {tuple(views)}. "
             f"Set model.tables.kind to `shared` or `several`."
@@ -87,5 +92,5 @@ class SharedBottom:
         require_dropout(self.dropout)
 
     def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> SharedBottomTower:
-        """The module for these tasks.  Raises ValueError unless there is exactly one view."""
-        return SharedBottomTower(self, tasks, one_width(self.kind, views, widths))
+        """The module for these tasks.  Raises ValueError if views belong to tasks."""
+        return SharedBottomTower(self, tasks, one_width(self.kind, tasks, views, widths))

@@ -35,10 +35,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from unbraid.layers import mlp, mlp_width, require_dropout, require_positive, task_key
+from unbraid.layers import average, mlp, mlp_width, require_dropout, require_positive, task_key
 from unbraid.towers.experts import gate_logits, mix
 from unbraid.towers.mlp import task_towers
 from unbraid.types import FORBID, TowerOutput
@@ -112,7 +111,7 @@ class STEMLayer(nn.Module):
             states.append(mix(weights, list(chain(*pool))))
             gates.append(weights)
         if self.shared_gate is None:
-            return LayerOutput(states, gates, torch.stack(common).mean(dim=0))
+            return LayerOutput(states, gates, average(common))
         pool = [*(stopped if self.strict else written), common]
         return LayerOutput(states, gates, mix(self.shared_gate(shared).softmax(dim=1), list(chain(*pool))))
 

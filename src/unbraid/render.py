@@ -1,0 +1,206 @@
+"""Tables of metrics for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from unbraid.evaluate import Metrics, lead_metric, metric_names
+
+_TITLES = {
+    "auc": "AUC", "accuracy": "accuracy", "rmse": "RMSE", "mae": "MAE", "gauc": "GAUC", "logloss": "log-loss",
+    "calibration": "calibration", "ece": "ECE",
+}  # fmt: skip
+
+
+def render_table(metrics: Metrics, baseline: Metrics | None = None, *, width: int = 120) -> Table:
+    """A rich table, one line per task and domain; with ``baseline`` also its lead metric and ours minus it.
+
+    On a terminal narrower than 118 columns (``width``) lead metrics and baseline are shown alone.
+
+    The lead metric (AUC, else accuracy, else RMSE) carries its interval; nulls are dashes.  The difference has none:
+    an interval for it needs paired draws of both models.
+    """
+    titles, lines = _cells(metrics, baseline, brief=width < 118)
+    short = {"calibration": "calib.", "difference": "diff.", "positives": "pos."}
+    return table([short.get(title, title) for title in titles], lines, left=2)
+
+
+def render_markdown(metrics: Metrics, baseline: Metrics | None = None) -> str:
+    """The same table in Markdown."""
+    return markdown(*_cells(metrics, baseline), left=2)
+
+
+def table(titles: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> Table:
+    """A rich table whose first ``left`` columns are flush left; titles wrap, cells do not."""
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # without rules it fits 120 columns
+    for i, title in enumerate(titles):
+        wide = max([max(map(len, title.split(" "))), *(len(line[i]) for line in lines)])
+        made.add_column(textwrap.fill(title, wide), justify="left" if i < left else "right", min_width=wide)
+    for line in lines:
+        made.add_row(*map(Text, line))  # Text: a domain's name may hold square brackets
+    return made
+
+
+def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table whose first ``left`` columns are flush left."""
+    rule = ["---" if i < left else "---:" for i in range(len(titles))]
+    safe = [[cell.replace("|", "\\|") for cell in line] for line in (titles, rule, *lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in safe) + "\n"
+
+
+def _cells(metrics: Metrics, baseline: Metrics | None, brief: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Titles and text of the tables.  A binary task's accuracy says little at 2 % positives and gets no column."""
+    slices = [(t, d, found) for t, whole in metrics.items() for d, found in {"": whole, **whole["domains"]}.items()]
+    leads = list(dict.fromkeys(lead_metric(found) for _, _, found in slices))
+    shown = {name for _, _, found in slices for name in metric_names(found) if name != "accuracy"}
+    ranks = list(dict.fromkeys(name for _, _, found in slices for name in metric_names(found) if "@" in name))
+    rest = [] if brief else [name for name in (*_TITLES, *ranks) if name in shown and name not in leads]
+    titles = ["task", "domain", "rows", "positives", *(_TITLES.get(name, name) for name in leads + rest)]
+    if baseline is not None:
+        titles += ["baseline " + "/".join(_TITLES[name] for name in leads), "difference"]
+    lines = []
+    for task, domain, found in slices:
+        line = [task, domain or "all", _count(found["rows"]), _count(found["positives"])]
+        line += [_value(found, name, interval=name == lead_metric(found)) for name in leads]
+        line += [_value(found, name) for name in rest]
+        if baseline is not None:
+            line += _against(found, _other(baseline, task, domain))
+        lines.append(line)
+    return titles, lines
+
+
+def _other(baseline: Metrics, task: str, domain: str) -> Metrics:
+    whole = baseline.get(task, {})
+    return whole.get("domains", {}).get(domain, {}) if domain else whole
+
+
+def _against(found: Metrics, other: Metrics) -> list[str]:
+    name = lead_metric(found)
+    ours, theirs = found[name]["value"], other.get(name, {}).get("value")
+    return [_number(theirs), "-" if ours is None or theirs is None else f"{ours - theirs:+.4f}"]
+
+
+def _value(found: Metrics, name: str, interval: bool = False) -> str:
+    value = found.get(name, {"value": None})
+    if not interval or value.get("low") is None:
+        return _number(value["value"])
+    return f"{_number(value['value'])} [{_number(value['low'])}, {_number(value['high'])}]"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+# ---------------------------------------------------------------------------------------------------------- comparisons
+READING = """\
+- Value: mean over seeds; sd: standard deviation over seeds.
+- Difference: from the reference, paired by user and seed, with a 95 % interval (not adjusted) from resampling users and
+  seeds together.
+- Test and training noise: standard errors of the difference from other users and from other seeds.
+- p: adjusted by Holm over all lines of its table. A difference is called better or worse below .05. *None found* does
+  not say that there is none: `compare.json` has, as `detectable`, the difference that would have been found four times
+  in five.
+"""
+
+
+def render_comparison(found: Metrics) -> str:
+    """`unbraid.compare.compare`'s numbers as a Markdown page: differences, cost, differences per domain, how to read."""
+    main, cost, domains = (markdown(*cells, left=2) for cells in comparison_cells(found))
+    what = f"Test split, one configuration per run, {found['seeds']} seed{'s' * (found['seeds'] > 1)}. {budget(found)}"
+    parts = ["## Per domain", "", domains] if any(d["domain"] for d in found["differences"]) else []
+    lines = [f"# Comparison with `{found['reference']}`", "", what, "", main, "## Cost", "", cost, *parts]
+    return "\n".join([*lines, "## How to read it", "", READING])
+
+
+def budget(found: Metrics) -> str:
+    """One sentence on the training budgets."""
+    each = list(found["budget"].values())
+    keys = [key for key in each[0] if key != "metric"]
+    if all(one == each[0] for one in each):
+        return "Equal budget: " + ", ".join(f"{key} {each[0][key]:g}" for key in keys if each[0][key]) + "."
+    unequal = {n: ", ".join(f"{k} {v[k]:g}" for k in keys if v[k]) for n, v in found["budget"].items()}
+    return "**Unequal budgets**: " + "; ".join(f"{name}: {text}" for name, text in unequal.items()) + "."
+
+
+Cells = tuple[list[str], list[list[str]]]
+
+
+def comparison_cells(found: Metrics, brief: bool = False) -> tuple[Cells, Cells, Cells]:
+    """Titles and lines of three tables: tasks, cost, domains (those where the reference has a value).
+
+    ``brief`` leaves out the spread over seeds and the two kinds of noise.
+    """
+    metrics = {d["metric"] for d in found["differences"]}
+    one = _TITLES.get(*metrics, *metrics) if len(metrics) == 1 else ""
+    titles = [
+        "task",
+        "run",
+        one or "value",
+        "sd",
+        "difference",
+        "95 % interval",
+        "test noise",
+        "training noise",
+        "p (Holm)",
+        "reading",
+    ]
+    tables: tuple[list[list[str]], list[list[str]]] = ([], [])
+    for task, domains in found["values"].items():
+        for domain in domains:
+            tables[bool(domain)].extend(_compared(found, task, domain, named=not one))
+    if brief:
+        keep = [0, 1, 2, 4, 5, 8, 9]
+        titles, tables = [titles[i] for i in keep], tuple([[x[i] for i in keep] for x in t] for t in tables)  # type: ignore[assignment]
+    return (titles, tables[0]), _cost_cells(found), (["task / domain", *titles[1:]], tables[1])
+
+
+def _compared(found: Metrics, task: str, domain: str, named: bool) -> list[list[str]]:
+    """One line per run; none where the reference's metric is withheld.  ``named``: the first says of which metric."""
+    at = found["values"][task][domain]
+    differences = {d["run"]: d for d in found["differences"] if (d["task"], d["domain"]) == (task, domain)}
+    if not differences or found["reference"] not in at["runs"]:
+        return []
+    metric = next(iter(differences.values()))["metric"]
+    if at["runs"][found["reference"]][metric]["mean"] is None:
+        return []
+    label, lines = f"{task} / {domain}" if domain else task, []
+    for name, metrics in at["runs"].items():
+        first = label + (f" ({_TITLES.get(metric, metric)})" if named else "")
+        line = [first, name, _number(metrics[metric]["mean"]), _number(metrics[metric]["sd"])]
+        d = differences.get(name)
+        lines.append([*line, *(["reference", *[""] * 5] if d is None else _difference(d))])
+    return lines
+
+
+def _difference(d: Metrics) -> list[str]:
+    gap = "-" if d["value"] is None else f"{d['value']:+.4f}"
+    interval = "-" if d["low"] is None else f"[{d['low']:+.4f}, {d['high']:+.4f}]"
+    p = "-" if d["holm"] is None else "< .001" if d["holm"] < 0.001 else f"{d['holm']:.3f}"
+    return [gap, interval, _number(d["test_noise"]), _number(d["training_noise"]), p, d["verdict"]]
+
+
+def _cost_cells(found: Metrics) -> Cells:
+    titles = ["run", "trials", "steps, mean", "training s, mean", "parameters in tables", "dense parameters"]
+    lines = []
+    for name, cost in found["cost"].items():
+        line = ["no randomness", "-", "-", "-", "-"]
+        if cost:
+            sizes, trials = cost["parameters"], f"{cost['configurations']} x {found['seeds']} seeds"
+            line = [
+                trials,
+                f"{cost['steps']:,.0f}",
+                f"{cost['seconds']:,.1f}",
+                f"{sizes['tables']:,}",
+                f"{sizes['dense']:,}",
+            ]
+        lines.append([name, *line])
+    return titles, lines

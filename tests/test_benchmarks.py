@@ -1,0 +1,76 @@
+"""A benchmark is honest only if both of its sides compute the same thing."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from unbraid.types import Ragged
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "train_speed.py"
+    spec = importlib.util.spec_from_file_location("train_speed", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look their annotations up here
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("name", ["mmoe", "din"])
+def test_plain_loop_and_ours_have_the_same_losses_and_gradients(
+    bench: ModuleType, tmp_path: Path, name: str, lazy: bool
+) -> None:
+    if name == "din":
+        pytest.importorskip("unbraid.encoders.din")
+    data = bench.encoded(1_000, tmp_path, history=name == "din")
+    rows = data.split("train")
+    plain = {"mmoe": bench.PlainMMoE, "din": bench.PlainDIN}[name](data.schema).double()
+    ours = {"mmoe": bench.our_mmoe, "din": bench.our_din}[name](data.schema, lazy).double()
+    pairs = list(zip(plain.parameters(), ours.parameters(), strict=True))
+    for theirs, mine in pairs:
+        assert theirs.shape == mine.shape
+        theirs.data.normal_(0.0, 0.3)
+        mine.data.copy_(theirs.data)
+    chosen = np.random.default_rng(0).permutation(len(rows))[:64]
+    batch = data.batch(rows[chosen])
+    theirs_ = bench.plain_losses(plain, bench.PlainData(data, rows), torch.from_numpy(chosen))
+    output = ours(batch)
+    mine_ = torch.stack(list(bench.Supervised().bind(data.schema)(output, batch, 0).values()))
+    torch.testing.assert_close(mine_, theirs_, **EXACT)
+
+    theirs_.sum().backward()
+    mine_.sum().backward()
+    looked_up = {x.table: (x.ids, x.vectors.grad) for x in output.lookups if x.vectors.is_leaf}
+    assert bool(looked_up) == lazy
+    names = {id(table.weight): name for name, table in ours.tables.items()}
+    for theirs, mine in pairs:
+        grad = mine.grad
+        if (table := names.get(id(mine))) in looked_up:
+            ids, found = looked_up[table]
+            grad = torch.zeros_like(mine).index_copy_(0, ids, found)
+        torch.testing.assert_close(grad, theirs.grad, **EXACT)
+
+
+def test_the_log_has_the_histories_it_claims(bench: ModuleType, tmp_path: Path) -> None:
+    data = bench.encoded(3_000, tmp_path, history=True)
+    plain = bench.PlainData(data, data.split("train"))
+    assert int(plain.lengths.max()) == bench.LENGTH
+    assert abs(float(plain.lengths.float().mean()) - bench.MEAN) < 8
+    index = torch.tensor([5, 0, 77])
+    items, mask = plain.padded(index)
+    history = data.batch(data.split("train")[index.numpy()]).features["past"]
+    assert isinstance(history, Ragged)
+    assert torch.equal(mask.sum(1).long(), history.lengths)
+    assert torch.equal(items[mask.bool()], history.values["items"])
