@@ -396,6 +396,9 @@ def test_settings_from_the_command_line_are_checked() -> None:
     run = make_run()
     assert config.override(run, ["model.tower.kind=mmoe", "model.tower.experts=3"]).model.tower.experts == 3  # type: ignore[union-attr]
     assert config.override(run, ["data.tasks.click.weight=2"]).data.tasks[0].weight == 2
+    conditional = make_run(data=make_data(tasks=(Task("click"), Task("buy", given="click"))))
+    esmm = config.override(conditional, ["losses.0.kind=esmm", "losses.0.orphans=negative"])
+    assert config.override(esmm, ["losses.0.kind=supervised"]) == conditional, "another member has its own defaults"
     with pytest.raises(config.RunError, match=r"unknown key `model.tower.mmoe.expertz`. Allowed: kind, experts"):
         config.override(run, ["model.tower.kind=mmoe", "model.tower.expertz=3"])
     with pytest.raises(config.RunError, match="`model.tower` has no `kind`. Allowed: shared_bottom, mmoe, stem"):

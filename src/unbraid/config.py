@@ -94,7 +94,7 @@ class Run:
 
 
 ADAPTER = TypeAdapter(Run)
-SLOTS = [["model", "tower"], ["model", "history"], ["model", "interaction"], ["update"], ["schedule"]]
+SLOTS = ("model.tower", "model.history", "model.interaction", "losses.*", "update", "schedule")
 
 
 def from_dict(plain: dict[str, Any], where: str = "the run") -> Run:
@@ -198,13 +198,17 @@ def _assign(plain: Any, keys: list[str], value: Any, setting: str) -> None:
                 plain[int(key)] = value
             else:
                 plain = plain[int(key)]
-        elif last and key == "kind" and keys[:depth] in SLOTS and plain.get("kind") != value:
+        elif last and key == "kind" and _is_slot(keys[:depth]) and plain.get("kind") != value:
             plain.clear()  # another member of the slot: its own defaults, not the old member's values
             plain["kind"] = value
         elif last:
             plain[key] = value
         else:
             plain = plain.setdefault(key, {})
+
+
+def _is_slot(keys: list[str]) -> bool:
+    return ".".join("*" if key.isdigit() else key for key in keys) in SLOTS
 
 
 def explain(error: ValidationError, where: str) -> str:

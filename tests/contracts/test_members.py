@@ -54,8 +54,8 @@ def choices() -> list[Any]:
                 ModelChoice(tower=tower(), tables=views), id=f"{tower.__name__}-{'lazy' if lazy == 0 else 'dense'}"
             )
         )
-    stem = [t for t in members(config.TowerChoice) if "layers" in {f.name for f in dataclasses.fields(t)}]
-    for tower in stem:
+    layered = [t for t in members(config.TowerChoice) if "layers" in {f.name for f in dataclasses.fields(t)}]
+    for tower in layered:
         deep = tower(layers=2)
         out.append(
             pytest.param(
