@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from scipy import stats
 from toylog import make_data, make_log, make_run
@@ -208,35 +210,57 @@ def test_replicates_are_those_of_the_published_intervals() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "toy"}, "Each run needs a `name` of its own.* Found twice: toy"),
-        ({"name": "target_encoding"}, "Found twice: target_encoding"),
+        ({"name": "toy"}, "Each run needs a `name` of its own.* Found: toy"),
+        ({"name": "target_encoding"}, "Found: target_encoding"),
+        ({"name": "compare.json"}, "none of target_encoding, compare.json, compare.md. Found: compare.json"),
         ({"training": Training(batch_size=64, steps=30)}, "other training budgets: steps: 20 / 30.*--any-budget"),
         (
             {"data": make_data(split=Split(kind="time", valid_from=1, test_from=2))},
             "other test rows or labels: split: ",
         ),
         ({"data": make_data(keep="shop > 1")}, "other test rows or labels: keep:  / shop > 1"),
-        ({"data": make_data(tasks=(Task("click", column="buy"),))}, "task click: .*column=''.* / .*column='buy'"),
+        ({"data": make_data(tasks=(Task("click", column="buy"),))}, "task click, source: click / buy"),
         ({"data": make_data(tasks=(Task("spend", kind="real"),))}, r"tasks \['click', 'buy'\] / \['spend'\]"),
     ],
 )
 def test_runs_that_cannot_be_compared(change: dict[str, Any], message: str) -> None:
     other = make_run(**({"name": "other"} | change))
     with pytest.raises(JobError, match=message):
-        check([make_run(), other], 3, "", False)
+        check([make_run(), other], 3, "", "", False)
+
+
+def test_runs_that_can_be_compared() -> None:
+    weighted = make_data(tasks=(Task("click", column="click", weight=3.0, role="auxiliary"), Task("buy")))
+    fewer = make_data(tasks=(Task("buy"),), features=make_data().features[:1], histories=())
+    check([make_run(), make_run(name="b", data=weighted), make_run(name="c", data=fewer)], 1, "", "gauc", False)
+    check([make_run(), make_run(name="b", training=Training(batch_size=64, steps=30))], 1, "", "", True)
 
 
 def test_more_refusals(tmp_path: Path) -> None:
     run = make_run()
     with pytest.raises(JobError, match="at least one run and one seed. Found 1 and 0"):
-        check([run], 0, "", False)
+        check([run], 0, "", "", False)
     with pytest.raises(JobError, match="--against should be one of toy, target_encoding. Found nobody"):
-        check([run], 1, "nobody", False)
-    check([run, make_run(name="b", training=Training(batch_size=64, steps=30))], 1, "", True)
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(JobError, match="holds no comparison"):
-        compare([run], tmp_path, overwrite=True)
-    assert (tmp_path / "notes.txt").exists()
+        check([run], 1, "nobody", "", False)
+    for metric in ("aucc", "ndcg@5", "rmse", "calibration"):
+        with pytest.raises(
+            JobError, match=f"--metric should be one of accuracy, auc, ece, gauc, logloss. Found {metric}"
+        ):
+            check([run], 1, "", metric, False)
+    numbers = make_data(features=make_data().features[2:3], user="", time="", domain="", events=(), fields=(), histories=(),
+                        split=Split(kind="column", column="site"))  # fmt: skip
+    with pytest.raises(JobError, match="There is no target_encoding to compare with"):
+        check([make_run(data=numbers)], 1, "target_encoding", "", False)
+    with pytest.raises(JobError, match="Give one of them"):
+        compare([run], tmp_path, resume=True, overwrite=True)
+
+
+def test_what_does_not_fit_is_said_before_anything_trains(tmp_path: Path) -> None:
+    data = make_data(cache=str(tmp_path / "cache"))
+    wrong = config.override(make_run(name="wrong", data=data), ["model.tower.kind=single_task"])
+    with pytest.raises(JobError, match="Run `wrong`: Tower `single_task` reads one view per task"):
+        compare([make_run(data=data), wrong], tmp_path / "out", tables={"log": make_log()})
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_rows_or_labels_are_refused() -> None:
@@ -246,6 +270,11 @@ def test_other_rows_or_labels_are_refused() -> None:
         same_rows(one, flipped, "x", "y")
     with pytest.raises(JobError, match="differ in: row"):
         same_rows(one, dataclasses.replace(one, row=one.row[::-1]), "x", "y")
+    with pytest.raises(JobError, match="differ in: row, group"):
+        same_rows(one, World(0, users=200).model(1.0, 0.0), "x", "y")
+    less = dataclasses.replace(one, observed={**one.observed, "a": one.labels["a"] > 0})
+    with pytest.raises(JobError, match="differ in: observed a"):
+        same_rows(one, less, "x", "y")
     unobserved = np.zeros(len(one.row), bool)
     hidden = dataclasses.replace(one, observed={**one.observed, "a": unobserved})
     same_rows(hidden, dataclasses.replace(hidden, labels={**one.labels, "a": 1 - one.labels["a"]}), "x", "y")
@@ -261,7 +290,7 @@ def test_unequal_budgets_are_said_and_rows_are_checked(tmp_path: Path, monkeypat
     checked = []
     monkeypatch.setattr("unbraid.compare.same_rows", lambda one, other, a, b: checked.append((a, b)))
     found = compare(runs, tmp_path / "out", seeds=1, replicates=20, tables={"log": make_log()}, any_budget=True)
-    assert "**Unequal budgets**: long: batch_size 64, epochs 1, steps 6" in (tmp_path / "out/compare.md").read_text()
+    assert "**Unequal budgets**: long: steps 6; short: steps 4." in (tmp_path / "out/compare.md").read_text()
     assert (found["cost"]["long"]["steps"], found["cost"]["short"]["steps"]) == (6, 4)
     assert checked == [("long", "long"), ("long", "short")]
 
@@ -293,10 +322,17 @@ def test_compare_on_a_log(tmp_path: Path) -> None:
     noise = f"| {d['test_noise']:.4f} | {d['training_noise']:.4f} | {d['holm']:.3f} | {d['verdict']} |"
     assert f"{d['value']:+.4f} | [{d['low']:+.4f}, {d['high']:+.4f}] {noise}" in page
     assert page == render_comparison(found)
-    assert "| click | plain |" in page and "Equal budget: batch_size 64" in page and "| click / home | twin |" in page
+    assert (
+        "| click | plain |" in page
+        and "Equal budget: batch_size 64, steps 20, evaluate_every 10, metric auc." in page
+        and "| click / home | twin |" in page
+    )
 
     # again: refused without --resume, nothing is trained with it, and an unfinished rest is trained
-    with pytest.raises(JobError, match="holds a comparison. Continue it with --resume"):
+    with pytest.raises(
+        JobError,
+        match=r"holds trainings of this comparison \(plain/seed-0, ...\). Keep them and continue with --resume",
+    ):
         compare(runs, tmp_path / "out", tables=tables)
     stamp = (tmp_path / "out/twin/seed-50/weights.safetensors").stat().st_mtime_ns
     (tmp_path / "out/twin/seed-51/weights.safetensors").unlink()
@@ -315,8 +351,45 @@ def test_compare_on_a_log(tmp_path: Path) -> None:
     )
     assert {d["run"] for d in more["differences"]} == {"plain", "twin"}
     assert {d["metric"] for d in more["differences"]} == {"logloss"}
-    with pytest.raises(JobError, match="--metric should be one of accuracy, auc, ece, gauc, logloss .* Found aucc"):
-        compare(runs, tmp_path / "out", seeds=2, tables=tables, resume=True, metric="aucc")
+
+    # what is not whole, or was trained on other data, is refused with the remedy
+    scores = tmp_path / "out/plain/seed-0/scores.safetensors"
+    scores.rename(tmp_path / "kept")
+    with pytest.raises(
+        JobError, match=r"plain/seed-0 has no test scores: .*Delete .*plain/seed-0 and continue with --resume"
+    ):
+        compare(runs, tmp_path / "out", seeds=2, tables=tables, resume=True)
+    (tmp_path / "kept").rename(scores)
+    changed = {"log": make_log().with_columns(item=pl.lit("i1"))}
+    with pytest.raises(JobError, match="plain/seed-0 was trained on other data: the files have changed since"):
+        compare(runs, tmp_path / "out", seeds=2, tables=changed, resume=True)
+
+    # --overwrite trains again and touches nothing else
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    stale = compare(runs, tmp_path / "out", seeds=1, replicates=100, tables=changed, overwrite=True)
+    assert stale["values"]["click"][""]["runs"]["plain"]["auc"]["seeds"] != [value]
+    assert (tmp_path / "out/thesis.txt").read_text() == "mine" and (tmp_path / "out/plain/seed-2/run.toml").exists()
+    (tmp_path / "out/plain/seed-0/thesis.txt").write_text("mine")
+    with pytest.raises(JobError, match="holds thesis.txt, which no run wrote; it is not deleted"):
+        compare(runs, tmp_path / "out", seeds=1, tables=changed, overwrite=True)
+    assert (tmp_path / "out/plain/seed-0/weights.safetensors").exists()
+
+
+def test_withheld_tasks_and_domains_keep_their_lines_and_say_why(tmp_path: Path) -> None:
+    rare = (pl.int_range(pl.len()) % 60 == 0).cast(pl.Int8)
+    log = make_log().with_columns(rare=rare)
+    tasks = (Task("click"), Task("rare"), Task("spend", kind="real"))
+    run = make_run(data=make_data(cache=str(tmp_path / "cache"), tasks=tasks))
+    found = compare([run], tmp_path / "out", seeds=1, replicates=50, tables={"log": log})
+    page = (tmp_path / "out/compare.md").read_text()
+    assert "| rare (AUC) | toy | - | - | reference |" in page and "| spend (RMSE) | toy |" in page
+    assert re.search(r"- Withheld: .*rare \(\d positives and \d+ negatives; at least 10 of each are needed\)", page)
+    assert "rare / home" not in page.partition("## How")[0]
+    assert "- One seed: training noise is not known" in page and "| toy | 1 x 1 seed |" in page
+    assert found["values"]["rare"][""]["why"]
+    ask = compare([run], tmp_path / "out", seeds=1, replicates=50, tables={"log": log}, resume=True, metric="rmse")
+    assert {d["task"] for d in ask["differences"]} == {"spend"}
+    assert "- Without the metric that was asked for: click, rare." in (tmp_path / "out/compare.md").read_text()
 
 
 @pytest.mark.slow
@@ -355,4 +428,4 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert {d["run"] for d in json.loads(done.stdout)["differences"]} == {"two", "target_encoding"}
     done = CliRunner().invoke(app, ["compare", "no-such-recipe", "--out", out])
-    assert done.exit_code == 2 and "There is no run file" in done.output
+    assert done.exit_code == 2 and "`no-such-recipe` is neither a run file nor a recipe. Recipes: stem" in done.output

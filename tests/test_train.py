@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from toylog import make_data, make_log, make_run
 from unbraid import config, store
 from unbraid.bundle import Bundle, BundleError, Predictor
 from unbraid.config import ModelChoice
-from unbraid.data.table import Encoded
+from unbraid.data.table import Encoded, prefetch
 from unbraid.encoders.table import Views
 from unbraid.job import JobError, evaluate_bundle, train
 from unbraid.model import Heads
@@ -417,3 +418,46 @@ def test_requests_give_ranking_metrics() -> None:
     assert {"ndcg@5", "recall@5", "ndcg@10", "recall@10"} <= set(found)
     assert found["recall@10"]["value"] == 1.0
     assert 0 < found["ndcg@5"]["value"] < 1
+
+
+# ------------------------------------------------------------------------------------------------- what is never deleted
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_other_files_is_never_deleted(tmp_path: Path, overwrite: bool) -> None:
+    make_log().write_parquet(tmp_path / "log.parquet")
+    run = make_run(data=make_data(folder=str(tmp_path), rows="log.parquet"))
+    (tmp_path / "run.toml").write_text(config.dumps(run))
+    with pytest.raises(
+        JobError, match="holds log.parquet, which no run wrote; it is not deleted. Choose another --out"
+    ):
+        train(run, tmp_path, overwrite=overwrite)
+    assert (tmp_path / "log.parquet").exists() and (tmp_path / "run.toml").read_text() == config.dumps(run)
+
+
+def test_a_hand_written_run_file_is_never_deleted(tmp_path: Path) -> None:
+    text = "# mine\n" + config.dumps(make_run())
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(JobError, match="holds a run.toml that no run wrote"):
+        train(make_run(), tmp_path, tables={"log": make_log()}, overwrite=True)
+    assert (tmp_path / "run.toml").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["", "../out", "a/b", "a\\b", ".hidden"])
+def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="`name` should name a folder"):
+        make_run(name=name)
+
+
+def test_a_table_where_a_list_should_stand() -> None:
+    plain = config.to_dict(make_run()) | {"losses": {"kind": "supervised"}}
+    with pytest.raises(config.RunError, match=r"`losses` should be a list; of tables it is written `\[\[losses\]\]`"):
+        config.from_dict(plain)
+
+
+def test_closing_the_batches_ends_their_thread() -> None:
+    def alive() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name == "unbraid-prefetch"]
+
+    batches = prefetch(iter(range(10_000)))  # type: ignore[arg-type]
+    assert next(batches) == 0 and alive()
+    batches.close()  # type: ignore[attr-defined]
+    assert not alive()

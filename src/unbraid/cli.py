@@ -84,15 +84,14 @@ def show_comparison(found: dict[str, Any], domains: bool) -> None:
     """Print the tables of a comparison as wide as the terminal (120 columns where there is none)."""
     from rich.console import Console
 
-    from unbraid.render import budget, comparison_cells, table
+    from unbraid.render import budget, comparison_cells, remarks, table
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    main, cost, parts = (table(*cells, left=2) for cells in comparison_cells(found, console.width < 118))
-    console.print(main)
-    if domains:
-        console.print(parts)
-    console.print(cost)
-    console.print(budget(found).replace("**", ""), soft_wrap=True)
+    main, cost, parts = comparison_cells(found, console.width < 118)
+    for cells in (main, *([parts] if domains and parts[1] else []), cost):
+        console.print(table(*cells, left=2))
+    for line in [*remarks(found, domains), budget(found).replace("**", "")]:
+        console.print(line, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -150,7 +149,7 @@ def compare(
     any_budget: Annotated[bool, typer.Option("--any-budget", help="Let runs differ in their training budget.")] = False,
     domains: Annotated[bool, typer.Option("--domains", help="Print the table of domains, too.")] = False,
     resume: Annotated[bool, typer.Option(help="Keep what is finished in --out and continue.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Delete what is in --out first.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Train all of it again, whatever is in --out.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train several runs with several seeds and print which differences are more than chance.
@@ -164,6 +163,11 @@ def compare(
     from unbraid.progress import Console
 
     try:
+        for name in runs:
+            if name not in recipes.RECIPES and not Path(name).suffix and not Path(name).exists():
+                raise config.RunError(
+                    f"`{name}` is neither a run file nor a recipe. Recipes: {', '.join(recipes.RECIPES)}."
+                )
         chosen = [load_run(None if r in recipes.RECIPES else Path(r), settings, None, steps, recipe=r) for r in runs]
         with Console(quiet=as_json) as watcher:
             found = job(

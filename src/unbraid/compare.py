@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,16 +42,19 @@ from typing import Any
 import numpy as np
 
 from unbraid import config, store
-from unbraid.data.encode import encode
-from unbraid.data.source import Tables
+from unbraid.bundle import BundleError, build
+from unbraid.data.encode import encode, fingerprint
+from unbraid.data.fitted import Fitted
+from unbraid.data.source import Data, Tables
 from unbraid.data.table import Encoded
 from unbraid.evaluate import Array, Drawn, Slice, lead_metric, lower_is_better, replicate
-from unbraid.job import JobError, baseline_scores, default_baseline, train
+from unbraid.job import JobError, baseline_scores, bound_terms, check_labels, default_baseline, train
 from unbraid.render import render_comparison
 from unbraid.train import Watcher
-from unbraid.types import Schema, Scores
+from unbraid.types import Scores, Task
 
 BASELINE = "target_encoding"
+TAKEN = (BASELINE, "compare.json", "compare.md")  # not for a run's name
 SAME_DATA = (
     "folder",
     "rows",
@@ -87,7 +89,7 @@ def compare(
         metric: what differences are of; empty is AUC, accuracy or RMSE, as a task is binary, multiclass or real.
         replicates: bootstrap replicates.
         any_budget: let runs differ in their training budget.
-        resume: keep what is finished in ``out`` and continue the rest; overwrite: delete what is in ``out`` first.
+        resume: keep what is finished in ``out`` and continue the rest; overwrite: train all of it again.
         tables: tables in memory by name.
 
     Returns:
@@ -97,33 +99,31 @@ def compare(
         JobError: runs that cannot be compared, or a folder that is in the way; the message says what to do.
     """
     out, watcher = Path(out), watcher or Watcher()
-    check(runs, seeds, against, any_budget)
-    _prepare(out, resume, overwrite)
+    if resume and overwrite:
+        raise JobError("--resume keeps what is finished and --overwrite does not. Give one of them.")
+    check(runs, seeds, against, metric, any_budget)
+    trials = [dataclasses.replace(run, seed=run.seed + number) for number in range(seeds) for run in runs]
+    folders = [out / run.name / f"seed-{run.seed}" for run in trials]
+    _prepare(out, folders, resume or overwrite)
+    for run in runs:
+        _try_to_build(run, tables, watcher)
     found: dict[str, list[Slices]] = {run.name: [] for run in runs}
     costs: dict[str, list[dict[str, Any]]] = {run.name: [] for run in runs}
-    first: Scores | None = None
-    for number, (seed, run) in enumerate((seed, run) for seed in range(seeds) for run in runs):
-        watcher.note(f"[{number + 1}/{seeds * len(runs)}] run `{run.name}`, seed {run.seed + seed}")
-        scores, cost = _trial(
-            dataclasses.replace(run, seed=run.seed + seed), out / run.name / f"seed-{run.seed + seed}", tables, watcher
-        )
-        schema = _schema(out / run.name / f"seed-{run.seed + seed}")
-        if first is None:
-            first = scores
-            check_metric(schema, metric)
-        same_rows(first, scores, runs[0].name, run.name)
-        found[run.name].append(replicate(scores, schema, replicates=replicates))
+    first: dict[str, Scores] = {}
+    for number, (run, folder) in enumerate(zip(trials, folders, strict=True)):
+        watcher.note(f"[{number + 1}/{len(trials)}] run `{run.name}`, seed {run.seed}")
+        scores, cost = _trial(run, folder, tables, overwrite, watcher)
+        first.setdefault(run.name, scores)
+        same_rows(first[runs[0].name], scores, runs[0].name, run.name)
+        found[run.name].append(replicate(scores, Fitted.load(folder).schema, replicates=replicates))
         costs[run.name].append(cost)
-    assert first is not None
     watcher.stage("comparing", 0, 0)
-    if default := (runs[0].baseline or default_baseline(runs[0])):
-        encoded = Encoded(encode(runs[0].data, tables=tables))
-        found[BASELINE] = [replicate(baseline_scores(runs[0], encoded, first), encoded.schema, replicates=replicates)]
-        costs[BASELINE] = []
+    if (floor := _with_baseline(runs)) is not None:
+        encoded = Encoded(encode(floor.data, tables=tables))
+        scores = baseline_scores(floor, encoded, first[floor.name])
+        found[BASELINE], costs[BASELINE] = [replicate(scores, encoded.schema, replicates=replicates)], []
     else:
-        watcher.note(f"no {BASELINE}: it needs an id feature, a user or a domain, found {default}")
-        if against == BASELINE:
-            raise JobError(f"The reference cannot be `{BASELINE}`: there is none for these data.")
+        watcher.note(f"no {BASELINE}: no run has an id feature, a user or a domain")
     comparison = {
         "reference": against or runs[0].name, "seeds": seeds, "replicates": replicates,
         "budget": {run.name: {key: getattr(run.training, key) for key in SAME_BUDGET} for run in runs},
@@ -135,83 +135,114 @@ def compare(
     return comparison
 
 
+def _with_baseline(runs: Sequence[config.Run]) -> config.Run | None:
+    return next((run for run in runs if run.baseline or default_baseline(run)), None)
+
+
 # -------------------------------------------------------------------------------------------------------------- before
-def check(runs: Sequence[config.Run], seeds: int, against: str, any_budget: bool) -> None:
+def check(runs: Sequence[config.Run], seeds: int, against: str, metric: str, any_budget: bool) -> None:
     """Raise JobError unless the runs can be told apart and compared."""
     names = [run.name for run in runs]
     if not runs or seeds < 1:
         raise JobError(f"A comparison needs at least one run and one seed. Found {len(runs)} and {seeds}.")
-    if twice := sorted({n for n in [*names, BASELINE] if [*names, BASELINE].count(n) > 1}):
-        raise JobError(f"Each run needs a `name` of its own (`{BASELINE}` is taken). Found twice: {', '.join(twice)}.")
+    if taken := sorted({n for n in [*names, *TAKEN] if [*names, *TAKEN].count(n) > 1}):
+        raise JobError(
+            f"Each run needs a `name` of its own, and none of {', '.join(TAKEN)}. Found: {', '.join(taken)}."
+        )
     if against and against not in (*names, BASELINE):
         raise JobError(f"--against should be one of {', '.join([*names, BASELINE])}. Found {against}.")
+    if against == BASELINE and _with_baseline(runs) is None:
+        raise JobError(f"There is no {BASELINE} to compare with: no run has an id feature, a user or a domain.")
+    allowed = sorted({name for run in runs for task in run.data.tasks for name in _metrics(run.data, task)})
+    if metric and metric not in allowed:
+        raise JobError(f"--metric should be one of {', '.join(allowed)}. Found {metric}.")
     for run in runs[1:]:
-        data = _unequal(runs[0].data, run.data, SAME_DATA)
-        ours, theirs = ({t.name: t for t in r.data.tasks} for r in (runs[0], run))
-        data += [f"task {n}: {ours[n]} / {theirs[n]}" for n in ours if n in theirs and ours[n] != theirs[n]]
-        if data or not set(ours) & set(theirs):
-            why = "; ".join(data) or f"tasks {list(ours)} / {list(theirs)}"
+        here, there = _labels(runs[0]), _labels(run)
+        data = _unequal(vars(runs[0].data), vars(run.data), SAME_DATA)
+        data += [f"task {n}, {text}" for n in here if n in there for text in _unequal(here[n], there[n], list(here[n]))]
+        if data or not set(here) & set(there):
+            why = "; ".join(data) or f"tasks {list(here)} / {list(there)}"
             raise JobError(f"Runs `{runs[0].name}` and `{run.name}` have other test rows or labels: {why}.")
-        if (budget := _unequal(runs[0].training, run.training, SAME_BUDGET)) and not any_budget:
+        budget = _unequal(vars(runs[0].training), vars(run.training), SAME_BUDGET)
+        if budget and not any_budget:
             raise JobError(
                 f"Runs `{runs[0].name}` and `{run.name}` have other training budgets: {'; '.join(budget)}. "
                 "Make them equal, or allow it with --any-budget; the table then says so."
             )
 
 
-def _unequal(one: Any, other: Any, keys: Sequence[str]) -> list[str]:
-    return [f"{k}: {getattr(one, k)} / {getattr(other, k)}" for k in keys if getattr(one, k) != getattr(other, k)]
+def _metrics(data: Data, task: Task) -> list[str]:
+    """The metrics of a task that have a better side."""
+    ranks = [f"{name}@{k}" for name in ("ndcg", "recall") for k in (5, 10)] if data.request else []
+    binary = ["auc", "gauc", "logloss", "ece", "accuracy", *ranks]
+    return {"binary": binary, "multiclass": ["accuracy", "logloss", "ece"], "real": ["rmse", "mae"]}[task.kind]
 
 
-def check_metric(schema: Schema, metric: str) -> None:
-    """Raise JobError unless some task has the metric and it has a direction."""
-    have = {"binary": "auc gauc logloss ece accuracy", "multiclass": "accuracy logloss ece", "real": "rmse mae"}
-    allowed = sorted({name for task in schema.tasks for name in have[task.kind].split()})
-    if metric and metric not in allowed and "@" not in metric:
-        raise JobError(f"--metric should be one of {', '.join(allowed)} (or ndcg@5 ...). Found {metric}.")
+def _labels(run: config.Run) -> dict[str, dict[str, Any]]:
+    """Task -> what decides which labels it has."""
+    keys = ("kind", "source", "given", "sampling_rate")
+    return {task.name: {key: getattr(task, key) for key in keys} for task in run.data.tasks}
 
 
-def _prepare(out: Path, resume: bool, overwrite: bool) -> None:
+def _unequal(one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    return [f"{k}: {one[k]} / {other[k]}" for k in keys if one[k] != other[k]]
+
+
+def _prepare(out: Path, folders: Sequence[Path], again: bool) -> None:
     if out.exists() and not out.is_dir():
         raise JobError(f"{out} is a file. Choose another --out.")
-    if not (out.exists() and any(out.iterdir())):
-        return
-    if not any(out.glob("*/seed-*/run.toml")):
-        raise JobError(f"{out} is not empty and holds no comparison. Choose another --out.")
-    if overwrite:
-        shutil.rmtree(out)
-    elif not resume:
+    if not again and (old := [folder for folder in folders if folder.exists()]):
         raise JobError(
-            f"{out} holds a comparison. Continue it with --resume, delete it with --overwrite, or choose another --out."
+            f"{out} holds trainings of this comparison ({old[0].relative_to(out)}, ...). Keep them and continue with --resume, "
+            "train them again with --overwrite, or choose another --out."
         )
+
+
+def _try_to_build(run: config.Run, tables: Tables | None, watcher: Watcher) -> None:
+    """What does not fit together is said before anything trains, with the run's name."""
+    if run.init:
+        return  # its vocabularies grow from a bundle's
+    try:
+        encoded = Encoded(encode(run.data, tables=tables, progress=watcher.stage))
+        check_labels(bound_terms(run, encoded.schema, build(run, encoded.schema)), encoded)
+    except (ValueError, JobError) as error:
+        raise JobError(f"Run `{run.name}`: {error}") from error
 
 
 def same_rows(first: Scores, other: Scores, name: str, other_name: str) -> None:
     """Raise JobError unless two runs predicted the same test rows with the same labels."""
-    pairs: list[tuple[str, Any, Any]] = [(k, getattr(first, k), getattr(other, k)) for k in ("row", "group", "weight")]
-    for task in set(first.labels) & set(other.labels):
+    wrong = [k for k in ("row", "group", "weight") if not np.array_equal(getattr(first, k), getattr(other, k))]
+    for task in () if wrong else set(first.labels) & set(other.labels):
         known = first.observed[task]
-        pairs += [(f"observed {task}", known, other.observed[task])]
-        pairs += [(f"label {task}", first.labels[task][known], other.labels[task][known])]
-    if wrong := [what for what, a, b in pairs if not np.array_equal(a, b)]:
+        if not np.array_equal(known, other.observed[task]):
+            wrong.append(f"observed {task}")
+        elif not np.array_equal(first.labels[task][known], other.labels[task][known]):
+            wrong.append(f"label {task}")
+    if wrong:
         raise JobError(f"Test rows of runs `{name}` and `{other_name}` differ in: {', '.join(wrong)}.")
 
 
 # --------------------------------------------------------------------------------------------------------------- trials
-def _trial(run: config.Run, folder: Path, tables: Tables | None, watcher: Watcher) -> tuple[Scores, dict[str, Any]]:
+def _trial(
+    run: config.Run, folder: Path, tables: Tables | None, overwrite: bool, watcher: Watcher
+) -> tuple[Scores, dict[str, Any]]:  # fmt: skip
     """Train one run with one seed, or find it trained; its test scores and its cost."""
-    path = folder / "scores.safetensors"
-    metrics = train(
-        run, folder, tables=tables, resume=(folder / "run.toml").exists(), baseline=False, keep_scores=True, watcher=watcher
-    ).metrics  # fmt: skip
-    cost = {"seconds": metrics["seconds"]["train"], "steps": metrics["steps"], "parameters": metrics["parameters"]}
-    return Scores(**store.load(path)), cost
-
-
-def _schema(folder: Path) -> Schema:
-    from unbraid.data.fitted import Fitted
-
-    return Fitted.load(folder).schema
+    resume = not overwrite and (folder / "run.toml").exists()
+    remedy = f"Delete {folder} and continue with --resume, or train all of it again with --overwrite."
+    try:
+        metrics = train(
+            run, folder, tables=tables, resume=resume, overwrite=overwrite, baseline=False, keep_scores=True, watcher=watcher
+        ).metrics  # fmt: skip
+        cost = {"seconds": metrics["seconds"]["train"], "steps": metrics["steps"], "parameters": metrics["parameters"]}
+    except (BundleError, KeyError, json.JSONDecodeError) as error:
+        raise JobError(f"{folder} is not whole: {error}. {remedy}") from error
+    try:
+        scores = Scores(**store.load(folder / "scores.safetensors"))
+    except (OSError, ValueError) as error:
+        raise JobError(f"{folder} has no test scores: {error} {remedy}") from error
+    if not run.init and metrics["data"] != fingerprint(run.data, Path(), tables):
+        raise JobError(f"{folder} was trained on other data: the files have changed since, or were touched. {remedy}")
+    return scores, cost
 
 
 def _cost(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -230,20 +261,23 @@ def tabulate(found: Mapping[str, Sequence[Slices]], reference: str, metric: str 
         found: run -> the slices of each seed (`unbraid.evaluate.replicate`, same users and seed of the bootstrap).
 
     Returns:
-        ``values``: task -> domain (``""``: all) -> run -> metric -> mean, sd, seeds; ``differences``: a list.
+        ``values``: task -> domain (``""``: all) -> rows, positives, the metric that is compared (``""``: the task has not
+        the one asked for), a ``why`` if it is withheld, and ``runs``: run -> metric -> mean, sd, seeds;
+        ``differences``: a list.
     """
     values: dict[str, Any] = {}
     differences: list[dict[str, Any]] = []
     for name, trials in found.items():
         for (task, domain), cell in trials[0].items():
             seeds = {m: [trial[task, domain].metrics[m].value for trial in trials] for m in cell.metrics}
-            at = values.setdefault(task, {}).setdefault(
-                domain, {"rows": cell.rows, "positives": cell.positives, "runs": {}}
-            )
-            at["runs"][name] = {m: _spread(each) for m, each in seeds.items()}
-            theirs = found[reference][0].get((task, domain))
             chosen = metric or lead_metric(cell.metrics)
-            if name == reference or theirs is None or chosen not in cell.metrics:
+            about = {"rows": cell.rows, "positives": cell.positives, "metric": chosen if chosen in cell.metrics else ""}
+            at = values.setdefault(task, {}).setdefault(domain, {**about, "why": "", "runs": {}})
+            at["runs"][name] = {m: _spread(each) for m, each in seeds.items()}
+            if chosen not in cell.metrics:
+                continue
+            at["why"] = at["why"] or cell.metrics[chosen].why
+            if name == reference or (task, domain) not in found[reference][0]:
                 continue
             ours = [trial[task, domain].metrics[chosen] for trial in trials]
             base = [trial[task, domain].metrics[chosen] for trial in found[reference]]

@@ -85,6 +85,8 @@ class Run:
     training: Training = dataclasses.field(default_factory=Training)
 
     def __post_init__(self) -> None:
+        if not self.name or self.name.startswith(".") or set(self.name) & set("/\\"):
+            raise ValueError(f"`name` should name a folder: not empty, no slash, no dot in front. Found `{self.name}`.")
         if self.seed < 0:
             raise ValueError(f"Parameter `seed` should not be negative. Found {self.seed}.")
         ids = [f.name for f in self.data.features if f.kind == "id"]
@@ -192,7 +194,8 @@ def _assign(plain: Any, keys: list[str], value: Any, setting: str) -> None:
             if not (key.isdigit() and int(key) < len(plain)):
                 named = {item.get("name"): i for i, item in enumerate(plain) if isinstance(item, dict)}
                 if key not in named:
-                    raise RunError(f"`--set {setting}`: `{key}` is not one of {[n for n in named if n] or len(plain)}.")
+                    items = [n for n in named if n] or list(range(len(plain)))
+                    raise RunError(f"`--set {setting}`: `{key}` is not one of {items}.")
                 key = str(named[key])
             if last:
                 plain[int(key)] = value
@@ -219,6 +222,8 @@ def explain(error: ValidationError, where: str) -> str:
         if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             allowed = _allowed(mistake["loc"][:-1])
             lines.append(f"unknown key `{path}`. Allowed: {', '.join(allowed)}.")
+        elif mistake["type"] == "tuple_type":
+            lines.append(f"`{path}` should be a list; of tables it is written `[[{path}]]`.")
         elif mistake["type"] == "union_tag_not_found":
             lines.append(f"`{path}` has no `kind`. Allowed: {', '.join(_kinds(mistake['loc']))}.")
         elif mistake["type"] == "union_tag_invalid":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import tomli_w
 import torch
 
 from unbraid import config, store
@@ -118,11 +120,31 @@ def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bo
             "Give the same settings, or use another --out."
         )
     if mark.exists() and not (worth and resume):
-        shutil.rmtree(folder)
+        clear(folder)
         finished = False
     folder.mkdir(parents=True, exist_ok=True)
     store.write_text(mark, text)
     return finished
+
+
+WRITES = ("run.toml", "schema.json", "vocabularies", "weights.safetensors", "scores.safetensors", "metrics.json", "report.md",
+          "environment.json", "log.jsonl", "fit-*.safetensors", "schedule-*.safetensors", ".*.unbraid-*")  # fmt: skip
+
+
+def clear(folder: Path) -> None:
+    """Delete what `train` wrote into a folder.  Raises JobError, and deletes nothing, if there is anything else."""
+    try:
+        text = (folder / "run.toml").read_text()
+        ours = tomli_w.dumps(tomllib.loads(text)) == text  # what a person writes has comments, or another form
+    except (OSError, ValueError):
+        ours = False
+    parts = sorted(folder.iterdir())
+    other = [part.name for part in parts if not any(part.match(pattern) for pattern in WRITES)]
+    if other or not ours:
+        what = f"{', '.join(other[:5])}, which no run wrote" if other else "a run.toml that no run wrote"
+        raise JobError(f"{folder} holds {what}; it is not deleted. Choose another --out.")
+    for part in parts:
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
@@ -187,7 +209,7 @@ def measure(
         }
     metrics["rows"] = {name: len(encoded.split(name)) for name in ("train", "valid", "test")}
     metrics["seconds"] = {"train": round(session.seconds, 2)}
-    metrics["steps"] = session.steps
+    metrics["steps"], metrics["data"] = session.steps, encoded.folder.name
     tables = sum(t.weight.numel() for t in model.tables.values())
     metrics["parameters"] = {"tables": tables, "dense": sum(p.numel() for p in model.parameters()) - tables}
     metrics["lazy tables"] = sorted(name for name, t in model.tables.items() if t.lazy)

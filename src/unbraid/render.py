@@ -114,32 +114,62 @@ READING = """\
 
 def render_comparison(found: Metrics) -> str:
     """`unbraid.compare.compare`'s numbers as a Markdown page: differences, cost, differences per domain, how to read."""
-    main, cost, domains = (markdown(*cells, left=2) for cells in comparison_cells(found))
-    what = f"Test split, one configuration per run, {found['seeds']} seed{'s' * (found['seeds'] > 1)}. {budget(found)}"
-    parts = ["## Per domain", "", domains] if any(d["domain"] for d in found["differences"]) else []
-    lines = [f"# Comparison with `{found['reference']}`", "", what, "", main, "## Cost", "", cost, *parts]
-    return "\n".join([*lines, "## How to read it", "", READING])
+    main, cost, domains = comparison_cells(found)
+    what = f"Test split, one configuration per run, {_seeds(found)}. {budget(found)}"
+    parts = ["## Per domain", "", markdown(*domains, left=2)] if domains[1] else []
+    notes = [f"- {line}" for line in remarks(found, True)]
+    lines = [
+        f"# Comparison with `{found['reference']}`",
+        "",
+        what,
+        "",
+        markdown(*main, left=2),
+        "## Cost",
+        "",
+        markdown(*cost, left=2),
+    ]
+    return "\n".join([*lines, *parts, "## How to read it", "", READING.rstrip(), *notes]) + "\n"
+
+
+def _seeds(found: Metrics) -> str:
+    return f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
 
 
 def budget(found: Metrics) -> str:
     """One sentence on the training budgets."""
     each = list(found["budget"].values())
-    keys = [key for key in each[0] if key != "metric"]
-    if all(one == each[0] for one in each):
-        return "Equal budget: " + ", ".join(f"{key} {each[0][key]:g}" for key in keys if each[0][key]) + "."
-    unequal = {n: ", ".join(f"{k} {v[k]:g}" for k in keys if v[k]) for n, v in found["budget"].items()}
+    differ = [key for key in each[0] if any(one[key] != each[0][key] for one in each)]
+    if not differ:
+        shown = [key for key in each[0] if each[0][key] and not (key == "epochs" and each[0]["steps"])]
+        return "Equal budget: " + ", ".join(f"{key} {each[0][key]}" for key in shown) + "."
+    unequal = {n: ", ".join(f"{k} {v[k]}" for k in differ) for n, v in found["budget"].items()}
     return "**Unequal budgets**: " + "; ".join(f"{name}: {text}" for name, text in unequal.items()) + "."
+
+
+def remarks(found: Metrics, domains: bool) -> list[str]:
+    """What a reader of the tables should know of this comparison, one sentence each."""
+    lines = []
+    if found["seeds"] == 1:
+        lines.append("One seed: training noise is not known and not in the intervals.")
+    cells = [(task, domain, at) for task, parts in found["values"].items() for domain, at in parts.items()]
+    if other := [task for task, domain, at in cells if not domain and not at["metric"]]:
+        lines.append(f"Without the metric that was asked for: {', '.join(other)}.")
+    withheld = [(f"{t} / {d}" if d else t, at["why"]) for t, d, at in cells if at["why"] and (domains or not d)]
+    if withheld:
+        lines.append("Withheld: " + "; ".join(f"{label} ({why})" for label, why in withheld) + ".")
+    return lines
 
 
 Cells = tuple[list[str], list[list[str]]]
 
 
 def comparison_cells(found: Metrics, brief: bool = False) -> tuple[Cells, Cells, Cells]:
-    """Titles and lines of three tables: tasks, cost, domains (those where the reference has a value).
+    """Titles and lines of three tables: tasks, cost, domains (those with a value).
 
-    ``brief`` leaves out the spread over seeds and the two kinds of noise.
+    ``brief``, for narrow terminals, leaves out the spread over seeds, the interval and the two kinds of noise.
     """
-    metrics = {d["metric"] for d in found["differences"]}
+    cells = [(task, domain, at) for task, domains in found["values"].items() for domain, at in domains.items()]
+    metrics = {at["metric"] for _, _, at in cells} - {""}
     one = _TITLES.get(*metrics, *metrics) if len(metrics) == 1 else ""
     titles = [
         "task",
@@ -154,30 +184,30 @@ def comparison_cells(found: Metrics, brief: bool = False) -> tuple[Cells, Cells,
         "reading",
     ]
     tables: tuple[list[list[str]], list[list[str]]] = ([], [])
-    for task, domains in found["values"].items():
-        for domain in domains:
+    for task, domain, at in cells:
+        if at["metric"] and not (domain and at["why"]):
             tables[bool(domain)].extend(_compared(found, task, domain, named=not one))
     if brief:
-        keep = [0, 1, 2, 4, 5, 8, 9]
+        keep = [0, 1, 2, 4, 8, 9]
         titles, tables = [titles[i] for i in keep], tuple([[x[i] for i in keep] for x in t] for t in tables)  # type: ignore[assignment]
     return (titles, tables[0]), _cost_cells(found), (["task / domain", *titles[1:]], tables[1])
 
 
 def _compared(found: Metrics, task: str, domain: str, named: bool) -> list[list[str]]:
-    """One line per run; none where the reference's metric is withheld.  ``named``: the first says of which metric."""
+    """One line per run.  ``named``: its label says of which metric."""
     at = found["values"][task][domain]
     differences = {d["run"]: d for d in found["differences"] if (d["task"], d["domain"]) == (task, domain)}
-    if not differences or found["reference"] not in at["runs"]:
-        return []
-    metric = next(iter(differences.values()))["metric"]
-    if at["runs"][found["reference"]][metric]["mean"] is None:
-        return []
-    label, lines = f"{task} / {domain}" if domain else task, []
+    label = (f"{task} / {domain}" if domain else task) + (
+        f" ({_TITLES.get(at['metric'], at['metric'])})" if named else ""
+    )
+    lines = []
     for name, metrics in at["runs"].items():
-        first = label + (f" ({_TITLES.get(metric, metric)})" if named else "")
-        line = [first, name, _number(metrics[metric]["mean"]), _number(metrics[metric]["sd"])]
-        d = differences.get(name)
-        lines.append([*line, *(["reference", *[""] * 5] if d is None else _difference(d))])
+        value = metrics[at["metric"]]
+        line = [label, name, _number(value["mean"]), _number(value["sd"])]
+        if name in differences:
+            lines.append([*line, *_difference(differences[name])])
+        else:
+            lines.append([*line, "reference" if name == found["reference"] else "-", *[""] * 5])
     return lines
 
 
@@ -194,7 +224,7 @@ def _cost_cells(found: Metrics) -> Cells:
     for name, cost in found["cost"].items():
         line = ["no randomness", "-", "-", "-", "-"]
         if cost:
-            sizes, trials = cost["parameters"], f"{cost['configurations']} x {found['seeds']} seeds"
+            sizes, trials = cost["parameters"], f"{cost['configurations']} x {_seeds(found)}"
             line = [
                 trials,
                 f"{cost['steps']:,.0f}",

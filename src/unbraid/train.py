@@ -259,6 +259,7 @@ class _OneFit:
         batches = session.data.shuffled(self.rows, session.training.batch_size, self.seed, start)
         moved = (batch.to(session.device) for batch in batches)
         self.told_step, self.began = start, time.monotonic()
+        session.watcher.stage("training", start, self.steps)
         done = start
         try:
             if not self._out_of_patience():  # else the process died between its last look and its end

@@ -121,3 +121,8 @@ def test_in_a_run_file_the_slot_needs_a_kind():
         config.override(run, ["model.interaction.ranks=4"])
     with pytest.raises(config.RunError, match="`model.interaction` has no `kind`. Allowed: flat, cross"):
         config.from_dict({**config.to_dict(run), "model": {"interaction": {"rank": 3}}})
+
+
+def test_a_rank_above_the_width_is_refused():
+    with pytest.raises(ValueError, match="`rank` should be at most the width of a view, 5 here. Found 6."):
+        Cross(rank=6).build({"a": 2, "b": 3})

@@ -204,7 +204,8 @@ def prefetch(batches: Iterator[Batch], depth: int = 3) -> Iterator[Batch]:
         except BaseException as error:
             put(error)
 
-    threading.Thread(target=work, daemon=True, name="unbraid-prefetch").start()
+    worker = threading.Thread(target=work, daemon=True, name="unbraid-prefetch")
+    worker.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
@@ -212,6 +213,10 @@ def prefetch(batches: Iterator[Batch], depth: int = 3) -> Iterator[Batch]:
             yield item
     finally:
         stop.set()
+        while not ready.empty():  # nobody waits for room any more
+            ready.get_nowait()
+        if threading.current_thread() is not worker:  # a generator that nobody closed may be collected in any thread
+            worker.join()  # a thread that still computes when the interpreter ends can abort the process
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -100,7 +100,10 @@ class Views:
         if not 0 <= self.unknown_rate < 1:
             raise ValueError(f"Parameter `unknown_rate` should be in [0, 1). Found {self.unknown_rate}.")
         if (self.kind == "several") != bool(self.widths):
-            raise ValueError(f"Parameter `widths` belongs to kind `several`. Found kind `{self.kind}`, {self.widths}.")
+            raise ValueError(
+                f"Parameter `widths`, such as [8, 16], belongs to kind `several` and to no other. "
+                f"Found kind `{self.kind}`, widths {list(self.widths)}."
+            )
 
     def names(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """Names of the views in order."""

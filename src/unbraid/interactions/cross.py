@@ -91,7 +91,11 @@ class Cross:
             raise ValueError(f"Parameter `rank` should not be negative. Found {self.rank}.")
 
     def build(self, widths: Mapping[str, int]) -> CrossModule:
-        """The module for fields of the given widths.  Raises ValueError if there is none."""
+        """The module for fields of the given widths.  Raises ValueError if there is none, or for a rank above their sum."""
         if not widths:
             raise ValueError("Interaction `cross` needs at least one field. Found none.")
+        if self.rank > sum(widths.values()):
+            raise ValueError(
+                f"Parameter `rank` should be at most the width of a view, {sum(widths.values())} here. Found {self.rank}."
+            )
         return CrossModule(self, widths)
