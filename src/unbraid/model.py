@@ -117,12 +117,12 @@ class Model(nn.Module):
                     for (reader, _), found in zip(parts, read[view, vocabulary, role], strict=True):
                         rows[role][reader] = found
             hidden.append(self.interactions[f"view/{view}"](self._view(view, batch, rows)))
-        tasks, trunk, extras = self.tower(hidden)
+        out = self.tower(hidden)
         logits = {
-            task.name: self.heads[f"task/{task.name}"](tasks[task.name], batch.domain, batch.observed[task.name])
+            task.name: self.heads[f"task/{task.name}"](out.tasks[task.name], batch.domain, batch.observed[task.name])
             for task in self.schema.tasks
         }
-        return Output(logits, tasks, trunk, extras, lookups)
+        return Output(logits, out.tasks, out.shared, out.extras, lookups)
 
     def _readers(self, batch: Batch) -> dict[str, list[tuple[str, Tensor]]]:
         """Vocabulary -> who reads which ids; a history's field reads under ``history.field``."""

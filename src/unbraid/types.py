@@ -275,14 +275,25 @@ class Lookup(NamedTuple):
     vectors: Tensor
 
 
+class WithTrunk:
+    """``trunk`` from ``shared``: a tensor, or what makes it, called when somebody reads it for the first time."""
+
+    shared: Tensor | Callable[[], Tensor]
+
+    @cached_property
+    def trunk(self) -> Tensor:
+        """(B, H) shared representation."""
+        return self.shared if isinstance(self.shared, Tensor) else self.shared()
+
+
 @dataclass(frozen=True)
-class Output:
+class Output(WithTrunk):
     """What a model says about a batch.
 
     Args:
         logits: task -> (B,) or, for multiclass, (B, K).  A real-valued task's logit is its prediction.
         hidden: task -> (B, H) before its head.
-        trunk: (B, H) shared representation.
+        shared: the (B, H) shared representation or what computes it; read it as ``trunk``.
         extras: ``"slot.name"`` -> gates, attention, second heads.
         lookups: table rows read while gradients were on.  Those of a dense table may be absent unless the update wants
             them (``unbraid.optim.joint.JointUpdate.reads_dense_lookups``).
@@ -290,7 +301,7 @@ class Output:
 
     logits: Mapping[str, Tensor]
     hidden: Mapping[str, Tensor]
-    trunk: Tensor
+    shared: Tensor | Callable[[], Tensor]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     lookups: tuple[Lookup, ...] = ()
 
@@ -430,11 +441,12 @@ class Interaction(Protocol):
     def build(self, widths: Mapping[str, int]) -> nn.Module: ...
 
 
-class TowerOutput(NamedTuple):
-    """What a tower gives: task -> (B, H); (B, H) shared representation; ``"slot.name"`` extras."""
+@dataclass(frozen=True)
+class TowerOutput(WithTrunk):
+    """What a tower gives: task -> (B, H); the (B, H) shared representation or what computes it; ``"slot.name"`` extras."""
 
     tasks: dict[str, Tensor]
-    trunk: Tensor
+    shared: Tensor | Callable[[], Tensor]
     extras: dict[str, Tensor]
 
 

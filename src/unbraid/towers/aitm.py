@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -98,7 +99,7 @@ class AITMTower(nn.Module):
             fused.append(h)
             weights.append(weight)
         states = {task: self.towers[task_key(task)](h) for task, h in zip(self.widths, fused, strict=True)}
-        return TowerOutput(states, average(found), dict(zip(self.gives, weights, strict=True)))
+        return TowerOutput(states, partial(average, found), dict(zip(self.gives, weights, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -93,7 +94,7 @@ class MixtureTower(nn.Module):
         gates = {name: gate(x).softmax(dim=1) for name, gate in self.gates.items()}
         mixed = {name: mix(gate, pool) for name, gate in gates.items()}
         states = {task: self.towers[task_key(task)](mixed[gate]) for task, gate in self.reads.items()}
-        return TowerOutput(states, average(pool), dict(zip(self.gives, gates.values(), strict=True)))
+        return TowerOutput(states, partial(average, pool), dict(zip(self.gives, gates.values(), strict=True)))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class SingleTaskTower(nn.Module):
         """
         found = [bottom(x) for bottom, x in zip(self.bottoms.values(), hidden, strict=True)]
         states = {task: self.towers[task_key(task)](h) for task, h in zip(self.widths, found, strict=True)}
-        return TowerOutput(states, average(found), {})
+        return TowerOutput(states, partial(average, found), {})
 
 
 @dataclass(frozen=True)
