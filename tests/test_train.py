@@ -24,7 +24,7 @@ from unbraid.optim.joint import Joint
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.stem import STEM
 from unbraid.train import Local, Training, Watcher, selected
-from unbraid.types import Task
+from unbraid.types import History, Task
 
 TABLES = {"log": make_log()}
 DROPOUT = ModelChoice(
@@ -461,3 +461,18 @@ def test_closing_the_batches_ends_their_thread() -> None:
     assert next(batches) == 0 and alive()
     batches.close()  # type: ignore[attr-defined]
     assert not alive()
+
+
+def test_a_history_without_events_is_said() -> None:
+    notes: list[str] = []
+
+    class Listens(Watcher):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    never = History("never", ("item",), where="clicked = 7")
+    run = make_run(data=make_data(histories=(*make_data().histories, never)))
+    train(run, tables=TABLES, baseline=False, watcher=Listens())
+    assert [n for n in notes if "has no event" in n] == [
+        "history never has no event in any row: look at its `where`, and at users and times of the events"
+    ]

@@ -67,7 +67,7 @@ def train(
     old = Bundle.load(run.init) if run.init else None
     encoded = Encoded(encode(run.data, tables=tables, grow=old.fitted if old else None, progress=watcher.stage))
     schema = encoded.schema
-    for warning in one_class_domains(encoded):
+    for warning in (*one_class_domains(encoded), *empty_histories(encoded)):
         watcher.note(warning)
     model = build(run, schema)
     if old is not None:
@@ -192,6 +192,18 @@ def one_class_domains(encoded: Encoded) -> list[str]:
                     f"task {task.name}, domain {encoded.schema.domains[code]}: {what} in the training split"
                 )
     return warnings
+
+
+def empty_histories(encoded: Encoded) -> list[str]:
+    """A warning for each history that has no event in any row."""
+    places = {
+        h.name: (encoded.columns[f"start.{h.name}"], encoded.columns[f"end.{h.name}"]) for h in encoded.schema.histories
+    }
+    empty = [name for name, (start, end) in places.items() if not (end > start).any()]
+    return [
+        f"history {name} has no event in any row: look at its `where`, and at users and times of the events"
+        for name in empty
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
