@@ -269,8 +269,7 @@ class _OneFit:
                 )  # fmt: skip
         finally:
             batches.close()  # type: ignore[attr-defined]
-        self.seconds, self.began, self.looked = self._spent(), time.monotonic(), 0.0
-        session.seconds, session.steps = session.seconds + self.seconds, session.steps + done
+        self._add_up(self._spent(), done)
         self.update.settle()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
@@ -327,6 +326,10 @@ class _OneFit:
             self.saved_at = time.monotonic()
         return False
 
+    def _add_up(self, seconds: float, steps: int) -> None:
+        self.session.seconds += seconds
+        self.session.steps += steps
+
     def _spent(self) -> float:
         """Seconds of training so far, those of earlier processes included and evaluation left out."""
         return self.seconds + time.monotonic() - self.began - self.looked
@@ -364,10 +367,7 @@ class _OneFit:
         self.session.watcher.note(f"resumed at step {state['step']:,} of {self.steps:,}")
         self._cut_log(state["step"])
         if state["finished"]:
-            self.session.seconds, self.session.steps = (
-                self.session.seconds + self.seconds,
-                self.session.steps + state["step"],
-            )
+            self._add_up(self.seconds, state["step"])
         return state["step"], state["finished"]
 
     def _log(self, record: Mapping[str, Any]) -> None:

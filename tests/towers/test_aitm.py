@@ -170,28 +170,6 @@ def test_reads_no_views_of_tasks(views):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("bottom", (8, 0), "Parameter `bottom` should be positive. Found (8, 0)."),
-        ("tower", (-1,), "Parameter `tower` should be positive. Found (-1,)."),
-        ("dropout", 1.0, "Parameter `dropout` should be in [0, 1). Found 1.0."),
-    ],
-)
-def test_refuses(name, value, message):
-    with pytest.raises(ValueError) as error:
-        AITM(**{name: value})
-    assert str(error.value) == message
-
-
-def test_misspelt_key_is_refused():
-    pydantic = pytest.importorskip("pydantic")
-    adapter = pydantic.TypeAdapter(AITM)
-    assert adapter.validate_python({"bottom": [8, 4]}) == AITM(bottom=(8, 4))
-    with pytest.raises(pydantic.ValidationError):
-        adapter.validate_python({"botom": [8, 4]})
-
-
 def test_dropout_is_in_bottoms_and_towers():
     tower = tower_of(dropout=0.5)
     for network in (tower.bottoms[task_key("shown")], tower.towers[task_key("buy")]):

@@ -8,7 +8,9 @@ from torch import nn
 
 from unbraid.encoders.table import Views
 from unbraid.layers import initialise, mlp, mlp_width, task_key
+from unbraid.towers.aitm import AITM
 from unbraid.towers.mlp import SharedBottom
+from unbraid.towers.single_task import SingleTask
 from unbraid.types import TowerOutput
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -97,9 +99,10 @@ def test_reads_no_views_of_tasks(views):
         ("dropout", -0.1, "Parameter `dropout` should be in [0, 1). Found -0.1."),
     ],
 )
-def test_refuses(name, value, message):
+@pytest.mark.parametrize("tower", [SharedBottom, AITM, SingleTask])
+def test_refuses(tower, name, value, message):
     with pytest.raises(ValueError) as error:
-        SharedBottom(**{name: value})
+        tower(**{name: value})
     assert str(error.value) == message
 
 

@@ -282,16 +282,6 @@ def test_refuses_unequal_widths():
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("layers", 0), ("shared_experts", 0), ("task_experts", 0), ("expert", (0,)), ("gate", (3, 0)), ("tower", (-1,))],
-)
-def test_refuses(name, value):
-    with pytest.raises(ValueError) as error:
-        PLE(**{name: value})
-    assert str(error.value) == f"Parameter `{name}` should be positive. Found {value}."
-
-
 def test_refuses_other_readings_and_dropout_of_one():
     with pytest.raises(ValueError) as error:
         PLE(shared_reads="none")

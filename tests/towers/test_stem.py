@@ -17,6 +17,7 @@ from unbraid.encoders.table import Views
 from unbraid.layers import task_key
 from unbraid.towers.experts import MMoE
 from unbraid.towers.mlp import SharedBottom
+from unbraid.towers.ple import PLE
 from unbraid.towers.stem import STEM
 
 SMALL = {"expert": (16, 12), "tower": (8,)}
@@ -355,9 +356,10 @@ def test_refuses_unequal_widths():
     ("name", "value"),
     [("layers", 0), ("shared_experts", 0), ("task_experts", 0), ("expert", (0,)), ("gate", (3, 0)), ("tower", (-1,))],
 )
-def test_refuses(name, value):
+@pytest.mark.parametrize("tower", [STEM, PLE])
+def test_refuses(tower, name, value):
     with pytest.raises(ValueError) as error:
-        STEM(**{name: value})
+        tower(**{name: value})
     assert str(error.value) == f"Parameter `{name}` should be positive. Found {value}."
 
 

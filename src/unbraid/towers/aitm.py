@@ -28,14 +28,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from unbraid.layers import average, mlp_width, require_dropout, require_positive, task_key
-from unbraid.towers.mlp import one_width, side_by_side, task_towers
-from unbraid.types import FORBID, TowerOutput
+from unbraid.layers import average, mlp_width, task_key
+from unbraid.towers.mlp import BottomAndTower, one_width, side_by_side, task_towers
+from unbraid.types import TowerOutput
 
 BIBTEX = """
 @inproceedings{xi2021aitm,
@@ -103,23 +103,13 @@ class AITMTower(nn.Module):
 
 
 @dataclass(frozen=True)
-class AITM:
+class AITM(BottomAndTower):
     """One MLP per task; each task but the first also takes from the task before it, in the order of the schema.
 
-    Args:
-        bottom: widths of each task's layers below the transfer; tower: above it.  Either may be empty.
-        dropout: after every ReLU.
+    Keys as in `BottomAndTower`, the transfer between the two.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
     kind: Literal["aitm"] = field(default="aitm", kw_only=True)
-    bottom: tuple[int, ...] = (128, 64)
-    tower: tuple[int, ...] = (64,)
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_positive(bottom=self.bottom, tower=self.tower)
-        require_dropout(self.dropout)
 
     def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> AITMTower:
         """The module for these tasks.  Raises ValueError if views belong to tasks."""

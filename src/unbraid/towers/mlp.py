@@ -73,16 +73,16 @@ class SharedBottomTower(nn.Module):
 
 
 @dataclass(frozen=True)
-class SharedBottom:
-    """One MLP for all tasks, then a small one per task.
+class BottomAndTower:
+    """Settings of a tower that is one MLP, or one per task, below and a small MLP per task above.
 
     Args:
-        bottom: widths of the shared layers; tower: widths of each task's own layers.  Either may be empty.
+        bottom: widths of the layers below; tower: of the layers above.  Either may be empty.
         dropout: after every ReLU.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
-    kind: Literal["shared_bottom"] = field(default="shared_bottom", kw_only=True)
+    kind: str = field(default="", kw_only=True)
     bottom: tuple[int, ...] = (128, 64)
     tower: tuple[int, ...] = (64,)
     dropout: float = 0.0
@@ -90,6 +90,13 @@ class SharedBottom:
     def __post_init__(self) -> None:
         require_positive(bottom=self.bottom, tower=self.tower)
         require_dropout(self.dropout)
+
+
+@dataclass(frozen=True)
+class SharedBottom(BottomAndTower):
+    """One MLP for all tasks, then a small one per task.  Keys as in `BottomAndTower`."""
+
+    kind: Literal["shared_bottom"] = field(default="shared_bottom", kw_only=True)
 
     def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> SharedBottomTower:
         """The module for these tasks.  Raises ValueError if views belong to tasks."""

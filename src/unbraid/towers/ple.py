@@ -30,15 +30,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from unbraid.layers import average, mlp, mlp_width, require_dropout, require_positive, task_key
+from unbraid.layers import average, mlp, mlp_width, task_key
 from unbraid.towers.experts import gate_logits, mix
 from unbraid.towers.mlp import of_tasks, side_by_side, task_towers
-from unbraid.towers.stem import LayerOutput
-from unbraid.types import FORBID, TowerOutput
+from unbraid.towers.stem import LayeredExperts, LayerOutput
+from unbraid.types import TowerOutput
 
 BIBTEX = """
 @inproceedings{tang2020ple,
@@ -130,34 +130,21 @@ class PLETower(nn.Module):
 
 
 @dataclass(frozen=True)
-class PLE:
-    """Layers of experts of each task and shared ones; a task reads its own and the shared.
+class PLE(LayeredExperts):
+    """Layers of experts of each task and shared ones (one layer is CGC); a task reads its own and the shared.
 
     Args:
-        layers: how many; one is CGC.
-        shared_experts, task_experts: per layer, and of the latter per task.
-        expert: widths of an expert's layers.
-        gate: widths of a gate's hidden layers; tower: widths of each task's own layers.  Either may be empty.
-        dropout: after every ReLU.
         shared_reads: what the shared gate between layers pools: ``shared`` experts only, or ``all``, as in the paper.
             Matters from two layers on.
+
+    The other keys are those of `LayeredExperts`.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
     kind: Literal["ple"] = field(default="ple", kw_only=True)
-    layers: int = 1
-    shared_experts: int = 2
-    task_experts: int = 1
-    expert: tuple[int, ...] = (128, 64)
-    gate: tuple[int, ...] = ()
-    tower: tuple[int, ...] = (64,)
-    dropout: float = 0.0
     shared_reads: Literal["shared", "all"] = "shared"
 
     def __post_init__(self) -> None:
-        require_positive(layers=self.layers, shared_experts=self.shared_experts, task_experts=self.task_experts)
-        require_positive(expert=self.expert, gate=self.gate, tower=self.tower)
-        require_dropout(self.dropout)
+        super().__post_init__()
         if self.shared_reads not in ("shared", "all"):
             raise ValueError(f"Parameter `shared_reads` should be `shared` or `all`. Found `{self.shared_reads}`.")
 

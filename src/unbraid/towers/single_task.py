@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
-from unbraid.layers import average, mlp_width, require_dropout, require_positive, task_key
-from unbraid.towers.mlp import task_towers
-from unbraid.types import FORBID, TowerOutput
+from unbraid.layers import average, mlp_width, task_key
+from unbraid.towers.mlp import BottomAndTower, task_towers
+from unbraid.types import TowerOutput
 
 
 class SingleTaskTower(nn.Module):
@@ -55,23 +55,10 @@ class SingleTaskTower(nn.Module):
 
 
 @dataclass(frozen=True)
-class SingleTask:
-    """One network per task, on tables of its own.
+class SingleTask(BottomAndTower):
+    """One network per task, on tables of its own.  Keys as in `BottomAndTower`; both parts are the task's own."""
 
-    Args:
-        bottom, tower: widths of each task's layers, as in `SharedBottom`; both are the task's own.  Either may be empty.
-        dropout: after every ReLU.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
     kind: Literal["single_task"] = field(default="single_task", kw_only=True)
-    bottom: tuple[int, ...] = (128, 64)
-    tower: tuple[int, ...] = (64,)
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_positive(bottom=self.bottom, tower=self.tower)
-        require_dropout(self.dropout)
 
     def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> SingleTaskTower:
         """The module for these tasks.

@@ -149,8 +149,8 @@ class STEMTower(nn.Module):
 
 
 @dataclass(frozen=True)
-class STEM:
-    """Experts on each task's tables and on shared ones; a task reads all of them and writes its own and the shared.
+class LayeredExperts:
+    """Settings of a tower of layers of experts, some of each task and some shared.
 
     Args:
         layers: how many layers of experts.
@@ -158,11 +158,10 @@ class STEM:
         expert: widths of an expert's layers.
         gate: widths of a gate's hidden layers; tower: widths of each task's own layers.  Either may be empty.
         dropout: after every ReLU.
-        strict: stop gradients to tasks' experts in the shared gate too; matters from two layers on.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
-    kind: Literal["stem"] = field(default="stem", kw_only=True)
+    kind: str = field(default="", kw_only=True)
     layers: int = 1
     shared_experts: int = 2
     task_experts: int = 1
@@ -170,12 +169,25 @@ class STEM:
     gate: tuple[int, ...] = ()
     tower: tuple[int, ...] = (64,)
     dropout: float = 0.0
-    strict: bool = True
 
     def __post_init__(self) -> None:
         require_positive(layers=self.layers, shared_experts=self.shared_experts, task_experts=self.task_experts)
         require_positive(expert=self.expert, gate=self.gate, tower=self.tower)
         require_dropout(self.dropout)
+
+
+@dataclass(frozen=True)
+class STEM(LayeredExperts):
+    """Experts on each task's tables and on shared ones; a task reads all of them and writes its own and the shared.
+
+    Args:
+        strict: stop gradients to tasks' experts in the shared gate too; matters from two layers on.
+
+    The other keys are those of `LayeredExperts`.
+    """
+
+    kind: Literal["stem"] = field(default="stem", kw_only=True)
+    strict: bool = True
 
     def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> STEMTower:
         """The module for these tasks.
