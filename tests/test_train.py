@@ -82,6 +82,30 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path, every: int, decay: str) -> N
     assert not list((tmp_path / "out").glob("fit-*"))
 
 
+@dataclasses.dataclass(frozen=True)
+class TwoFits:
+    """A schedule of two calls, for what a session counts."""
+
+    def __call__(self, session: Any, model: Any, steps: int) -> Any:
+        for share in (8, steps - 8):
+            model, _ = session.fit(model, share)
+        return model
+
+
+@pytest.mark.parametrize("dies", [4, 16])  # in the first call, in the second
+def test_seconds_and_steps_are_those_of_all_processes(tmp_path: Path, dies: int) -> None:
+    training = Training(batch_size=64, steps=24, evaluate_every=4, checkpoint_steps=1, checkpoint_seconds=0)
+    run, out = dataclasses.replace(make_run(training=training), schedule=TwoFits()), tmp_path / "out"
+    with pytest.raises(RuntimeError, match="killed"):
+        train(run, out, tables=TABLES, baseline=False, watcher=Dies(dies))
+    for path in out.glob("fit-*.safetensors"):
+        store.save(path, {**store.load(path), "seconds": 100.0})  # as if each call had taken long
+    calls = len(list(out.glob("fit-*.safetensors")))
+    found = train(run, out, tables=TABLES, baseline=False, resume=True).metrics
+    assert found["steps"] == 24
+    assert 100 * calls < found["seconds"]["train"] < 100 * calls + 50
+
+
 def test_an_unfinished_or_finished_folder_is_not_overwritten_silently(tmp_path: Path) -> None:
     run, out = make_run(), tmp_path / "out"
     train(run, out, tables=TABLES, baseline=False)
