@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 UNKNOWN, MISSING, FIRST_VALUE = 0, 1, 2
 NO_DOMAIN = "all"  # the one domain of a log without domains
-GAP = "gap"  # the event field that every timed event table has: bucketed seconds between an event and the row
+GAP = "gap"  # an event field that needs no column: bucketed seconds between an event and the row
+POSITION = "position"  # another: 1 for the newest event of a history, 2 for the one before it, ...
+BUILT_IN = (GAP, POSITION)
 FORBID: dict[str, Any] = {"extra": "forbid"}  # pydantic reads it: a misspelt key in a run file is an error
 
 
@@ -87,7 +89,8 @@ class History:
 
     Args:
         name: unique among features and histories.
-        fields: the event fields that are read; ``gap`` is the bucketed time between the event and the row.
+        fields: the event fields that are read; ``gap`` is the bucketed time between the event and the row, ``position``
+            the event's rank counted back from the row (1 is the newest).
         where: SQL over the event fields' *values* before encoding (``action = 'like'``); empty keeps every event.
         length: at most so many events, the newest.
     """
@@ -157,8 +160,8 @@ class Schema:
         return {task.name: task for task in self.tasks}[name]
 
     def field_vocabulary(self, name: str) -> str:
-        """Vocabulary of an event field (``gap`` has its own)."""
-        return GAP if name == GAP else {f.name: f.vocab for f in self.fields}[name]
+        """Vocabulary of an event field (``gap`` and ``position`` have their own)."""
+        return name if name in BUILT_IN else {f.name: f.vocab for f in self.fields}[name]
 
     def outputs(self, task: Task) -> int:
         """How many logits a task has: K for multiclass, else 1."""
@@ -312,10 +315,24 @@ class Rows:
     Args:
         vectors: (U, D) rows of a table (a gradient leaf while training, the whole table otherwise).
         index: (N,) int64 into ``vectors``.
+        like: reads of another table's rows by the same index; its ordering is then found once.
     """
 
-    def __init__(self, vectors: Tensor, index: Tensor) -> None:
-        self.vectors, self.index = vectors, index
+    def __init__(self, vectors: Tensor, index: Tensor, like: Rows | None = None) -> None:
+        self.vectors, self.index, self.like = vectors, index, like
+
+    @cached_property
+    def by_vector(self) -> tuple[Tensor, Tensor]:
+        """The reads ordered by vector (N,) and where each vector's begin (U + 1,)."""
+        if self.like is not None:
+            return self.like.by_vector
+        order = torch.sort(self.index.int(), stable=True)[1]  # a radix sort, twice as fast as that of int64
+        counts = torch.bincount(self.index, minlength=len(self.vectors))
+        return order, nn.functional.pad(counts.cumsum(0), (1, 0))
+
+    def select(self, reads: Tensor) -> Rows:
+        """The given reads ((n,) int64) of the same vectors."""
+        return Rows(self.vectors, self.index.index_select(0, reads))
 
     def gather(self) -> Tensor:
         """(N, D) one vector per read."""

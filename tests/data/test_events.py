@@ -16,11 +16,11 @@ from unbraid.data.vocabulary import stable_hash
 from unbraid.types import Feature, Field, History, Task
 
 HISTORIES = (
-    History("seen", fields=("item", "click", "kind", "gap"), length=4),
+    History("seen", fields=("item", "click", "kind", "gap", "position"), length=4),
     History("clicked", fields=("item",), where="click = 1", length=3),
     History("more", fields=("item", "gap"), where="kind = 'more' AND item <> 'i3'", length=2),
     History("unmarked", fields=("kind",), where="click IS NULL", length=50),
-    History("everything", fields=("item",), where="1 = 1", length=1000),
+    History("everything", fields=("position", "item"), where="1 = 1", length=1000),
 )
 DATA = Data(
     rows="log",
@@ -143,7 +143,8 @@ def reference(tables: dict[str, pl.DataFrame], history: History) -> list[dict[st
         untimed = [e for e in mine if e["time"] is None]
         before = sorted((e for e in mine if e["time"] is not None and e["time"] < row["time"]), key=lambda e: e["time"])
         found = [e for e in untimed + before if keep(e)][-history.length :]
-        out.append({name: [code(name, e, row) for e in found] for name in history.fields})
+        codes = {name: [code(name, e, row) for e in found] for name in history.fields if name != "position"}
+        out.append({**codes, "position": [1 + len(found) - i for i in range(len(found))]})
     return out
 
 

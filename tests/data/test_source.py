@@ -280,7 +280,7 @@ FIELDS = {"fields": (Field("item"),), "events": (Events(columns={"item": "item"}
         ({"features": (Feature("a", min_count=0),)}, "`a`: `min_count` should be at least 1. Found 0"),
         ({"features": (Feature("a", buckets=-1),)}, "`a`: `buckets` should be at least 0. Found -1"),
         ({"features": (Feature("gap"),)}, "gap"),
-        ({"fields": (Field("time"),)}, "not user, time or gap.*time"),
+        ({"fields": (Field("time"),)}, "not user, time, gap or position.*time"),
         ({"fields": (Field("x"), Field("x"))}, "names of their own.*x"),
         ({"events": (Events(columns={"user": "u"}),)}, "`rows`.*user"),
         ({**FIELDS, "histories": (History("h", ("item",), length=0),)}, "`h`: `length` should be at least 1. Found 0"),

@@ -8,7 +8,7 @@ from toylog import make_data
 
 from unbraid.data.source import Data
 from unbraid.data.table import Encoded
-from unbraid.encoders.table import Views, distinct
+from unbraid.encoders.table import Role, Views, distinct
 from unbraid.model import Model
 from unbraid.towers.mlp import SharedBottom
 from unbraid.types import Feature, History
@@ -109,7 +109,7 @@ def test_views_and_their_sizes() -> None:
     assert Views().names(["a", "b"]) == ("shared",)
     several = Views(kind="several", widths=(2, 6)).build(["a", "b"], sizes)
     assert several.widths == {"view0": 2, "view1": 6}
-    two_roles = Views(width=2).build(["a"], sizes, roles=("value", "attention"))
+    two_roles = Views(width=2).build(["a"], sizes, roles={"value": Role(), "attention": Role()})
     assert sorted(two_roles.tables) == [f"shared/{v}/{r}" for v in ("item", "user") for r in ("attention", "value")]
 
 

@@ -17,7 +17,7 @@ import polars as pl
 
 from unbraid.data import source as src
 from unbraid.data.vocabulary import Vocabulary, canonical, stable_hash
-from unbraid.types import FIRST_VALUE, GAP, MISSING
+from unbraid.types import FIRST_VALUE, GAP, MISSING, POSITION
 
 if TYPE_CHECKING:
     from unbraid.data.encode import Columns
@@ -180,6 +180,8 @@ def gather(
         if field == GAP:
             row_time = np.repeat(store["time"][rows], lengths)
             values[field] = gap_codes(store["event.time"][at], row_time, per_second)
+        elif field == POSITION:
+            values[field] = np.repeat(offsets[1:], lengths) - np.arange(offsets[-1]) + (FIRST_VALUE - 1)
         else:
             values[field] = store[f"event.{field}"][at].astype(np.int64)
     return values, offsets

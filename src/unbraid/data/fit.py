@@ -33,7 +33,7 @@ from unbraid.data.source import (
     users_of_events,
 )
 from unbraid.data.vocabulary import Vocabulary, canonical, canonical_type
-from unbraid.types import GAP, Feature, Schema
+from unbraid.types import FIRST_VALUE, GAP, POSITION, Feature, Schema
 
 GAP_BUCKETS = 34  # unknown, missing, then floor(log2(seconds + 1)): 2**32 seconds are 136 years
 Progress = Callable[[str, int, int], None]  # (what, done, total): total 0 when unknown
@@ -58,6 +58,8 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
     sizes = {name: v.size for name, v in vocabularies.items() if name != "domain "}
     if data.histories:
         sizes[GAP] = GAP_BUCKETS
+    if ranked := [history.length for history in data.histories if POSITION in history.fields]:
+        sizes[POSITION] = FIRST_VALUE + max(ranked)
     return Fitted(
         Schema(data.features, data.tasks, data.histories, data.fields, domains, sizes, widths, numbers, classes),
         vocabularies,

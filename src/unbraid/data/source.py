@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import polars as pl
 
 from unbraid.data.vocabulary import canonical, canonical_type, stable_hash
-from unbraid.types import FORBID, GAP, Feature, Field, History, Task
+from unbraid.types import BUILT_IN, FORBID, GAP, POSITION, Feature, Field, History, Task
 
 SPLITS = ("train", "valid", "test")
 SPLIT, ROW_KEY = "__split", "__row"
@@ -184,11 +184,17 @@ class Data:
             raise ValueError("There should be at least one task (`[[data.tasks]]`). Found none.")
         if not names:
             raise ValueError("There should be at least one feature (`[[data.features]]`). Found none.")
-        fields = {f.name for f in self.fields} | {GAP}
-        taken = sorted({f.name for f in self.fields} & {"user", "time", GAP}) + sorted({GAP} & set(spaces))
-        if taken or len(fields) <= len(self.fields):
+        fields = {f.name for f in self.fields} | set(BUILT_IN)
+        taken = sorted({f.name for f in self.fields} & {"user", "time", *BUILT_IN}) + sorted({GAP} & set(spaces))
+        if taken or len(fields) < len(self.fields) + len(BUILT_IN):
             found = [f.name for f in self.fields]
-            raise ValueError(f"Event fields should have names of their own, not user, time or gap. Found {found}.")
+            raise ValueError(
+                f"Event fields should have names of their own, not user, time, gap or position. Found {found}."
+            )
+        if POSITION in spaces and any(POSITION in h.fields for h in self.histories):
+            raise ValueError(
+                "A history reads `position`, an event's rank, and a feature has a vocabulary of that name. Rename the feature."
+            )
         for events in self.events:
             if set(events.columns) & {"user", "time"}:
                 found = list(events.columns)

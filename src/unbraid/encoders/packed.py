@@ -1,4 +1,9 @@
-"""Work on the packed values of each row, without padding: softmax, sums, and any function piece by piece.
+"""Work on the packed values of each row, without padding: softmax, products, sums, and any function piece by piece.
+
+A read of N events from U vectors is a sparse (B, U) pattern, and all that attention needs are two products on it: the scores
+``<query of the row, vector of the event>`` (`dots`) and the weighted sums ``sum_i w_i v_i`` of each row (`pool`).  Each one's
+backward pass is the other and a sum over the events of each vector.  No (N, D) values exist in either direction:
+PyTorch's sampled product reads both vectors of a pair where they lie, and an embedding bag does so for sums.
 
 ``torch.segment_reduce`` gives the segments' maxima and sums; the backward passes are written out, since the chain of
 autograd steps costs several times more.  A segment's values lie side by side, so an embedding bag that reads them in order
@@ -11,7 +16,9 @@ processor's cache; that, not the arithmetic, is what a network on hundreds of th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -135,6 +142,94 @@ class _Gather(torch.autograd.Function):
 def gather(rows: Rows) -> Tensor:
     """(N, D) as `Rows.gather`, with a backward pass nearly three times as fast on a CPU where N is much above U."""
     return _Gather.apply(rows.vectors, rows.index)
+
+
+# -------------------------------------------------------------------------------------------- products on a sparse pattern
+@cache
+def _samples() -> bool:
+    """Does this build of PyTorch have the sampled product on the CPU?  (Asking also gets its one warning out of the way.)"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            one = torch.ones(1, 1)
+            pattern = torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
+            return bool(torch.sparse.sampled_addmm(pattern, one, one, beta=0).values()[0] == 1)
+        except RuntimeError:
+            return False
+
+
+def products(vectors: Tensor, index: Tensor, query: Tensor, lists: Ragged) -> Tensor:
+    """(N,) ``<vectors[index_i], query[row of i]>`` without gradients; vectors (U, D), query (B, D)."""
+    if not len(index) or not vectors.shape[1]:
+        return vectors.new_zeros(len(index))
+    if vectors.device.type == "cpu" and vectors.dtype in (torch.float32, torch.float64) and _samples():
+        values = torch.empty(len(index), dtype=vectors.dtype)
+        shape = (len(query), len(vectors))
+        pattern = torch.sparse_csr_tensor(lists.offsets, index, values, shape, check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, query.contiguous(), vectors.T, beta=0).values()
+    found = []
+    for at in torch.arange(len(index), device=index.device).split(OTHER_PIECE_VALUES):
+        found.append((vectors.index_select(0, index[at]) * query.index_select(0, lists.rows[at])).sum(1))
+    return torch.cat(found)
+
+
+def _spread(x: Tensor, amounts: Tensor, read: Rows, lists: Ragged) -> Tensor:
+    """(U, D): for each vector, ``sum_i amounts_i x[row of i]`` over the events i that read it; x (B, D)."""
+    size = len(read.vectors)
+    if len(x) * size <= 4 * len(amounts):  # few vectors, such as positions: a (B, U) matrix is cheaper than sorting
+        flat = amounts.new_zeros(len(x) * size).index_add_(0, lists.rows * size + read.index, amounts)
+        return flat.view(len(x), size).T @ x
+    order, offsets = read.by_vector
+    return _bag(lists.rows.index_select(0, order), x, offsets, amounts.index_select(0, order))
+
+
+class _Dots(torch.autograd.Function):
+    """See `dots`."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, query: Tensor, read: Rows, lists: Ragged) -> Tensor:
+        ctx.save_for_backward(vectors, query)
+        ctx.read, ctx.lists = read, lists
+        return products(vectors, read.index, query, lists)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (vectors, query), read, lists = ctx.saved_tensors, ctx.read, ctx.lists
+        of_vectors = _spread(query, grad, read, lists) if ctx.needs_input_grad[0] else None
+        of_query = _bag(read.index, vectors, lists.offsets, grad) if ctx.needs_input_grad[1] else None
+        return of_vectors, of_query, None, None
+
+
+def dots(read: Rows, query: Tensor, lists: Ragged) -> Tensor:
+    """(N,) the product of each event's vector with its row's query (B, D), or with one (D,) for all rows."""
+    if query.dim() == 1:
+        return (read.vectors @ query).index_select(0, read.index)
+    return _Dots.apply(read.vectors, query, read, lists)
+
+
+class _Pool(torch.autograd.Function):
+    """See `pool`."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, weights: Tensor, read: Rows, lists: Ragged) -> Tensor:
+        ctx.save_for_backward(vectors, weights)
+        ctx.read, ctx.lists = read, lists
+        return _bag(read.index, vectors, lists.offsets, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (vectors, weights), read, lists = ctx.saved_tensors, ctx.read, ctx.lists
+        grad = grad.contiguous()
+        of_vectors = _spread(grad, weights, read, lists) if ctx.needs_input_grad[0] else None
+        of_weights = products(vectors, read.index, grad, lists) if ctx.needs_input_grad[1] else None
+        return of_vectors, of_weights, None, None
+
+
+def pool(read: Rows, weights: Tensor, lists: Ragged) -> Tensor:
+    """(B, D) sum of each row's vectors times their weights (N,); 0 for a row without events."""
+    return _Pool.apply(read.vectors, weights, read, lists)
 
 
 # -------------------------------------------------------------------------------------------------------- piece by piece

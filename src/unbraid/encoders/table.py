@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,25 @@ def distinct(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return unique, place[ids]
 
 
+class Role(NamedTuple):
+    """Tables for one purpose of a history encoder, beside those of the role ``value`` that all features read.
+
+    Args:
+        reads: who reads them: the history's ``events``, the row's own features of the same vocabularies (``target``) or
+            ``both``.  The row's features read the role ``value`` in any case.
+        width: D, 0 for the view's.
+        shared: one table for all views.
+    """
+
+    reads: Literal["both", "events", "target"] = "both"
+    width: int = 0
+    shared: bool = False
+
+
+EVERY = "every"  # stands for the view in the name of a table that all views share
+VALUE: Mapping[str, Role] = {"value": Role()}
+
+
 @dataclass(frozen=True)
 class Views:
     """Which tables there are.
@@ -112,10 +131,14 @@ class Views:
         own = tuple(tasks) if self.kind in ("per_task", "separate") else ()
         return own if self.kind == "separate" else (*own, "shared")
 
-    def build(self, tasks: Sequence[str], sizes: Mapping[str, int], roles: Sequence[str] = ("value",)) -> Tables:
-        """The tables of all views, vocabularies and roles."""
+    def build(
+        self, tasks: Sequence[str], sizes: Mapping[str, int], roles: Mapping[str, Role] = VALUE,
+        vocabularies: Mapping[str, Collection[str]] | None = None,
+    ) -> Tables:  # fmt: skip
+        """The tables of all views, vocabularies and roles; ``vocabularies``: role -> its own, all if it is not named."""
         names = self.names(tasks)
-        return Tables(dict(zip(names, self.widths or (self.width,) * len(names), strict=True)), sizes, roles, self)
+        widths = dict(zip(names, self.widths or (self.width,) * len(names), strict=True))
+        return Tables(widths, sizes, self, roles, vocabularies or {})
 
 
 class Tables(nn.Module):
@@ -123,61 +146,88 @@ class Tables(nn.Module):
 
     Args:
         widths: view -> D; sizes: vocabulary -> rows.
-        roles: ``value`` and, for encoders that keep a second table for attention, ``attention``.
         config: initialiser, laziness, unknown rate.
+        roles, vocabularies: as in `Views.build`.
     """
 
     def __init__(
-        self, widths: Mapping[str, int], sizes: Mapping[str, int], roles: Sequence[str], config: Views
-    ) -> None:
+        self, widths: Mapping[str, int], sizes: Mapping[str, int], config: Views, roles: Mapping[str, Role],
+        vocabularies: Mapping[str, Collection[str]],
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.widths, self.sizes, self.roles, self.unknown_rate = (
-            dict(widths),
-            dict(sizes),
-            tuple(roles),
-            config.unknown_rate,
-        )
+        self.widths, self.sizes, self.roles = dict(widths), dict(sizes), dict(roles)
+        self.unknown_rate = config.unknown_rate
+        self.vocabularies = {role: frozenset(vocabularies.get(role, sizes)) for role in roles}
         self.tables = nn.ModuleDict()
-        for view, width in widths.items():
+        for view in widths:
             for vocabulary, size in sizes.items():
                 lazy = config.lazy_rows >= 0 and size >= config.lazy_rows
                 for role in roles:
-                    self.tables[self.key(view, vocabulary, role)] = Table(size, width, config.std, lazy)
+                    key = self.key(view, vocabulary, role)
+                    if vocabulary in self.vocabularies[role] and key not in self.tables:
+                        self.tables[key] = Table(size, self.width(view, role), config.std, lazy)
 
-    @staticmethod
-    def key(view: str, vocabulary: str, role: str) -> str:
+    def width(self, view: str, role: str) -> int:
+        """D of a role's tables; one table for all views is as wide as the widest view unless the role says otherwise."""
+        widest = max(self.widths.values()) if self.roles[role].shared else self.widths[view]
+        return self.roles[role].width or widest
+
+    def key(self, view: str, vocabulary: str, role: str) -> str:
         """Name of a table."""
-        return f"{view}/{vocabulary}/{role}"
+        return f"{EVERY if self.roles[role].shared else view}/{vocabulary}/{role}"
 
     def forward(
-        self, ids: Mapping[str, Sequence[Tensor]], direct: Collection[str] = ()
-    ) -> tuple[dict[tuple[str, str, str], list[Rows]], tuple[Lookup, ...]]:
+        self, ids: Mapping[str, Sequence[Tensor]], direct: Collection[str] = (),
+        readers: Mapping[str, Sequence[Collection[str]]] | None = None,
+    ) -> tuple[dict[tuple[str, str, str], list[Rows]], tuple[Lookup, ...]]:  # fmt: skip
         """Read all ids of a batch.
 
         Args:
             ids: vocabulary -> list of (n,) int64 ids, one per reader.
             direct: vocabularies whose reader has no use for distinct rows.  Their dense tables come whole, without a
                 lookup, unless they are ``wanted``.
+            readers: vocabulary -> the roles that each of its readers reads; all read all if None.
 
         Returns:
-            (view, vocabulary, role) -> one `Rows` per reader; and the lookups (empty while gradients are off).
+            (view, vocabulary, role) -> one `Rows` per reader of that role, in order; and the lookups (empty while
+            gradients are off).
         """
         read: dict[tuple[str, str, str], list[Rows]] = {}
-        lookups: list[Lookup] = []
+        lookups: dict[str, Lookup] = {}
         for vocabulary, parts in ids.items():
-            flat = torch.cat(list(parts))
-            if self.training and self.unknown_rate > 0:
-                flat = torch.where(torch.rand(len(flat), device=flat.device) < self.unknown_rate, UNKNOWN, flat)
-            keys = [(view, vocabulary, role) for view in self.widths for role in self.roles]
-            tables = {key: cast(Table, self.tables[self.key(*key)]) for key in keys}
-            by_row = torch.is_grad_enabled() and not (
-                vocabulary in direct and all(not (table.lazy or table.wanted) for table in tables.values())
-            )
-            unique, place = distinct(flat, self.sizes[vocabulary]) if by_row else (flat, flat)
-            pieces = place.split([len(part) for part in parts])
-            for key, table in tables.items():
-                vectors = table.read(unique) if by_row else table.weight
-                if by_row:
-                    lookups.append(Lookup(self.key(*key), unique, vectors))
-                read[key] = [Rows(vectors, piece) for piece in pieces]
-        return read, tuple(lookups)
+            parts = [self._as_unknown(part) for part in parts]
+            found: dict[tuple[int, ...], tuple[Tensor, list[Tensor]]] = {}  # which readers -> their distinct ids
+            first: dict[tuple[int, ...], list[Rows]] = {}  # which readers -> their first reads
+            for role in (role for role in self.roles if vocabulary in self.vocabularies[role]):
+                mine = tuple(i for i in range(len(parts)) if readers is None or role in readers[vocabulary][i])
+                tables = {view: self.key(view, vocabulary, role) for view in self.widths}
+                by_row = self._by_row(vocabulary in direct, tables.values())
+                if by_row and mine not in found:
+                    found[mine] = self._distinct([parts[i] for i in mine], self.sizes[vocabulary])
+                for view, key in tables.items():
+                    table = cast(Table, self.tables[key])
+                    if by_row and key not in lookups:
+                        lookups[key] = Lookup(key, found[mine][0], table.read(found[mine][0]))
+                    vectors = lookups[key].vectors if by_row else table.weight
+                    index = found[mine][1] if by_row else [parts[i] for i in mine]
+                    like = first.get(mine, [None] * len(mine))  # type: ignore[list-item]
+                    own = [Rows(vectors, part, other) for part, other in zip(index, like, strict=True)]
+                    read[view, vocabulary, role] = first.setdefault(mine, own) and own
+        return read, tuple(lookups.values())
+
+    def _as_unknown(self, ids: Tensor) -> Tensor:
+        if not (self.training and self.unknown_rate > 0):
+            return ids
+        return torch.where(torch.rand(len(ids), device=ids.device) < self.unknown_rate, UNKNOWN, ids)
+
+    def _by_row(self, direct: bool, keys: Collection[str]) -> bool:
+        """Are only the distinct rows read, as a lookup?"""
+        tables = [cast(Table, self.tables[key]) for key in keys]
+        return torch.is_grad_enabled() and not (direct and all(not (t.lazy or t.wanted) for t in tables))
+
+    @staticmethod
+    def _distinct(parts: Sequence[Tensor], size: int) -> tuple[Tensor, list[Tensor]]:
+        if not parts:
+            return torch.zeros(0, dtype=torch.int64), []
+        unique, place = distinct(torch.cat(list(parts)), size)
+        return unique, list(place.split([len(part) for part in parts]))
