@@ -338,15 +338,9 @@ class Rows:
         """(N, D) one vector per read."""
         return nn.functional.embedding(self.index, self.vectors)
 
-    def pool(self, offsets: Tensor, weights: Tensor | None = None, mode: str = "mean") -> Tensor:
-        """(B, D) mean or sum over each row's values, or their weighted sum with ``weights`` (N,).  An empty row gives 0.
-
-        The (N, D) vectors are never formed.
-        """
-        return nn.functional.embedding_bag(
-            self.index, self.vectors, offsets, mode="sum" if weights is not None else mode,
-            per_sample_weights=weights, include_last_offset=True,
-        )  # fmt: skip
+    def pool(self, offsets: Tensor, mode: str = "mean") -> Tensor:
+        """(B, D) mean or sum over each row's values; an empty row gives 0.  The (N, D) vectors are never formed."""
+        return nn.functional.embedding_bag(self.index, self.vectors, offsets, mode=mode, include_last_offset=True)
 
 
 @dataclass(frozen=True)

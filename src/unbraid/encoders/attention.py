@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from unbraid.encoders.packed import segment_softmax
+from unbraid.encoders.packed import dots, pool, segment_softmax
 from unbraid.types import FORBID, Ragged, Rows
 
 
@@ -47,10 +47,10 @@ class TargetAttentionHistory(nn.Module):
         self, events: Mapping[str, Mapping[str, Rows]], history: Ragged, target: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
         """As `unbraid.encoders.pooling.MeanHistory.forward`."""
-        first = next(iter(events["value"].values()))
+        values = events["value"]
+        first = next(iter(values.values()))
         scores = first.vectors.new_zeros(len(first.index))
         for name in self.targets:
-            query = nn.functional.embedding(history.rows, target["value"][name])
-            scores = scores + (events["value"][name].gather() * query).sum(1)
-        weights = segment_softmax(scores * self.scale, history)
-        return {name: events["value"][name].pool(history.offsets, weights) for name in self.widths}
+            scores = scores + dots(values[name], target["value"][name] * self.scale, history)
+        weights = segment_softmax(scores, history)
+        return {name: pool(values[name], weights, history) for name in self.widths}

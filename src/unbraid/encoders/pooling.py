@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from unbraid.encoders.packed import segment_softmax
+from unbraid.encoders.packed import pool, segment_softmax
 from unbraid.types import FORBID, Ragged, Rows
 
 
@@ -61,7 +61,7 @@ class BagAttention(nn.Module):
     def forward(self, members: Rows, bag: Ragged) -> Tensor:
         """(B, D); an empty bag gives 0."""
         scores = nn.functional.embedding(members.index, self.score(members.vectors)).squeeze(1)
-        return members.pool(bag.offsets, segment_softmax(scores, bag))
+        return pool(members, segment_softmax(scores, bag), bag)
 
 
 def pool_bag(members: Rows, bag: Ragged, pooling: str, attention: BagAttention | None) -> Tensor:
