@@ -39,7 +39,7 @@ from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
 from unbraid.data.event_log import write
 from unbraid.data.public import Ratings, movielens, recbole_folder
-from unbraid.data.source import Data, Split
+from unbraid.data.source import Data
 from unbraid.data.table import Encoded
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
@@ -62,6 +62,8 @@ from unbraid.types import History
 
 RATES, TUNING_SEED, KEEP, HEADS = (1e-3, 3e-3, 1e-2), 100, 20, (200,)
 SECOND = {"keep": KEEP, "auxiliary": HEADS}
+BUDGET = Training(batch_size=1024, epochs=4, evaluate_every=40, patience=3, threads=1)
+QUICK = replace(BUDGET, steps=4, evaluate_every=2)
 
 
 def encoders(dim: int, category: str) -> dict[str, Any]:
@@ -100,8 +102,10 @@ def log_of(args: argparse.Namespace) -> tuple[Data, str]:
             write(movielens(folder, Ratings(per_user=19, valid=0.05, test=0.05)), made, "movielens", overwrite=True)
         return replace(config.load(made / "run.toml").data, cache=cache), "category"
     data = recipes.kuairand()
-    seen = History("seen", fields=("video_id", "author_id", "gap", "position"), where=data.histories[0].where, length=200)
-    return replace(data, histories=(seen,), cache=cache), ""
+    seen = History(
+        "seen", fields=("video_id", "author_id", "gap", "position"), where=data.histories[0].where, length=200
+    )
+    return replace(data, domain="", histories=(seen,), cache=cache), ""
 
 
 def run_of(data: Data, name: str, encoder: Any, dim: int, rate: float, quick: bool) -> Run:
@@ -112,7 +116,7 @@ def run_of(data: Data, name: str, encoder: Any, dim: int, rate: float, quick: bo
         model=ModelChoice(tower=SharedBottom(bottom=(200, 80), tower=()), tables=Views(width=dim), history=encoder),
         losses=(Supervised(), HistoryLoss()) if second else (Supervised(),),
         update=Joint(lr=rate),
-        training=Training(batch_size=1024, epochs=4, steps=4 if quick else 0, evaluate_every=2 if quick else 40, patience=3, threads=1),
+        training=QUICK if quick else BUDGET,
     )  # fmt: skip
 
 
@@ -175,25 +179,38 @@ def main() -> None:
     results: dict[str, Any] = {}
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         for dim in args.dims:
-            out = args.out / f"{args.log}-{dim}"
-            chosen = {n: e for n, e in encoders(dim, category).items() if not args.only or n in args.only}
-            runs = {n: {r: run_of(data, n, e, dim, r, args.quick) for r in rates} for n, e in chosen.items()}
-            best = tuned(runs, out, pool)
-            final = [runs[name][best[name]] for name in runs]
-            trials = [(replace(run, seed=seed), out / run.name / f"seed-{seed}") for run in final for seed in range(args.seeds)]
-            list(pool.map(one, *zip(*trials, strict=True)))
-            against = "twin" if "twin" in runs else final[0].name
-            table = compare(final, out, seeds=args.seeds, against=against, resume=True)
-            scores = {n: retrieval([out / n / f"seed-{s}" for s in range(args.seeds)], data, category) for n in runs} if category else {}
-            print(f"\n# {args.log}, width {dim}\n\n{(out / 'compare.md').read_text()}")
-            for name, values in scores.items():
-                if values:
-                    ndcg = [seed["learned_ndcg"][0] for seed in values]
-                    rest = {order: round(values[0][f"{order}_ndcg"][0], 4) for order in ("newest", "random")}
-                    print(f"NDCG@20 {name:<16} {np.mean(ndcg):.4f} (std {np.std(ndcg):.4f}), {rest}, {values[0]['rows']:,} rows")
-            results[str(dim)] = {"rates": best, "compare": table, "retrieval": scores}
+            results[str(dim)] = width(dim, data, category, rates, args, pool)
     (args.out / f"{args.log}.json").write_text(json.dumps(results, default=lambda value: np.asarray(value).tolist()))
-    print(json.dumps({"benchmark": "paper_dare", "log": args.log, "rates": {d: r["rates"] for d, r in results.items()}}))
+    chosen = {dim: result["rates"] for dim, result in results.items()}
+    print(json.dumps({"benchmark": "paper_dare", "log": args.log, "rates": chosen}))
+
+
+def width(
+    dim: int, data: Data, category: str, rates: Sequence[float], args: argparse.Namespace, pool: Any
+) -> dict[str, Any]:  # fmt: skip
+    """All encoders of one width."""
+    out = args.out / f"{args.log}-{dim}"
+    chosen = {n: e for n, e in encoders(dim, category).items() if not args.only or n in args.only}
+    runs = {n: {r: run_of(data, n, e, dim, r, args.quick) for r in rates} for n, e in chosen.items()}
+    best = tuned(runs, out, pool)
+    final = [runs[name][best[name]] for name in runs]
+    seeds = range(args.seeds)
+    trials = [(replace(run, seed=seed), out / run.name / f"seed-{seed}") for run in final for seed in seeds]
+    list(pool.map(one, *zip(*trials, strict=True)))
+    table = compare(
+        final, out, seeds=args.seeds, against="twin" if "twin" in runs else final[0].name, resume=True
+    )  # fmt: skip
+    print(f"\n# {args.log}, width {dim}\n\n{(out / 'compare.md').read_text()}")
+    scores = {}
+    for name in runs if category else ():
+        scores[name] = found = retrieval([out / name / f"seed-{seed}" for seed in seeds], data, category)
+        if found:
+            ndcg = [values["learned_ndcg"][0] for values in found]
+            rest = {order: round(found[0][f"{order}_ndcg"][0], 4) for order in ("newest", "random")}
+            print(
+                f"NDCG@20 {name:<16} {np.mean(ndcg):.4f} (sd {np.std(ndcg, ddof=1):.4f}), {rest}, {found[0]['rows']:,} rows"
+            )
+    return {"rates": best, "compare": table, "retrieval": scores}
 
 
 if __name__ == "__main__":

@@ -16,15 +16,24 @@ from unbraid.types import Ragged
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "train_speed.py"
-    spec = importlib.util.spec_from_file_location("train_speed", path)
+def load(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look their annotations up here
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    return load("train_speed")
+
+
+@pytest.fixture(scope="module")
+def long_history(bench: ModuleType) -> ModuleType:
+    return load("long_history")  # it imports the other one
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -74,3 +83,55 @@ def test_the_log_has_the_histories_it_claims(bench: ModuleType, tmp_path: Path) 
     assert isinstance(history, Ragged)
     assert torch.equal(mask.sum(1).long(), history.lengths)
     assert torch.equal(items[mask.bool()], history.values["items"])
+
+
+@pytest.mark.parametrize("ids", ["uniform", "zipf", "repeats"])
+def test_all_forms_of_the_search_give_the_same(long_history: ModuleType, ids: str) -> None:
+    with torch.no_grad():
+        case = long_history.Searched(16, 2_000, ids, quick=True)
+        mine = long_history.ours(case)
+        for form in long_history.FORMS:
+            long_history.same(case, mine, long_history.plain(case, form, 7))
+        long_history.same(case, mine, long_history.two_pass(case, 24))
+        other = case.ids.view(case.rows, -1)[:, :20].argsort(1)
+        with pytest.raises(AssertionError):
+            long_history.same(case, mine, (other, mine[1]))
+        with pytest.raises(AssertionError):
+            long_history.same(case, mine, (mine[0], mine[1] + 1e-4))
+
+
+def test_plain_and_our_dare_have_the_same_losses_and_gradients(long_history: ModuleType, tmp_path: Path) -> None:
+    data = long_history.encoded(204, 64, 60, 15, tmp_path)
+    theirs, mine = long_history.PlainDARE(data.schema).double(), long_history.our_dare(data.schema).double()
+    names = [name for name, _ in theirs.named_parameters()]
+    tables = {f"{role}.{name}.weight": mine.tables[f"{view}/{name}/{role}"].weight
+              for view, role in (("shared", "value"), ("every", "attention"))
+              for name in ("item", "category", "position")}  # fmt: skip
+    (history,) = mine.histories.values()
+    rest = [*mine.tower.parameters(), *mine.heads.parameters(), *mine.second.parameters()]
+    others = [name for name in names if name not in tables and name != "rank_query"]
+    matched = {**tables, "rank_query": history.queries["position"], **dict(zip(others, rest, strict=True))}
+    assert set(matched) == set(names) and len(matched) == len(list(mine.parameters()))
+    torch.manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        assert parameter.shape == matched[name].shape, name
+        parameter.data.normal_(0.0, 0.3)
+        matched[name].data.copy_(parameter.data)
+
+    rows = data.split("train")
+    side = long_history.PlainSide(theirs, data, 64)
+    lengths = side.end - side.start
+    assert 0 in lengths and int(lengths.max()) > 20  # K
+    chosen = torch.randperm(len(rows))[:64]
+    batch = data.batch(rows[chosen.numpy()])
+    output = mine(batch)
+    terms = long_history.Supervised().bind(data.schema), long_history.HistoryLoss().bind(data.schema)
+    mine_ = torch.stack([term(output, batch, 0)["click"] for term in terms])
+    theirs_ = side.losses(chosen)
+    torch.testing.assert_close(mine_, theirs_, **EXACT)
+    theirs_.sum().backward()
+    mine_.sum().backward()
+    for name, parameter in theirs.named_parameters():
+        grad = matched[name].grad
+        assert grad is not None and grad.any(), name
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-9, atol=1e-12, msg=name)

@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
 from unbraid import evaluate as module
-from unbraid.evaluate import auc, evaluate, summary
+from unbraid.evaluate import auc, evaluate, summary, user_means
 from unbraid.render import render_markdown, render_table
 from unbraid.types import Schema, Scores, Task
 
@@ -329,6 +329,26 @@ def test_bad_parameters_are_refused():
 
 
 # ------------------------------------------------------------------------------------------------------------ intervals
+def test_user_means_are_over_rows_and_their_draws_over_users():
+    rng = np.random.default_rng(0)
+    user = rng.integers(3, 40, 900) * 10**12
+    level = rng.normal(size=40)[user // 10**12]
+    columns = {"x": level + rng.normal(size=900), "y": level, "same": np.full(900, 2.5)}
+    columns["difference"] = columns["x"] - columns["y"]
+    found = user_means(columns, user, replicates=800, seed=1)
+    for name, column in columns.items():
+        assert found[name]["value"] == pytest.approx(column.mean())
+    means = np.array([level[user == u].mean() for u in np.unique(user)])
+    width = found["y"]["high"] - found["y"]["low"]
+    assert width == pytest.approx(2 * 1.96 * means.std() / np.sqrt(len(means)), rel=0.25)
+    assert found["difference"]["high"] - found["difference"]["low"] < width / 2  # paired: the users' levels cancel
+    assert (found["same"]["low"], found["same"]["high"]) == pytest.approx((2.5, 2.5))
+    narrow = user_means(columns, user, replicates=800, seed=1, confidence=0.5)["y"]
+    assert narrow["high"] - narrow["low"] < width / 2
+    assert user_means({"x": np.arange(3.0)}, np.zeros(3, int))["x"]["low"] is None
+    assert "no replicates" in user_means(columns, user, replicates=0)["x"]["why"]
+
+
 def test_poisson_draws():
     """Mean and variance of the table are 1; the draws of a user do not depend on how many users there are."""
     table = module._POISSON.astype(float)

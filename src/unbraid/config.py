@@ -22,8 +22,14 @@ from unbraid.data.source import Data, bundled
 from unbraid.encoders.attention import TargetAttention
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
+from unbraid.encoders.eta import ETA
 from unbraid.encoders.pooling import Mean
+from unbraid.encoders.sdim import SDIM
+from unbraid.encoders.sim import SIM
 from unbraid.encoders.table import Views
+from unbraid.encoders.tin import TIN
+from unbraid.encoders.twin import TWIN
+from unbraid.encoders.twin_v2 import TWINV2
 from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
 from unbraid.losses.esmm import ESMM
@@ -42,7 +48,7 @@ from unbraid.train import Training
 from unbraid.types import FORBID
 
 kind = Field(discriminator="kind")
-HistoryChoice = Annotated[Mean | TargetAttention | DIN | DARE, kind]
+HistoryChoice = Annotated[Mean | TargetAttention | DIN | DARE | TWIN | TIN | SIM | ETA | SDIM | TWINV2, kind]
 InteractionChoice = Annotated[Flat | Cross, kind]
 TowerChoice = Annotated[SharedBottom | MMoE | STEM | OMoE | PLE | AITM | SingleTask, kind]
 TermChoice = Annotated[Supervised | ESMM | HistoryLoss, kind]

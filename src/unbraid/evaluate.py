@@ -156,6 +156,27 @@ def auc(score: Array, label: Array, weight: Array | None = None) -> float:
         return float(positive @ _below(negative, _changes(np.asarray(score)[order])) / positive.sum() / negative.sum())
 
 
+def user_means(
+    columns: Mapping[str, Array], user: Array, *, replicates: int = 500, seed: int = 0, confidence: float = 0.95
+) -> Metrics:
+    """Mean of each (n,) column over its rows, with a percentile interval from one bootstrap over users.
+
+    Args:
+        columns: name -> (n,) finite numbers; user: (n,) the row's user, any numbers.
+        replicates, seed, confidence: as in `evaluate`.  All columns share the draws, so that a column of differences is
+            compared in pairs.
+
+    Returns:
+        ``{name: {"value", "low", "high"}}``; without an interval (one user, no replicates) also ``why``.
+    """
+    users, own = _dense(np.asarray(user))
+    size = np.bincount(own, minlength=len(users)).astype(float)
+    metrics = {name: _metric(_ratio, np.bincount(own, each, len(users)), size) for name, each in columns.items()}
+    table = _Table(np.arange(len(users)), metrics)
+    (totals,) = _totals([table], len(users), replicates, seed)
+    return {name: _interval(drawn, confidence) for name, drawn in _drawn(table, totals).items()}
+
+
 # ----------------------------------------------------------------------------------------------------------------- rows
 @dataclass(frozen=True)
 class _Rows:

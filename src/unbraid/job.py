@@ -150,7 +150,8 @@ def clear(folder: Path) -> None:
 def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
     """The run's loss terms for this schema.
 
-    Raises JobError when one does not fit the schema, or reads what the model does not give.
+    Raises JobError when one does not fit the schema, or reads what the model does not give, and when none reads the second
+    heads of the history encoder.
     """
     try:
         terms: list[Term] = [term.bind(schema) for term in run.losses]
@@ -162,6 +163,12 @@ def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
             raise JobError(
                 f"{term} reads {sorted(missing)}, which the model does not give. It gives {sorted(model.gives)}."
             )
+    unread = {name for name in model.gives if name.startswith("history.")} - {n for term in terms for n in term.needs}
+    if unread:
+        raise JobError(
+            f"Second heads of the history encoder give {sorted(unread)}, which no loss reads: they would never learn. "
+            f"Add a loss of kind `history`, or set `auxiliary` of `model.history` to []."
+        )
     return terms
 
 

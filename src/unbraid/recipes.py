@@ -10,11 +10,14 @@ from dataclasses import replace
 
 from unbraid.config import ModelChoice, Run, TowerChoice
 from unbraid.data.source import Data, Events, Join, Split
+from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
 from unbraid.encoders.pooling import Mean
 from unbraid.encoders.table import Views
 from unbraid.interactions.cross import Cross
 from unbraid.losses.esmm import ESMM
+from unbraid.losses.history import HistoryLoss
+from unbraid.losses.supervised import Supervised
 from unbraid.optim.joint import Joint
 from unbraid.towers.aitm import AITM
 from unbraid.towers.experts import MMoE, OMoE
@@ -23,7 +26,7 @@ from unbraid.towers.ple import PLE
 from unbraid.towers.single_task import SingleTask
 from unbraid.towers.stem import STEM
 from unbraid.train import Training
-from unbraid.types import Feature, Field, History, Task
+from unbraid.types import POSITION, Feature, Field, History, Task
 
 USER_CATEGORIES = ("user_active_degree", "is_live_streamer", "is_video_author", "follow_user_num_range",
                    "fans_user_num_range", "friend_user_num_range", "register_days_range",
@@ -152,6 +155,19 @@ def din() -> Run:
     return replace(run, model=replace(run.model, history=DIN(hidden=(32,))))
 
 
+def dare() -> Run:
+    """DARE: a shared bottom whose histories are searched and weighed by tables of their own, by video, author and rank."""
+    run = _with_tower("dare", SharedBottom(bottom=(64, 32), tower=(16,), dropout=0.1))
+    seen, *others = run.data.histories
+    histories = (replace(seen, fields=(*seen.fields, POSITION)), *others)
+    return replace(
+        run,
+        data=replace(run.data, histories=histories),
+        model=replace(run.model, history=DARE(keep=20, auxiliary=(64,))),
+        losses=(Supervised(), HistoryLoss()),
+    )
+
+
 def dcn() -> Run:
     """DCN V2: a shared bottom on cross layers over all features."""
     run = _with_tower("dcn", SharedBottom(bottom=(64, 32), tower=(16,), dropout=0.1))
@@ -159,7 +175,7 @@ def dcn() -> Run:
 
 
 RECIPES: dict[str, Callable[[], Run]] = {
-    f.__name__: f for f in (stem, single_task, shared_bottom, omoe, mmoe, ple, aitm, esmm, din, dcn)
+    f.__name__: f for f in (stem, single_task, shared_bottom, omoe, mmoe, ple, aitm, esmm, din, dare, dcn)
 }
 
 DEFAULT = stem  # what `unbraid train` runs without a run file

@@ -187,6 +187,8 @@ def test_intervals_are_over_users(truth: Truth) -> None:
     assert found["users"] == 9
     value, low, high = found["learned_ndcg"]
     assert low < value < high and found["learned_low"][-1] == low and found["learned_high"][-1] == high
+    half = probe_of(truth, replicates=400, confidence=0.5)(model, schema_of(), batches).values["learned_ndcg"]
+    assert half[0] == value and half[2] - half[1] < 0.6 * (high - low)
     alone = [replace(b, meta={}) for b in batches]
     rows = probe_of(truth, replicates=400)(model, schema_of(), alone).values
     assert rows["users"] == rows["rows"] and rows["learned_ndcg"][0] == pytest.approx(value)

@@ -362,6 +362,120 @@ def test_the_graph_can_be_walked_twice_but_not_differentiated_twice() -> None:
         sum(x.sum() for x in two).backward()  # type: ignore[union-attr]
 
 
+# ------------------------------------------------------------------------------------------------------------- the K best
+def scores_of(case: Case, statistics: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+    """(N,) scores, event by event, undivided."""
+    rows = case.history.rows
+    vectors = {name: table[case.index[name]] for name, table in case.tables.items()}
+    q = torch.cat([x[rows] for x in case.query.values()], 1)
+    e = torch.cat([vectors[n] for n in case.query], 1)
+    x = torch.cat([q, e, q - e, q * e, *(vectors[n] for n in case.tables if n not in case.query)], 1)
+    for depth, layer in enumerate(case.module.layers):
+        x = layer(x)
+        if statistics:
+            mean, variance = statistics[depth]
+            p = ((x - mean) / (variance + 1e-8).sqrt()).sigmoid()
+            x = p * x + (1 - p) * case.module.dice[depth].alpha * x
+        else:
+            x = x.relu()
+    return case.module.score(x).squeeze(1)
+
+
+def best_of(
+    case: Case, keep: int, statistics: Sequence[tuple[Tensor, Tensor]] = (), divisor: int = 1
+) -> dict[str, Tensor]:
+    """Outputs of the K best events of each row."""
+    scores = scores_of(case, statistics) / divisor
+    out: dict[str, list[Tensor]] = {name: [] for name in case.tables}
+    for part in pieces(case.history):
+        kept = scores[part].topk(min(keep, part.stop - part.start)).indices + part.start
+        weights = scores[kept].softmax(0) if case.module.softmax else scores[kept]
+        for name, table in case.tables.items():
+            out[name].append(weights @ table[case.index[name][kept]])
+    return {name: torch.stack(rows) for name, rows in out.items()}
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "dice"])
+@pytest.mark.parametrize(
+    ("keep", "softmax", "scale"), [(1, False, False), (2, True, True), (4, False, True), (9, True, False)]
+)
+def test_the_k_best_are_scored_again_with_gradients(
+    keep: int, softmax: bool, scale: bool, activation: str, training: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(primitives.PIECE_VALUES, "cpu", size)
+    case = Case(DIN(hidden=(6, 5), activation=activation, softmax=softmax, keep=keep, scale=scale))  # type: ignore[arg-type]
+    case.module.train(training)
+    statistics: list[tuple[Tensor, Tensor]] = []  # of all events, as constants
+    if activation == "dice" and not training:
+        statistics = [(dice.mean, dice.variance) for dice in case.module.dice]
+    elif activation == "dice":
+        case.reference(lambda d, s: statistics.append(tuple(x.detach() for x in of_batch(d, s))) or statistics[-1])  # type: ignore[func-returns-value,arg-type]
+    divisor = 2 * D if scale else 1
+    want, got = best_of(case, keep, statistics, divisor), case()
+    flow = {name: torch.randn_like(x) for name, x in want.items()}
+    leaves = case.leaves
+    mine, theirs = (
+        torch.autograd.grad(sum((out[n] * flow[n]).sum() for n in flow), list(leaves.values()))  # type: ignore[union-attr]
+        for out in (got, want)
+    )
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-10, atol=1e-10)
+    for name, a, b in zip(leaves, mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_an_event_that_is_not_kept_has_no_gradient() -> None:
+    case = Case(DIN(hidden=(6,), keep=2))
+    case.tables["item"] = Case.leaf(sum(LENGTHS), D)
+    case.index["item"] = torch.arange(sum(LENGTHS))
+    (grad,) = torch.autograd.grad(case()["item"].square().sum(), case.tables["item"])
+    assert int(grad.any(1).sum()) == sum(min(2, n) for n in LENGTHS)
+
+
+@pytest.mark.parametrize("activation", ["relu", "dice"])
+def test_with_room_for_all_it_is_the_plain_form(activation: str) -> None:
+    """Values; gradients too, but for Dice's statistics."""
+    plain, keeping = (Case(DIN(hidden=(6, 5), activation=activation, keep=k)) for k in (0, 5))  # type: ignore[arg-type]
+    for name, x in plain().items():
+        torch.testing.assert_close(keeping()[name], x)
+    if activation == "relu":
+        for a, b in zip(plain.leaves.values(), keeping.leaves.values(), strict=True):
+            (one,) = torch.autograd.grad(plain()["item"].sum(), a, allow_unused=True)
+            (two,) = torch.autograd.grad(keeping()["item"].sum(), b, allow_unused=True)
+            assert (one is None) == (two is None) and (one is None or torch.allclose(one, two))
+
+
+def test_a_batch_is_noted_once_whatever_is_kept() -> None:
+    plain, keeping = (Case(DIN(hidden=(6, 5), keep=k)) for k in (0, 2))
+    for case in (plain, keeping):
+        case()
+    for a, b in zip(plain.module.dice, keeping.module.dice, strict=True):
+        assert a.batches.item() == b.batches.item() == 1
+        torch.testing.assert_close(a.mean, b.mean, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(a.variance, b.variance, rtol=1e-10, atol=1e-12)
+        assert not b.mean.requires_grad
+    keeping.module.eval()
+    before = copy.deepcopy(keeping.module.state_dict())
+    keeping()
+    assert all(torch.equal(x, before[name]) for name, x in keeping.module.state_dict().items())
+
+
+@pytest.mark.parametrize("events", [0, 1])
+def test_a_search_of_too_few_events(events: int) -> None:
+    case = Case(DIN(hidden=(6,), keep=1))
+    index = {name: ids[:events] for name, ids in case.index.items()}
+    out = case(index, Ragged({}, torch.tensor([0] * 3 + [events] * 4)))["item"]
+    assert not out[[0, 1, 3, 4, 5]].any() and bool(out[2].any()) == bool(events)
+    assert not case.module.dice[0].batches
+
+
+def test_scale_without_a_compared_field_is_that_of_the_events() -> None:
+    plain, scaled = (Case(DIN(hidden=(6,), activation="relu", scale=s), ()) for s in (False, True))
+    torch.testing.assert_close(scaled()["item"] * 3 * D, plain()["item"])
+
+
 # -------------------------------------------------------------------------------------------------------------- in a model
 def test_every_parameter_and_buffer_survives_a_bundle(tmp_path: Path) -> None:
     run = make_run(model=dataclasses.replace(make_run().model, history=DIN(hidden=(8,)), tables=Views(width=4)))
@@ -431,6 +545,8 @@ def test_what_is_not_a_configuration() -> None:
         DIN(hidden=())
     with pytest.raises(ValueError, match="Parameter `activation` should be `relu` or `dice`. Found `tanh`."):
         DIN(activation="tanh")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Parameter `keep` should not be negative. Found -1."):
+        DIN(keep=-1)
 
 
 def test_without_any_target_it_is_refused() -> None:

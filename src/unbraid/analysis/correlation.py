@@ -23,8 +23,7 @@ is ours: the paper shows the grids.  Unknown and missing values are no categorie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,20 +34,13 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from unbraid.analysis.plots import at_rest, device_of, figure, finish
 from unbraid.evaluate import Array
 from unbraid.layers import require_positive
 from unbraid.types import FIRST_VALUE, MISSING, POSITION, Batch, Finding, Ragged, Schema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BIBTEX = r"""@inproceedings{feng2025dare,
-  title     = {Long-Sequence Recommendation Models Need Decoupled Embeddings},
-  author    = {Feng, Ningya and Pan, Junwei and Wu, Jialong and Chen, Baixu and Wang, Ximei and Li, Qian and Hu, Xian and Jiang, Jie and Long, Mingsheng},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2025},
-  url       = {https://arxiv.org/abs/2410.02604}
-}"""  # noqa: E501
 
 SMALL = 1e-5  # what the authors put in the place of a zero count
 PENDING = 2**20  # distinct keys that wait, at least, before they are merged: 16 MB
@@ -373,46 +365,6 @@ def _spearman(one: Array, other: Array) -> tuple[float | None, str]:
         if not np.ptp(values) > 0:
             return None, f"the {name} of all cells are equal"
     return float(spearmanr(one, other).statistic), ""
-
-
-# -------------------------------------------------------------------------------------------- what the probes share
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients; its mode is restored."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-INK = {"blue": "#0072B2", "orange": "#D55E00", "grey": "#666666"}  # distinct to the colour-blind
-
-
-def figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequence[Any]]:
-    """A figure with panels side by side, that belongs to no window.  Raises ImportError that says what to install."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Plots need matplotlib: pip install "unbraid[plots]"') from error
-    drawn = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(drawn)
-    return drawn, list(drawn.subplots(1, panels, squeeze=False)[0])
-
-
-def finish(drawn: Figure, path: str | Path | None) -> Figure:
-    """Write the figure where asked (the suffix says the format) and return it."""
-    if path is not None:
-        drawn.savefig(path, dpi=150)
-    return drawn
 
 
 def plot(finding: Finding, path: str | Path | None = None, names: Callable[[int], str] = str) -> Figure:

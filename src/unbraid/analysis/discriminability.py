@@ -30,7 +30,8 @@ import numpy as np
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
-from unbraid.analysis.correlation import INK, at_rest, device_of, figure, finish, information, labelled
+from unbraid.analysis.correlation import information, labelled
+from unbraid.analysis.plots import INK, at_rest, device_of, figure, finish
 from unbraid.evaluate import Array
 from unbraid.layers import require_positive
 from unbraid.types import Batch, Finding, Schema

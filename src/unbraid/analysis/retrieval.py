@@ -33,19 +33,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from unbraid.analysis.correlation import INK, Truth, at_rest, device_of, figure, finish, ranks, score_fields
-from unbraid.evaluate import (
-    Array,
-    _changes,
-    _dense,
-    _drawn,
-    _interval,
-    _mean_of_run,
-    _metric,
-    _ratio,
-    _Table,
-    _totals,
-)
+from unbraid.analysis.correlation import Truth, ranks, score_fields
+from unbraid.analysis.plots import INK, at_rest, device_of, figure, finish
+from unbraid.evaluate import Array, user_means
 from unbraid.layers import require_positive
 from unbraid.types import Batch, Finding, Ragged, Schema
 
@@ -113,12 +103,13 @@ class Retrieval:
             why = f"none of {seen:,} rows counts: " + ", ".join(f"{n:,} {name}" for name, n in left_out.items() if n)
             return self._finding({**values, "rows": 0, "users": 0, "why": why}, f"No NDCG: {why}.")
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        users, user = _dense(joined.pop("user"))
-        values |= {"rows": count, "users": len(users), "why": "", **self._summary(joined, users, user)}
+        user = joined.pop("user")
+        users = len(np.unique(user))
+        values |= {"rows": count, "users": users, "why": "", **self._summary(joined, user)}
         ndcg, ahead = values["learned_ndcg"], values["learned_minus_newest"]
         return self._finding(
             values,
-            f"Over {count:,} rows of {len(users):,} users, attention's ranking of the history has NDCG@{self.at} {_span(ndcg)}: "
+            f"Over {count:,} rows of {users:,} users, attention's ranking of the history has NDCG@{self.at} {_span(ndcg)}: "
             f"the newest first has {_span(values['newest_ndcg'])}, a random order {_span(values['random_ndcg'])}. Attention "
             f"minus newest first: {_span(ahead, sign=True)}.",
         )
@@ -183,32 +174,27 @@ class Retrieval:
         order = np.lexsort((-score, row))
         start = np.searchsorted(row, np.arange(n))
         place = np.arange(len(row)) - start[row]
-        run, near = _changes(row) | _changes(score[order]), place < self.at
+        near, score = place < self.at, score[order]
+        new = (row[1:] != row[:-1]) | (score[1:] != score[:-1])
+        run = np.cumsum(np.concatenate([[False], new])) if len(row) else row
         found = []
         for value in values:
             ranked = np.zeros((n, self.at))
             if len(value):
-                ranked[row[near], place[near]] = _mean_of_run(value[order], run)[near]
+                mean = np.bincount(run, value[order]) / np.bincount(run)
+                ranked[row[near], place[near]] = mean[run[near]]
             found.append(ranked)
         return found
 
     # -------------------------------------------------------------------------------------------------------- over users
-    def _summary(self, found: Mapping[str, Array], users: Array, user: Array) -> dict[str, Any]:
+    def _summary(self, found: Mapping[str, Array], user: Array) -> dict[str, Any]:
         """Means over rows, with intervals from one bootstrap over users: differences are paired."""
         columns = {f"{name}@{k}": found[name][:, k] for name in ORDERS for k in range(self.at)}
         columns |= {f"{name}_hits": found[f"hits_{name}"] for name in ORDERS}
         for other in ORDERS[1:]:
             columns[f"learned_minus_{other}"] = found["learned"][:, -1] - found[other][:, -1]
-        size = np.bincount(user, minlength=len(users)).astype(float)
-        metrics = {
-            name: _metric(_ratio, np.bincount(user, column, len(users)), size) for name, column in columns.items()
-        }
-        table = _Table(np.arange(len(users)), metrics)
-        (totals,) = _totals([table], len(users), self.replicates, self.seed)
-        spans = {}
-        for name, drawn in _drawn(table, totals).items():
-            interval = _interval(drawn, self.confidence)
-            spans[name] = [interval["value"], interval["low"], interval["high"]]
+        means = user_means(columns, user, replicates=self.replicates, seed=self.seed, confidence=self.confidence)
+        spans = {name: [mean["value"], mean["low"], mean["high"]] for name, mean in means.items()}
         values: dict[str, Any] = {name: span for name, span in spans.items() if "@" not in name}
         for name in ORDERS:
             curve = np.array([spans[f"{name}@{k}"] for k in range(self.at)], float)  # None becomes NaN

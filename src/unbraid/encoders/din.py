@@ -12,6 +12,10 @@ with one.  For event i of a row, e_i the event's vectors of the fields that the 
     output_f = sum_i weight_i v_f(i)                            for every event field f, the same weights
     Dice(s)  = p s + (1 - p) alpha s,   p = sigmoid((s - E[s]) / sqrt(Var[s] + 1e-8))
 
+For long histories ``keep`` makes the sum that of the K events with the highest scores (the form of DARE's comparison, ICLR
+2025: with ``relu``, ``scale`` and ``softmax``).  The score is a network's, not a sum of products: a search computes it event by
+event, which costs far more than one by products (`unbraid.encoders.searched`).
+
 Dice is the network's activation: a ReLU with a soft corner that sits at the data's mean, with a learned slope alpha (0 at
 first) to its left.  E and Var are, per hidden unit, those of the batch's events in training, and running estimates
 otherwise.
@@ -28,6 +32,10 @@ How this differs:
   short training is evaluated with what it saw, not with an initial 0 and 1.  The variance is the biased one.  A training
   batch with fewer than two events reads the running estimates and leaves them.
 - The paper's regularisation of tables is not here.
+- With ``keep`` all events are scored without gradients, some rows at a time, and the K best again with gradients.  Both see the
+  same statistics of Dice, those of *all* events of the batch; they are constants then: the backward pass does not go through
+  them, or it would reach every event.  So with K above the longest history values are those of ``keep = 0``, and with Dice
+  gradients are not.
 
 How it is computed: q - e is linear in q and e, so the first layer reads [e, r, q * e, q] with weights added accordingly.
 A Dice layer and the linear layer above it are one step without a product by unit (see `_Gated`), and the first layer's
@@ -38,7 +46,7 @@ in the backward pass (`unbraid.encoders.packed.in_pieces`): the hidden layers of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -48,7 +56,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from unbraid.encoders.packed import compare, gather, in_pieces, segment_softmax, weighted_sum
+from unbraid.encoders.packed import (
+    OTHER_PIECE_VALUES,
+    PIECE_VALUES,
+    compare,
+    gather,
+    in_pieces,
+    pieces,
+    segment_softmax,
+    weighted_sum,
+)
+from unbraid.encoders.search import top_k
 from unbraid.layers import require_positive
 from unbraid.types import FORBID, Ragged, Rows
 
@@ -68,6 +86,10 @@ EPSILON = 1e-8  # the paper's; its authors' code has 1e-9
 MOMENTUM = 0.1  # how far the running estimates move to a batch's
 
 Step = Sequence[Tensor]  # weights of one step of the network: (weight, bias), or (a, b, c, bias) as in `_Gated`
+Apply = Callable[
+    [Callable[..., Tensor], Sequence[Tensor]], Tensor
+]  # a function of `in_pieces`, applied to a batch's events
+Statistics = Callable[[int, Sequence[Step], Step], tuple[Tensor, Tensor]]  # (depth, steps, linear) -> mean and variance
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,8 @@ class DIN:
         activation: ``dice``, the paper's, or ``relu``.  With Dice the rows of a training batch see each other, through the
             mean and variance of their events; in evaluation they do not.
         softmax: make the weights of a row sum to 1; the paper takes them as they are.
+        keep: K: only the events with the K highest scores of a row have weights and gradients; 0: all.
+        scale: divide scores by the width of the compared fields.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
@@ -86,6 +110,8 @@ class DIN:
     hidden: tuple[int, ...] = (64,)
     activation: Literal["relu", "dice"] = "dice"
     softmax: bool = False
+    keep: int = 0
+    scale: bool = False
 
     needs_target: ClassVar[bool] = True  # of at least one history, or nothing is compared
 
@@ -95,6 +121,8 @@ class DIN:
             raise ValueError("Parameter `hidden` should have at least one layer. Found ().")
         if self.activation not in ("relu", "dice"):
             raise ValueError(f"Parameter `activation` should be `relu` or `dice`. Found `{self.activation}`.")
+        if self.keep < 0:
+            raise ValueError(f"Parameter `keep` should not be negative. Found {self.keep}.")
 
     def build(self, widths: Mapping[str, int], targets: Mapping[str, int]) -> DINHistory:
         """widths: event field -> D; targets: the event fields that the row has, too.
@@ -114,9 +142,11 @@ class DINHistory(nn.Module):
 
     def __init__(self, config: DIN, widths: Mapping[str, int], targets: Mapping[str, int]) -> None:
         super().__init__()
-        self.widths, self.targets, self.softmax = dict(widths), tuple(targets), config.softmax
+        self.widths, self.targets = dict(widths), tuple(targets)
+        self.softmax, self.keep = config.softmax, config.keep
         self.fields = (*targets, *(name for name in widths if name not in targets))
         self.common, self.own = sum(targets.values()), sum(widths.values())
+        self.divisor = (self.common or self.own) if config.scale else 1
         sizes = (3 * self.common + self.own, *config.hidden)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
         self.dice = nn.ModuleList(Dice(width) for width in config.hidden if config.activation == "dice")
@@ -127,36 +157,68 @@ class DINHistory(nn.Module):
         self, events: Mapping[str, Mapping[str, Rows]], history: Ragged, target: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
         """As `unbraid.encoders.pooling.MeanHistory.forward`."""
-        values = _side_by_side([gather(events["value"][name]) for name in self.fields])
-        if not len(values):
-            return {name: values.new_zeros(len(history), width) for name, width in self.widths.items()}
+        reads = [events["value"][name] for name in self.fields]
         asked = [target["value"][name] for name in self.targets]
-        query = _side_by_side(asked) if asked else values.new_zeros(len(history), 0)
-        steps = self._steps(history, values, query)
+        query = _side_by_side(asked) if asked else reads[0].vectors.new_zeros(len(history), 0)
+        if not len(reads[0].index):
+            return {name: query.new_zeros(len(history), width) for name, width in self.widths.items()}
+        if self.keep:
+            reads, history, statistics = self._search(reads, history, query)
+        values = _side_by_side([gather(read) for read in reads])
+        if not self.keep:
+            apply = partial(_with_gradients, history, values, query)
+            statistics = partial(self._statistics, apply, len(values))
+        steps = self._steps(statistics)
         found = in_pieces(partial(_attend, _sizes(steps), self.softmax), history, values, query, _flat(steps))
         parts = found.split([self.widths[name] for name in self.fields], 1)
         return dict(zip(self.fields, parts, strict=True))
 
-    def _steps(self, history: Ragged, values: Tensor, query: Tensor) -> list[Step]:
+    @torch.no_grad()
+    def _search(
+        self, reads: Sequence[Rows], history: Ragged, query: Tensor
+    ) -> tuple[list[Rows], Ragged, Statistics]:  # fmt: skip
+        """The kept events, whose they are, and the statistics of all events as constants."""
+        apply = partial(_without_gradients, history, reads, query)
+        noted: list[tuple[Tensor, Tensor]] = []
+
+        def statistics(depth: int, steps: Sequence[Step], linear: Step) -> tuple[Tensor, Tensor]:
+            noted.append(self._statistics(apply, len(reads[0].index), depth, steps, linear))
+            return noted[-1]
+
+        steps = self._steps(statistics)
+        if int(history.lengths.max()) > self.keep:
+            kept = top_k(apply(partial(_scores, _sizes(steps)), _flat(steps)), history, self.keep)
+            reads, history = [kept.of(read) for read in reads], kept.lists
+        return list(reads), history, lambda depth, *_: noted[depth]
+
+    def _steps(self, statistics: Statistics) -> list[Step]:
         """The network as steps for `_network`; with Dice, its statistics are in their weights."""
         steps: list[Step] = []
         linear: Step = (self._folded(), cast(Tensor, self.layers[0].bias))
         for depth, above in enumerate([*self.layers[1:], self.score]):
             weight, bias = cast(Tensor, above.weight), cast("Tensor | None", above.bias)
             bias = weight.new_zeros(1) if bias is None else bias
+            if above is self.score and self.divisor != 1:
+                weight, bias = weight / self.divisor, bias / self.divisor
             if len(self.dice):
-                dice = cast(Dice, self.dice[depth])
-                if self.training and len(values) > 1:  # one event has no variance
-                    mean, variance = _statistics(history, values, query, steps, linear)
-                    dice.note(mean, variance)
-                else:
-                    mean, variance = dice.mean, dice.variance
-                own, linear = dice.between(linear, mean, variance, weight, bias)
+                mean, variance = statistics(depth, steps, linear)
+                own, linear = cast(Dice, self.dice[depth]).between(linear, mean, variance, weight, bias)
                 steps.append(own)
             else:
                 steps.append(linear)
                 linear = (weight, bias)
         return [*steps, linear]
+
+    def _statistics(
+        self, apply: Apply, count: int, depth: int, steps: Sequence[Step], linear: Step
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(H,) mean and variance of a layer: the batch's, which are noted, or the running ones."""
+        dice = cast(Dice, self.dice[depth])
+        if not self.training or count < 2:  # one event has no variance
+            return dice.mean, dice.variance
+        mean, variance = _statistics(apply, count, steps, linear)
+        dice.note(mean, variance)
+        return mean, variance
 
     def _folded(self) -> Tensor:
         """The first weights for [e, r, q * e, q]: those of q - e go to q's and, negated, to e's."""
@@ -274,11 +336,16 @@ def _network(x: Tensor, sizes: Sequence[int], tensors: Sequence[Tensor]) -> Tens
     return x
 
 
+def _scores(sizes: Sequence[int], lists: Ragged, values: Tensor, query: Tensor, *tensors: Tensor) -> Tensor:
+    """(n,) scores of some rows' events."""
+    return _network(compare(values, query, lists), sizes, tensors).squeeze(1)
+
+
 def _attend(
     sizes: Sequence[int], softmax: bool, lists: Ragged, values: Tensor, query: Tensor, *tensors: Tensor
 ) -> Tensor:
     """(b, E): the weighted sums of some rows' events."""
-    scores = _network(compare(values, query, lists), sizes, tensors).squeeze(1)
+    scores = _scores(sizes, lists, values, query, *tensors)
     return weighted_sum(values, segment_softmax(scores, lists) if softmax else scores, lists)
 
 
@@ -287,21 +354,38 @@ def _moments(sizes: Sequence[int], lists: Ragged, values: Tensor, query: Tensor,
     return _Moments.apply(_network(compare(values, query, lists), sizes, tensors))
 
 
-def _statistics(
-    history: Ragged, values: Tensor, query: Tensor, steps: Sequence[Step], linear: Step
-) -> tuple[Tensor, Tensor]:
-    """(H,) mean and variance, over all events, of what ``linear`` gives on top of ``steps``.
+def _with_gradients(
+    history: Ragged, values: Tensor, query: Tensor, function: Callable[..., Tensor], tensors: Sequence[Tensor]
+) -> Tensor:  # fmt: skip
+    """An `Apply` on events that lie side by side."""
+    return in_pieces(function, history, values, query, tensors)
+
+
+def _without_gradients(
+    history: Ragged, reads: Sequence[Rows], query: Tensor, function: Callable[..., Tensor], tensors: Sequence[Tensor]
+) -> Tensor:  # fmt: skip
+    """An `Apply` that gathers the events of a piece at a time: those of a search are too many to lie anywhere."""
+    size = PIECE_VALUES.get(query.device.type, OTHER_PIECE_VALUES)
+    found = []
+    for at, rows, own in pieces(history, size):
+        values = _side_by_side([read.vectors.index_select(0, read.index[at]) for read in reads])
+        found.append(function(own, values, query[rows], *tensors))
+    return torch.cat(found)
+
+
+def _statistics(apply: Apply, count: int, steps: Sequence[Step], linear: Step) -> tuple[Tensor, Tensor]:
+    """(H,) mean and variance, over all ``count`` events, of what ``linear`` gives on top of ``steps``.
 
     Of the first layer both follow from its inputs' mean and covariance, which are narrower and need no (n, H) values.
     """
     first = not steps
     below = [] if first else [*steps, linear]
-    found = in_pieces(partial(_moments, _sizes(below)), history, values, query, _flat(below))
+    found = apply(partial(_moments, _sizes(below)), _flat(below))
     width = math.isqrt(found.shape[1])  # of 1 + F + F * F
     counts, sums, products = found.split([1, width, width * width], 1)
-    mean = sums.sum(0) / len(values)
+    mean = sums.sum(0) / count
     apart = (sums / counts - mean) * counts.sqrt()
-    covariance = (products.sum(0).view(width, width) + apart.T @ apart) / len(values)
+    covariance = (products.sum(0).view(width, width) + apart.T @ apart) / count
     if not first:
         return mean, covariance.diagonal()
     weight, bias = linear

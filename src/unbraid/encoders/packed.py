@@ -177,7 +177,8 @@ def products(vectors: Tensor, index: Tensor, query: Tensor, lists: Ragged) -> Te
         values = torch.zeros(len(index), dtype=vectors.dtype)  # a NaN in it would stay, whatever beta is
         shape = (len(query), len(vectors))
         pattern = torch.sparse_csr_tensor(lists.offsets, index, values, shape, check_invariants=False)
-        torch.sparse.sampled_addmm(pattern, query.contiguous(), vectors.T, beta=0, out=pattern)  # else it copies the index
+        # without ``out`` it copies the index
+        torch.sparse.sampled_addmm(pattern, query.contiguous(), vectors.T, beta=0, out=pattern)
         return values
     found = []
     for at in torch.arange(len(index), device=index.device).split(OTHER_PIECE_VALUES):

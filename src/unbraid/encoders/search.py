@@ -30,7 +30,7 @@ from unbraid.types import Ragged, Rows
 
 Way = Literal["pairs", "product"]
 Precision = Literal["exact", "bfloat16"]
-PIECE_EVENTS = 2**20  # events that are scored before their K best are taken
+PIECE_EVENTS = 2**22  # events that are scored before their K best are taken
 PRODUCT_ROWS = 64  # rows of one product; its result stays below BUFFER numbers
 BUFFER = 2**24
 PAD = 2**21  # numbers of one padded matrix
@@ -99,31 +99,39 @@ def _grouped_top_k(scores: Tensor, lists: Ragged, k: int, size: int) -> Kept:
     Groups are cut from all events end to end, since a maximum over equal groups is several times faster than over any; a
     group that holds events of two rows counts for none, and those events are looked at one by one.  Among tied groups the
     newest are kept, and there are enough of them to hold the newest of the tied events.
+
+    Each of the k best groups has an event as high as the lowest of their maxima, so that none below that can be among the k
+    highest.  Few others are left for the second choice.
     """
     whole = len(scores) // size
     maxima = scores[: whole * size].view(whole, size).amax(1)
     start, end = lists.offsets[:-1], lists.offsets[1:]
     first, last = (start + size - 1) // size, end // size  # a row's own groups
     count = (last - first).clamp(min=0)
-    groups = Ragged({}, torch.cat([count.new_zeros(1), count.cumsum(0)]))
+    groups = Ragged({}, _offsets(count))
     own = torch.arange(int(groups.offsets[-1]), device=scores.device) + (first - groups.offsets[:-1])[groups.rows]
     best = top_k(maxima.index_select(0, own), groups, k)
-    none = count == 0  # such a row is all ends
-    left, right = torch.where(none, end, first * size), torch.where(none, end, last * size)
-    pieces_of = torch.stack([start, right, left - start, end - right])
-    # the segments of each row in order of time: its left end, its best groups, its right end
-    sizes = best.lists.lengths + 2
-    where = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    begin, length = sizes.new_empty(int(where[-1])), sizes.new_full((int(where[-1]),), size)
-    begin[where[:-1]], begin[where[1:] - 1], length[where[:-1]], length[where[1:] - 1] = pieces_of
-    inner = torch.ones_like(begin, dtype=torch.bool)
-    inner[where[:-1]] = inner[where[1:] - 1] = False
-    begin[inner] = own.index_select(0, best.index) * size
-    ends = torch.cat([length.new_zeros(1), length.cumsum(0)])
-    among = torch.arange(int(ends[-1]), device=scores.device)
-    among += torch.repeat_interleave(begin - ends[:-1], length)
-    found = _padded_top_k(scores.index_select(0, among), Ragged({}, ends[where]), k)
-    return Kept(among.index_select(0, found.index), found.lists)
+    chosen = own.index_select(0, best.index)
+    least = torch.segment_reduce(maxima.index_select(0, chosen), "min", offsets=best.lists.offsets, initial=torch.inf)
+    least.masked_fill_(best.lists.lengths < k, -torch.inf)
+    # a row without a group of its own is all ends, together shorter than two groups
+    left = torch.where(count == 0, torch.minimum(start + size, end), first * size)
+    right = torch.where(count == 0, left, last * size)
+    segments = Ragged({}, _offsets(best.lists.lengths + 2))  # in order of time: left end, best groups, right end
+    is_end = torch.zeros(int(segments.offsets[-1]), dtype=torch.bool, device=scores.device)
+    is_end[segments.offsets[:-1]] = is_end[segments.offsets[1:] - 1] = True
+    begin = torch.empty_like(segments.rows)
+    begin[~is_end], begin[is_end] = chosen * size, torch.stack([start, right], 1).view(-1)
+    begin.clamp_(max=len(scores) - size)  # an end may begin late enough to reach beyond the scores: it is cut below
+    values = scores.unfold(0, size, 1).index_select(0, begin)
+    open_ = (values < least[segments.rows].unsqueeze(1)).logical_not_()
+    at = begin[is_end].unsqueeze(1) + torch.arange(size, device=scores.device)
+    since, until = torch.stack([start, right], 1).view(-1, 1), torch.stack([left, end], 1).view(-1, 1)
+    open_[is_end] &= (at >= since) & (at < until)
+    flat = open_.view(-1).nonzero().squeeze(1)
+    found = _padded_top_k(values.take(flat), Ragged({}, torch.searchsorted(flat, segments.offsets * size)), k)
+    flat = flat.index_select(0, found.index)
+    return Kept(begin.index_select(0, flat // size) + flat % size, found.lists)
 
 
 def _group_size(longest: int, k: int) -> int:
@@ -132,11 +140,16 @@ def _group_size(longest: int, k: int) -> int:
     return size if longest >= 4 * k * size else 1
 
 
+def _offsets(lengths: Tensor) -> Tensor:
+    """(B + 1,) where lists of these lengths begin and end."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
 def _padded_top_k(scores: Tensor, lists: Ragged, k: int) -> Kept:
     """As `top_k`, over rows padded to the longest of their like."""
     lengths = lists.lengths
     kept = lengths.clamp(max=k)
-    offsets = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
+    offsets = _offsets(kept)
     index = torch.empty(int(offsets[-1]), dtype=torch.int64, device=scores.device)
     lowest = torch.finfo(scores.dtype).min
     order, at = lengths.argsort(stable=True), 0
@@ -159,9 +172,9 @@ def _padded_top_k(scores: Tensor, lists: Ragged, k: int) -> Kept:
 
 def _highest_columns(values: Tensor, k: int) -> Tensor:
     """(b, k) ascending columns of each row's k highest; of those tied at the k-th place the last ones."""
-    top = values.topk(k, dim=1, sorted=True)
-    columns, least = top.indices.sort(1).values, top.values[:, -1:]
-    tied = ((values >= least).sum(1) > k).nonzero().squeeze(1)
+    top = values.topk(min(k + 1, values.shape[1]), dim=1, sorted=True)
+    columns, least = top.indices[:, :k].sort(1).values, top.values[:, k - 1 : k]
+    tied = (top.values[:, k:] == least).any(1).nonzero().squeeze(1)
     if len(tied):
         above, equal = values[tied] > least[tied], values[tied] == least[tied]
         need = k - above.sum(1, keepdim=True)
@@ -211,8 +224,7 @@ def search(
             kept = top_k(scores, own, k)
             found.append(Kept(kept.index + at.start, kept.lists))
         sizes = torch.cat([kept.lists.lengths for kept in found])
-        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        return Kept(torch.cat([kept.index for kept in found]), Ragged({}, offsets))
+        return Kept(torch.cat([kept.index for kept in found]), Ragged({}, _offsets(sizes)))
 
 
 def recall(parts: Sequence[Part], lists: Ragged, k: int, precision: Precision = "bfloat16") -> float:

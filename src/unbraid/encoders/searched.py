@@ -35,6 +35,28 @@ Reads = Mapping[str, Mapping[str, Rows]]  # role -> event field -> reads of the 
 Targets = Mapping[str, Mapping[str, Tensor]]  # role -> event field -> (B, D) of the row; role "id" -> (B,) ids
 
 
+def newest(marked: Tensor, lists: Ragged, keep: int, *, fill: bool = False) -> Kept:
+    """The newest ``keep`` marked events of each row; with ``fill`` the newest others make up for missing ones.
+
+    Args:
+        marked: (N,) bool; lists: which events are whose, the newest of a row last.
+    """
+    start, end = lists.offsets[:-1], lists.offsets[1:]
+
+    def rank(mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) how many of its row's marked events are not before an event, and (B,) how many a row has."""
+        before = nn.functional.pad(mask.cumsum(0), (1, 0))
+        return before[end].index_select(0, lists.rows) - before[:-1], before[end] - before[start]
+
+    place, count = rank(marked)
+    kept = marked & (place <= keep)
+    if fill:
+        missing = (keep - count).clamp(min=0)
+        kept |= ~marked & (rank(~marked)[0] <= missing.index_select(0, lists.rows))
+    index = kept.nonzero().squeeze(1)
+    return Kept(index, Ragged({}, torch.searchsorted(index, lists.offsets)), everything=len(index) == len(marked))
+
+
 @dataclass(frozen=True)
 class Sides:
     """Roles of the tables that events' keys and values and the row's queries and own vectors come from."""
@@ -73,6 +95,12 @@ class Searching:
         for name, allowed in (("scale", ("parts", "whole")), ("precision", ("exact", "bfloat16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Parameter `{name}` should be one of {allowed}. Found `{getattr(self, name)}`.")
+
+
+def exact_only(config: Searching) -> None:
+    """Refuse another precision, for members whose search multiplies nothing that could be rounded."""
+    if config.precision != "exact":
+        raise ValueError(f"Parameter `precision` of `{config.kind}` should be `exact`. Found `{config.precision}`.")  # type: ignore[attr-defined]
 
 
 class SearchedHistory(nn.Module):
@@ -139,6 +167,10 @@ class SearchedHistory(nn.Module):
         """The events to attend to."""
         return search(parts, history, self.config.keep, precision=self.config.precision)
 
+    def logits(self, scores: Tensor, kept: Kept) -> Tensor:
+        """(M,) what is weighed, of the kept events' scores."""
+        return scores
+
     # ------------------------------------------------------------------------------------------------------------ forward
     def parts(self, events: Reads, target: Targets, fields: Collection[str] | None = None) -> list[Part]:
         """The score's parts, of some event fields or of all."""
@@ -166,6 +198,7 @@ class SearchedHistory(nn.Module):
         whole = event_scores(parts, history) if self.second and self.training else None
         kept = self._kept(parts, history, target, whole)
         scores = event_scores(kept.parts(parts), kept.lists) if whole is None else kept.pick(whole)
+        scores = self.logits(scores, kept)
         out = self._attend({name: kept.of(values[name]) for name in self.fields}, scores, kept.lists, own)
         if whole is not None:
             spread = self._attend(values, whole, history, own)
