@@ -103,7 +103,7 @@ def test_seconds_and_steps_are_those_of_all_processes(tmp_path: Path, dies: int)
     calls = len(list(out.glob("fit-*.safetensors")))
     found = train(run, out, tables=TABLES, baseline=False, resume=True).metrics
     assert found["steps"] == 24
-    assert 100 * calls < found["seconds"]["train"] < 100 * calls + 50
+    assert 100 * calls <= found["seconds"]["train"] < 100 * calls + 50  # the rest may round to 0
 
 
 def test_an_unfinished_or_finished_folder_is_not_overwritten_silently(tmp_path: Path) -> None:

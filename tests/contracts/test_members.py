@@ -65,6 +65,15 @@ def choices() -> list[Any]:
         )
     for history in members(config.HistoryChoice):
         out.append(pytest.param(ModelChoice(history=history(), tables=Views(width=4)), id=history.__name__))
+        for tower, kind in (
+            (config.STEM, "per_task"),
+            (config.SingleTask, "separate"),
+            (config.SharedBottom, "several"),
+        ):
+            sizes = {"widths": (4, 6)} if kind == "several" else {"width": 4}
+            views = Views(kind=kind, lazy_rows=0, **sizes)  # type: ignore[arg-type]
+            choice = ModelChoice(history=history(), tower=tower(), tables=views)
+            out.append(pytest.param(choice, id=f"{history.__name__}-{kind}"))
     for interaction in members(config.InteractionChoice):
         out.append(pytest.param(ModelChoice(interaction=interaction(), tables=Views(width=4)), id=interaction.__name__))
     out.append(pytest.param(ModelChoice(heads=Heads(by="domain"), tables=Views(width=4)), id="domain-heads"))
