@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -135,3 +137,24 @@ def test_plain_and_our_dare_have_the_same_losses_and_gradients(long_history: Mod
         grad = matched[name].grad
         assert grad is not None and grad.any(), name
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.slow
+def test_the_comparison_of_long_history_encoders_runs_and_continues(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "paper_dare.py"
+    command = [
+        sys.executable,
+        str(script),
+        "kuairand",
+        "--out",
+        str(tmp_path),
+        "--quick",
+        "--dims",
+        "8",
+        "--seeds",
+        "2",
+    ]
+    command += ["--jobs", "1", "--only", "twin", "dare", "mean"]
+    found = [subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout for _ in range(2)]
+    assert json.loads(found[0].splitlines()[-1])["rates"]["8"].keys() == {"twin", "dare", "mean"}
+    assert found[0] == found[1], "nothing is trained twice"

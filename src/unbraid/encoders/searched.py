@@ -215,15 +215,11 @@ class SearchedHistory(nn.Module):
             else self.find(parts, history, target)
         )
 
-    def weigh(self, scores: Tensor, lists: Ragged) -> Tensor:
-        """(M,) weights of the kept events."""
-        return segment_softmax(scores, lists)
-
     def _attend(
         self, values: Mapping[str, Rows], scores: Tensor, lists: Ragged, own: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Output fields of some events."""
-        weights = self.weigh(scores, lists)
+        weights = segment_softmax(scores, lists)
         pooled = {name: pool(values[name], weights, lists) for name in self.fields}
         products = {f"{name}.product": pooled[name] * own[name] for name in self.targets}
         found = {**pooled, **products}
