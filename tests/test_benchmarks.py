@@ -112,7 +112,7 @@ def test_plain_and_our_dare_have_the_same_losses_and_gradients(long_history: Mod
     (history,) = mine.histories.values()
     rest = [*mine.tower.parameters(), *mine.heads.parameters(), *mine.second.parameters()]
     others = [name for name in names if name not in tables and name != "rank_query"]
-    matched = {**tables, "rank_query": history.queries["position"], **dict(zip(others, rest, strict=True))}
+    matched = {**tables, "rank_query": history.queries["field/position"], **dict(zip(others, rest, strict=True))}
     assert set(matched) == set(names) and len(matched) == len(list(mine.parameters()))
     torch.manual_seed(0)
     for name, parameter in theirs.named_parameters():

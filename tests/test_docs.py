@@ -28,7 +28,7 @@ from unbraid.data.encode import encode
 from unbraid.data.source import Data
 from unbraid.data.table import Encoded
 from unbraid.job import train
-from unbraid.types import GAP, Ragged, Rows, Schema
+from unbraid.types import BUILT_IN, Ragged, Rows, Schema
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -87,7 +87,7 @@ def test_there_is_a_whole_run_on_the_page() -> None:
 def small_schema(data: Data) -> Schema:
     """What encoding might have found, without reading anything."""
     vocabularies = [f.vocab for f in (*data.features, *data.fields)]
-    sizes = dict.fromkeys([*vocabularies, GAP], 3)
+    sizes = dict.fromkeys([*vocabularies, *BUILT_IN], 3)
     return Schema(data.features, data.tasks, data.histories, data.fields, ("(unknown)", "(missing)", "a"), sizes)
 
 

@@ -98,7 +98,7 @@ class Case:
         def score(row: int, event: int) -> Tensor:
             total = torch.zeros((), dtype=torch.float64)
             for group in (group for group in groups if group):
-                asked = [q[n][row] if n in had else self.module.queries[n] for n in group]
+                asked = [q[n][row] if n in had else self.module.queries[f"field/{n}"] for n in group]
                 product = sum((k[n][event] * x).sum() for n, x in zip(group, asked, strict=True))
                 total = total + product / math.sqrt(sum(k[n].shape[1] for n in group))
             return total

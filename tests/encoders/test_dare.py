@@ -15,7 +15,7 @@ from toylog import make_data, make_log
 
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
-from unbraid.encoders import packed, search
+from unbraid.encoders import packed, search, searched
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.packed import segment_softmax
 from unbraid.encoders.searched import SearchedHistory, Sides
@@ -59,7 +59,7 @@ def test_any_number_of_events_may_be_kept(keep: int) -> None:
 def test_fields_that_the_row_has_not_have_learned_queries(targets: tuple[str, ...], scale: str, aware: Any) -> None:
     config = DARE(keep=2, scale=scale, target_aware=aware[0], pooled=aware[1], auxiliary=(5,))  # type: ignore[arg-type]
     case = Case(config, targets)
-    assert set(case.module.queries) == set(FIELDS) - set(targets)
+    assert set(case.module.queries) == {f"field/{n}" for n in set(FIELDS) - set(targets)}
     agree(case, case.reference(*ROLES), ROLES)
     if not targets:
         assert set(case.module.widths) == set(FIELDS), "without a product there is the sum"
@@ -74,7 +74,7 @@ def test_the_score_by_hand() -> None:
     for scale, want in (("parts", 3 / 2 + 2 / 2**0.5), ("whole", 5 / 6**0.5)):
         config = DARE(scale=scale)  # type: ignore[arg-type]
         module = config.build(dict.fromkeys(a, 9), dict.fromkeys(q, 9), {"attention": 2, "value": 9})
-        nn.init.ones_(module.queries["position"])
+        nn.init.ones_(module.queries["field/position"])
         assert module.scores(events, one, {"attention": q}).item() == pytest.approx(want)
     assert 3 / 2 + 2 / 2**0.5 == pytest.approx(2.91421, abs=1e-5)
     assert module.scores(events, one, {"attention": q}, fields=("position",)).item() == pytest.approx(2 / 6**0.5)
@@ -95,7 +95,7 @@ def test_attention_learns_through_weights_alone_and_values_without_them(
     case = Case(DARE(keep=3, attention_width=3, auxiliary=auxiliary))
     whole = {prefix: grads(case, case(), prefix) for prefix in ("table/attention", "table/value", "row/value")}
     assert all(g is not None and g.abs().max() > 0 for found in whole.values() for g in found.values())
-    monkeypatch.setattr(case.module, "weigh", lambda scores, lists: segment_softmax(scores, lists).detach())
+    monkeypatch.setattr(searched, "segment_softmax", lambda scores, lists: segment_softmax(scores, lists).detach())
     for prefix in ("table/value", "row/value"):
         for name, grad in grads(case, case(), prefix).items():
             torch.testing.assert_close(grad, whole[prefix][name], rtol=0, atol=1e-12)
@@ -436,6 +436,11 @@ def test_without_any_target_it_is_refused() -> None:
 def test_a_width_per_field_is_possible() -> None:
     """Without a width for keys, each field's keys are as wide as its values."""
     module = SearchedHistory(DARE(), {"item": 4, "position": 2}, {"item": 4}, Sides("attention", "attention"))
-    assert module.scales == {"item": 0.5, "position": pytest.approx(2**-0.5)} and module.queries["position"].shape == (
-        2,
-    )
+    assert module.scales == {"item": 0.5, "position": pytest.approx(2**-0.5)} and module.queries[
+        "field/position"
+    ].shape == (2,)
+
+
+def test_a_field_may_be_called_like_an_attribute_of_a_dictionary() -> None:
+    module = DARE().build({"item": 4, "type": 4, "keys": 4}, {"item": 4}, {"value": 4, "attention": 4})
+    assert set(module.queries) == {"field/type", "field/keys"}

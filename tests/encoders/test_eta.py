@@ -77,7 +77,7 @@ class Case:
             chosen = self.kept(row, range(sum(LENGTHS))[part])
             scores = torch.zeros(len(chosen), dtype=torch.float64)
             for name in FIELDS:
-                q = self.query[name][row] if name in self.targets else self.module.queries[name]
+                q = self.query[name][row] if name in self.targets else self.module.queries[f"field/{name}"]
                 own = len(self.targets) if name in self.targets else len(FIELDS) - len(self.targets)
                 scores = scores + self.tables[name][self.index[name][chosen]] @ q / math.sqrt(own * D)
             for name in FIELDS:

@@ -97,6 +97,8 @@ def test_every_side_and_field_has_a_map_and_no_bias() -> None:
     assert set(case.module.maps) == {*both, *mine}
     assert all(m.bias is None and m.weight.shape == (D, D) for m in case.module.maps.values())
     assert not [n for n in Case(TWIN(projections=True, target_aware=False)).module.maps if n.startswith("own/")]
+    second = Case(TWIN(projections=True, target_aware=False, auxiliary=(4,))).module
+    assert {"own/item", "own/brand"} <= set(second.maps), "second heads read the row's own"
     assert not Case(TWIN()).module.maps
 
 
@@ -138,7 +140,11 @@ def test_a_table_for_each_of_four_sides(tables: str) -> None:
     for what, out in (("sum", case()["item"]), ("product", case()["item.product"])):
         found = torch.autograd.grad(out.square().sum(), list(case.leaves.values()), allow_unused=True)
         named = zip(case.leaves, found, strict=True)
-        reached[what] = {"/".join(n.split("/")[:2]) for n, g in named if g is not None and g.any() and "/" in n}
+        reached[what] = {
+            "/".join(n.split("/")[:2])
+            for n, g in named
+            if g is not None and g.any() and n.startswith(("table/", "row/"))
+        }
     if tables == "four":
         assert reached["sum"] == {"table/event_key", "row/query", "table/event_value"}
         assert reached["product"] == reached["sum"] | {"row/value"}
@@ -258,6 +264,8 @@ def test_the_tables_of_four_sides_in_a_model(encoded: Encoded) -> None:
     }
     row = {f"{field}/{role}" for field in ("item", "shop") for role in ("value", "query")}
     assert names == events | row | {"tags/value"}
+    reads = {reader: set(roles) for reader, (_, roles) in model._reads.items()}
+    assert reads["item"] == {"value", "query"} and reads["seen.item"] == {"event_key", "event_value"}
     pointers = [t.weight.data_ptr() for t in model.tables.values()]
     assert len(set(pointers)) == len(pointers)
 
@@ -295,9 +303,12 @@ def test_what_is_not_a_configuration() -> None:
 
 
 def test_a_category_that_is_no_field_is_an_error(encoded: Encoded) -> None:
-    for name in ("colour", "clicked"):  # not there; not of the row
-        with pytest.raises(ValueError, match=rf"`category` .* Found `{name}`; a history with fields \['item', 'shop'"):
-            Model(encoded.schema, SharedBottom(), Views(width=4), history=TWIN(search="hard", category=name))
+    with pytest.raises(ValueError, match=r"`category` .* Found `colour`; a history with fields \['item', 'shop'"):
+        Model(encoded.schema, SharedBottom(), Views(width=4), history=TWIN(search="hard", category="colour"))
+    with pytest.raises(ValueError, match=r"Found `action`; a history with fields \['item', 'action'\] has \['item'\]"):
+        TWIN(search="hard", category="action").build(
+            {"item": D, "action": D}, {"item": D}, {"value": D}
+        )  # not of the row
 
 
 def test_a_field_may_have_any_name() -> None:

@@ -70,7 +70,7 @@ class Case:
             events = sorted(sizes)
             logits = torch.tensor([math.log(sizes[i]) for i in events], dtype=torch.float64)
             for name in FIELDS:
-                q = self.query[name][row] if name in self.targets else self.module.queries[name]
+                q = self.query[name][row] if name in self.targets else self.module.queries[f"field/{name}"]
                 own = len(self.targets) if name in self.targets else len(FIELDS) - len(self.targets)
                 logits = logits + self.tables[name][self.index[name][events]] @ q / math.sqrt(own * D)
             best = sorted(sorted(range(len(events)), key=lambda j: -float(logits[j].detach()))[: self.config.keep])

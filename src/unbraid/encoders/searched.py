@@ -128,8 +128,8 @@ class SearchedHistory(nn.Module):
         self.second = self.second if config.auxiliary else {}
         width_of = {name: key_width or width for name, width in widths.items()}
         self.queries = nn.ParameterDict(
-            {
-                name: nn.Parameter(torch.empty(width_of[name]).normal_(0.0, 1e-2))
+            {  # with a slash, since a field may be called as an attribute of the dictionary is, such as `type`
+                f"field/{name}": nn.Parameter(torch.empty(width_of[name]).normal_(0.0, 1e-2))
                 for name in widths
                 if name not in targets
             }
@@ -176,7 +176,7 @@ class SearchedHistory(nn.Module):
         """The score's parts, of some event fields or of all."""
         keys, asked = self.keys(events), self.asked(target)
         return [
-            Part(keys[name], asked[name] if name in self.targets else self.queries[name], self.scales[name])
+            Part(keys[name], asked[name] if name in self.targets else self.queries[f"field/{name}"], self.scales[name])
             for name in self.fields
             if fields is None or name in fields
         ]
