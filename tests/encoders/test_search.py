@@ -187,7 +187,7 @@ def test_the_cheaper_way() -> None:
     with mock.patch.object(search, "way_of", wraps=way_of) as asked:
         search.search(case.parts, case.lists, 4)
     assert [call.args for call in asked.call_args_list] == [(8, 1_289, 500, 4), (8, 1_289, 30, 6), (8, 1_289, 12, 3)]
-    assert way_of(256, 2_560_000, 100_000, 16) == "product"  # long histories beside the vocabulary
+    assert way_of(256, 2_560_000, 50_000, 64) == "product"  # long histories beside the vocabulary
     assert way_of(256, 2_560_000, 1_000_000, 16) == way_of(256, 2_560_000, 1_000_000, 64) == "pairs"
     assert way_of(1024, 75_000, 100_000, 16) == "pairs" and way_of(1024, 75_000, 100, 16) == "product"
 

@@ -188,12 +188,12 @@ def way_of(rows: int, events: int, vectors: int, width: int) -> Way:
     """The cheaper way for one field: ``events`` events of ``rows`` rows, ``vectors`` vectors of ``width``.
 
     The constants are nanoseconds per operation on one core of a server's CPU (`benchmarks/long_history.py`); what matters
-    is where the two costs cross, which is where histories are about as long as a tenth of the vocabulary.
+    is where the two costs cross.
     """
     size = 4 * vectors * width  # bytes: does the table stay in the cache?
-    line = 4.0 if size < 2**25 else 9.0
-    pairs = events * (3.0 + line * width / 16)
-    product = rows * vectors * (0.1 + 0.017 * width) + events * (2.2 if vectors < 2**19 else 5.0)
+    line = 2.8 if size < 2**25 else 9.0
+    pairs = events * (2.5 + line * width / 16)
+    product = rows * vectors * (0.05 + 0.0153 * width) + events * (3.3 if vectors < 2**19 else 6.0)
     return "product" if product < pairs else "pairs"
 
 
