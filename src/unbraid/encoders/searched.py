@@ -103,6 +103,15 @@ def exact_only(config: Searching) -> None:
         raise ValueError(f"Parameter `precision` of `{config.kind}` should be `exact`. Found `{config.precision}`.")  # type: ignore[attr-defined]
 
 
+def need_category(kind: str, category: str, widths: Mapping[str, int], targets: Collection[str]) -> None:
+    """Raise ValueError unless a hard search's category is a field of the history and of the row."""
+    if category not in targets:
+        raise ValueError(
+            f"Parameter `category` of history encoder `{kind}` should be a field of every history whose vocabulary is also an "
+            f"id feature of the row. Found `{category}`; a history with fields {list(widths)} has {list(targets)}."
+        )
+
+
 class SearchedHistory(nn.Module):
     """See the module's docstring.
 

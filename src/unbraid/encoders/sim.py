@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from unbraid.encoders.packed import pool, segment_softmax
 from unbraid.encoders.search import Kept, Part, Precision, event_scores, search
-from unbraid.encoders.searched import Reads, Targets, newest
+from unbraid.encoders.searched import Reads, Targets, need_category, newest
 from unbraid.encoders.table import VALUE, Role
 from unbraid.layers import require_positive
 from unbraid.types import FIRST_VALUE, FORBID, Ragged
@@ -124,11 +124,8 @@ class SIM:
 
         Raises ValueError for a category that is no field of the history and the row.
         """
-        if self.search == "hard" and self.category not in targets:
-            raise ValueError(
-                f"Parameter `category` of history encoder `sim` should be a field of every history whose vocabulary is also an "
-                f"id feature of the row. Found `{self.category}`; a history with fields {list(widths)} has {list(targets)}."
-            )
+        if self.search == "hard":
+            need_category(self.kind, self.category, widths, targets)
         return SIMHistory(self, widths, targets, roles.get("search", 0))
 
 

@@ -41,7 +41,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from unbraid.encoders.search import Kept, Part
-from unbraid.encoders.searched import Reads, SearchedHistory, Searching, Sides, Targets, newest
+from unbraid.encoders.searched import Reads, SearchedHistory, Searching, Sides, Targets, need_category, newest
 from unbraid.encoders.table import VALUE, Role
 from unbraid.types import FIRST_VALUE, FORBID, Ragged, Rows
 
@@ -109,11 +109,8 @@ class TWIN(Searching):
 
         Raises ValueError for a category that is no field of the history and the row.
         """
-        if self.search == "hard" and self.category not in targets:
-            raise ValueError(
-                f"Parameter `category` of history encoder `twin` should be a field of every history whose vocabulary is also an "
-                f"id feature of the row. Found `{self.category}`; a history with fields {list(widths)} has {list(targets)}."
-            )
+        if self.search == "hard":
+            need_category(self.kind, self.category, widths, targets)
         return (HardTWINHistory if self.search == "hard" else TWINHistory)(self, widths, targets)
 
 
