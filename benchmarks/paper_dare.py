@@ -99,7 +99,7 @@ def log_of(args: argparse.Namespace) -> tuple[Data, str]:
         if not (made / "run.toml").exists():
             name = args.source.removeprefix("recbole:")
             folder = recbole_folder(name) if name != args.source else Path(args.source)
-            write(movielens(folder, Ratings(per_user=19, valid=0.05, test=0.05)), made, "movielens", overwrite=True)
+            write(movielens(folder, Ratings(per_user=19, valid=0.025, test=0.05)), made, "movielens", overwrite=True)
         return replace(config.load(made / "run.toml").data, cache=cache), "category"
     data = recipes.kuairand()
     seen = History(

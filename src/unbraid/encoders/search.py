@@ -10,6 +10,8 @@ A field's products are found in one of two ways, whichever the sizes say is chea
   events.  On a device that has no sampled product the vectors are gathered in chunks.
 - ``product``: all U vectors times the queries of a few rows, then one number per event is picked.  Costs width times U
   times rows, and far less per event: better when histories are long beside the vocabulary.
+- ``screen``: as ``product``, of 8-bit integers (`unbraid.encoders.screen`), on processors that are much faster with them.
+  Events that by the bound on the rounding may be among the K highest, some tens per row, are scored again exactly.
 
 The K highest of a row are found among the members of its K highest groups (of some tens of events each): an event that is
 among the K highest lies in a group whose largest is.  Ties at the K-th place go to the newest events.
@@ -25,10 +27,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from unbraid.encoders.packed import dots, pieces, products
+from unbraid.encoders.packed import dots, pieces
+from unbraid.encoders.scratch import scratch
+from unbraid.encoders.screen import Screen, has_integers
 from unbraid.types import Ragged, Rows
 
-Way = Literal["pairs", "product"]
+Way = Literal["pairs", "product", "screen"]
 Precision = Literal["exact", "bfloat16"]
 PIECE_EVENTS = 2**22  # events that are scored before their K best are taken
 PRODUCT_ROWS = 64  # rows of one product; its result stays below BUFFER numbers
@@ -94,14 +98,24 @@ def top_k(scores: Tensor, lists: Ragged, k: int) -> Kept:
 
 
 def _grouped_top_k(scores: Tensor, lists: Ragged, k: int, size: int) -> Kept:
-    """As `top_k`, among the members of each row's k best groups of ``size`` events and the events at its ends.
+    """As `top_k`, among the `_candidates`."""
+    some = _candidates(scores, lists, k, size)
+    found = _padded_top_k(scores.take(some.index), some.lists, k)
+    return Kept(some.index.index_select(0, found.index), found.lists)
+
+
+def _candidates(scores: Tensor, lists: Ragged, k: int, size: int, slack: Tensor | None = None) -> Kept:
+    """Events that may be among the k highest of their row, few more than k.
+
+    Each of a row's k best groups of ``size`` events has an event as high as the lowest of their maxima, so that none below
+    that can be among the k highest; these are the members of the k best groups, and the events at the row's ends, that are
+    not.  Among tied groups the newest are taken, and there are enough of them to hold the newest of the tied events.
 
     Groups are cut from all events end to end, since a maximum over equal groups is several times faster than over any; a
-    group that holds events of two rows counts for none, and those events are looked at one by one.  Among tied groups the
-    newest are kept, and there are enough of them to hold the newest of the tied events.
+    group that holds events of two rows counts for none, and those events are looked at one by one.
 
-    Each of the k best groups has an event as high as the lowest of their maxima, so that none below that can be among the k
-    highest.  Few others are left for the second choice.
+    Args:
+        slack: (B,) if given, all events that are not lower than that by more than this are taken.
     """
     whole = len(scores) // size
     maxima = scores[: whole * size].view(whole, size).amax(1)
@@ -110,10 +124,18 @@ def _grouped_top_k(scores: Tensor, lists: Ragged, k: int, size: int) -> Kept:
     count = (last - first).clamp(min=0)
     groups = Ragged({}, _offsets(count))
     own = torch.arange(int(groups.offsets[-1]), device=scores.device) + (first - groups.offsets[:-1])[groups.rows]
-    best = top_k(maxima.index_select(0, own), groups, k)
-    chosen = own.index_select(0, best.index)
-    least = torch.segment_reduce(maxima.index_select(0, chosen), "min", offsets=best.lists.offsets, initial=torch.inf)
+    maxima = maxima.index_select(0, own)
+    if not maxima.is_floating_point():
+        maxima = maxima.float()
+    best = top_k(maxima, groups, k)
+    highest = maxima.index_select(0, best.index)
+    least = torch.segment_reduce(highest, "min", offsets=best.lists.offsets, initial=torch.inf)
     least.masked_fill_(best.lists.lengths < k, -torch.inf)
+    if slack is not None:
+        least -= slack
+        index = (maxima >= least.index_select(0, groups.rows)).nonzero().squeeze(1)
+        best = Kept(index, Ragged({}, torch.searchsorted(index, groups.offsets)))
+    chosen = own.index_select(0, best.index)
     # a row without a group of its own is all ends, together shorter than two groups
     left = torch.where(count == 0, torch.minimum(start + size, end), first * size)
     right = torch.where(count == 0, left, last * size)
@@ -129,9 +151,8 @@ def _grouped_top_k(scores: Tensor, lists: Ragged, k: int, size: int) -> Kept:
     since, until = torch.stack([start, right], 1).view(-1, 1), torch.stack([left, end], 1).view(-1, 1)
     open_[is_end] &= (at >= since) & (at < until)
     flat = open_.view(-1).nonzero().squeeze(1)
-    found = _padded_top_k(values.take(flat), Ragged({}, torch.searchsorted(flat, segments.offsets * size)), k)
-    flat = flat.index_select(0, found.index)
-    return Kept(begin.index_select(0, flat // size) + flat % size, found.lists)
+    offsets = torch.searchsorted(flat, segments.offsets * size)
+    return Kept(begin.index_select(0, flat // size) + flat % size, Ragged({}, offsets))
 
 
 def _group_size(longest: int, k: int) -> int:
@@ -150,6 +171,10 @@ def _padded_top_k(scores: Tensor, lists: Ragged, k: int) -> Kept:
     lengths = lists.lengths
     kept = lengths.clamp(max=k)
     offsets = _offsets(kept)
+    longest = int(lengths.max())
+    if k < longest and longest * len(lengths) == len(scores) <= PAD:  # all rows alike
+        columns = _highest_columns(scores.view(-1, longest), k)
+        return Kept((columns + lists.offsets[:-1].unsqueeze(1)).view(-1), Ragged({}, offsets))
     index = torch.empty(int(offsets[-1]), dtype=torch.int64, device=scores.device)
     lowest = torch.finfo(scores.dtype).min
     order, at = lengths.argsort(stable=True), 0
@@ -184,17 +209,25 @@ def _highest_columns(values: Tensor, k: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------- the search
-def way_of(rows: int, events: int, vectors: int, width: int) -> Way:
-    """The cheaper way for one field: ``events`` events of ``rows`` rows, ``vectors`` vectors of ``width``.
+def way_of(rows: int, events: int, vectors: int, width: int, *, integers: bool = False) -> Way:
+    """The cheapest way for one field: ``events`` events of ``rows`` rows, ``vectors`` vectors of ``width``.
 
     The constants are nanoseconds per operation on one core of a server's CPU (`benchmarks/long_history.py`); what matters
-    is where the two costs cross.
+    is where the costs cross.
+
+    Args:
+        integers: may ``screen`` be used?
     """
     size = 4 * vectors * width  # bytes: does the table stay in the cache?
     line = 2.8 if size < 2**25 else 9.0
-    pairs = events * (2.5 + line * width / 16)
-    product = rows * vectors * (0.05 + 0.0153 * width) + events * (3.3 if vectors < 2**19 else 6.0)
-    return "product" if product < pairs else "pairs"
+    pick = events * (3.3 if vectors < 2**19 else 6.0)
+    cost: dict[Way, float] = {
+        "pairs": events * (2.5 + line * width / 16),
+        "product": rows * vectors * (0.05 + 0.0153 * width) + pick,
+    }
+    if integers:
+        cost["screen"] = rows * vectors * (0.18 + 0.0023 * width) + 0.8 * vectors * width + pick + 1.5 * events
+    return min(cost, key=cost.__getitem__)
 
 
 def search(
@@ -207,21 +240,20 @@ def search(
         k: how many; a row with fewer keeps all, an empty one none.
         precision: ``bfloat16`` rounds vectors and queries to 8 bits of mantissa before they are multiplied: half the memory
             traffic on devices with such units, a few wrong events (`recall` says how many).
-        way: of all parts, instead of the cheaper one.
+        way: of all parts, instead of the cheapest one.
     """
     if k < 1:
         raise ValueError(f"Parameter `k` should be positive. Found {k}.")
     with torch.no_grad():
         if not len(lists) or int(lists.lengths.max()) <= k:
             return top_k(lists.offsets.new_zeros(int(lists.offsets[-1])), lists, k)
-        ways = [way or way_of(len(lists), len(p.read.index), *p.read.vectors.shape) for p in parts]
         if precision == "bfloat16":
             parts = [_rounded(part) for part in parts]
         found: list[Kept] = []
-        buffers = [_buffer(part, way, len(lists)) for part, way in zip(parts, ways, strict=True)]
+        means = [_Means.of(part, lists, k, way, number) for number, part in enumerate(parts)]
         for at, rows, own in pieces(lists, PIECE_EVENTS):
-            scores = _scores(parts, buffers, at, rows, own)
-            kept = top_k(scores, own, k)
+            some = [_piece(part, at, rows) for part in parts]
+            kept = _best(some, [each.rows(rows) for each in means], own, k)
             found.append(Kept(kept.index + at.start, kept.lists))
         sizes = torch.cat([kept.lists.lengths for kept in found])
         return Kept(torch.cat([kept.index for kept in found]), Ragged({}, _offsets(sizes)))
@@ -238,39 +270,82 @@ def _rounded(part: Part) -> Part:
     return part._replace(read=Rows(vectors, part.read.index), query=part.query.bfloat16().to(part.query.dtype))
 
 
-def _buffer(part: Part, way: Way, rows: int) -> Tensor | None:
-    """(rows of one product, U), or None for a part that is scored by pairs."""
-    vectors = part.read.vectors
-    return (
-        vectors.new_empty(max(1, min(rows, PRODUCT_ROWS, BUFFER // len(vectors))), len(vectors))
-        if way == "product"
-        else None
-    )
+def _piece(part: Part, at: slice, rows: slice) -> Part:
+    """Some rows' share of a part, with its scale in the query."""
+    query = part.query if part.query.dim() == 1 else part.query[rows]
+    return Part(Rows(part.read.vectors, part.read.index[at]), query * part.scale)
 
 
-def _scores(parts: Sequence[Part], buffers: Sequence[Tensor | None], at: slice, rows: slice, own: Ragged) -> Tensor:
-    """(n,) scores of one piece."""
+class _Means(NamedTuple):
+    """What a part is scored with.
+
+    Args:
+        buffer: (rows of one product, U); None for ``pairs``.
+        screen: integers instead of vectors and queries, for ``screen``.
+    """
+
+    buffer: Tensor | None = None
+    screen: Screen | None = None
+
+    @classmethod
+    def of(cls, part: Part, lists: Ragged, k: int, way: Way | None, number: int) -> _Means:
+        """Those of the cheapest way, or of the one that is asked for, for the part of some number."""
+        vectors, query = part.read.vectors, part.query
+        if query.dim() == 1:
+            return cls()
+        plain = vectors.device.type == "cpu" and vectors.dtype == torch.float32
+        long = _group_size(int(lists.lengths.max()), k) > 1
+        integers = plain and long and has_integers()
+        way = way or way_of(len(lists), len(part.read.index), *vectors.shape, integers=integers)
+        if way == "pairs":
+            return cls()
+        screen = Screen.of(vectors, query * part.scale, number) if way == "screen" and plain and long else None
+        rows = max(1, min(len(lists), PRODUCT_ROWS, BUFFER // len(vectors)))
+        dtype = torch.int32 if screen else vectors.dtype
+        return cls(scratch("product", (rows, len(vectors)), dtype, vectors.device), screen)
+
+    def rows(self, rows: slice) -> _Means:
+        """Of some rows."""
+        return self._replace(screen=self.screen.rows(rows)) if self.screen else self
+
+
+def _best(parts: Sequence[Part], means: Sequence[_Means], lists: Ragged, k: int) -> Kept:
+    """The k best events of one piece."""
+    screens = [each.screen for each in means if each.screen]
+    size = _group_size(int(lists.lengths.max()), k)
+    if screens and size == 1:  # short rows among long ones
+        return top_k(event_scores(parts, lists), lists, k)
     total: Tensor | None = None
-    for part, buffer in zip(parts, buffers, strict=True):
-        vectors, index = part.read.vectors, part.read.index[at]
-        if part.query.dim() == 1:
-            score = (vectors @ (part.query * part.scale)).index_select(0, index)
-        elif buffer is None:
-            score = products(vectors, index, part.query[rows] * part.scale, own)
-        else:
-            score = _by_product(vectors, index, part.query[rows] * part.scale, own, buffer)
+    for part, each in zip(parts, means, strict=True):
+        score = dots(*part[:2], lists) if each.buffer is None else _by_product(part, each, lists)
+        if len(parts) > 1:
+            score = score * each.screen.step.index_select(0, lists.rows) if each.screen else score.clone()
         total = score if total is None else total.add_(score)
     assert total is not None
-    return total
+    if not screens:
+        return top_k(total, lists, k)
+    slack = 2 * torch.stack([screen.bound for screen in screens]).sum(0)
+    some = _candidates(total, lists, k, size, slack if len(parts) > 1 else slack / screens[0].step)
+    kept = top_k(event_scores(some.parts(parts), some.lists), some.lists, k)
+    return Kept(some.index.index_select(0, kept.index), kept.lists)
 
 
-def _by_product(vectors: Tensor, index: Tensor, query: Tensor, lists: Ragged, buffer: Tensor) -> Tensor:
-    """(n,) as `unbraid.encoders.packed.products`: all vectors times some queries, then one number per event."""
-    scores, bounds = vectors.new_empty(len(index)), lists.offsets.tolist()
+def _by_product(part: Part, means: _Means, lists: Ragged) -> Tensor:
+    """(n,) as `unbraid.encoders.packed.products`: all vectors times some queries, then one number per event.
+
+    With a screen int32 products of the integers.  The result is scratch, valid until the next part is scored.
+    """
+    (vectors, index), query, buffer = (part.read.vectors, part.read.index), part.query, means.buffer
+    assert buffer is not None
+    bounds = lists.offsets.tolist()
+    scores = scratch("scores", (len(index),), buffer.dtype, buffer.device)
     for first in range(0, len(query), len(buffer)):
-        some = query[first : first + len(buffer)]
-        table = torch.mm(some, vectors.T, out=buffer[: len(some)])
-        last = first + len(some)
+        last = min(first + len(buffer), len(query))
+        some, table = slice(first, last), buffer[: last - first]
+        if means.screen:
+            means.screen.products(some, table)
+        else:
+            torch.mm(query[some], vectors.T, out=table)
         if index.device.type == "cpu":  # a row's products stay in the cache while its events are picked
             for row, (a, b) in enumerate(zip(bounds[first:last], bounds[first + 1 : last + 1], strict=True)):
                 torch.index_select(table[row], 0, index[a:b], out=scores[a:b])
