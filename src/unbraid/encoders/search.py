@@ -146,6 +146,8 @@ def _candidates(scores: Tensor, lists: Ragged, k: int, size: int, slack: Tensor 
     begin[~is_end], begin[is_end] = chosen * size, torch.stack([start, right], 1).view(-1)
     begin.clamp_(max=len(scores) - size)  # an end may begin late enough to reach beyond the scores: it is cut below
     values = scores.unfold(0, size, 1).index_select(0, begin)
+    if not values.is_floating_point():  # integers are compared much faster with their like
+        least = least.ceil_().clamp_(min=torch.iinfo(values.dtype).min).to(values.dtype)
     open_ = (values < least[segments.rows].unsqueeze(1)).logical_not_()
     at = begin[is_end].unsqueeze(1) + torch.arange(size, device=scores.device)
     since, until = torch.stack([start, right], 1).view(-1, 1), torch.stack([left, end], 1).view(-1, 1)
