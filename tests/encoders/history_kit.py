@@ -168,3 +168,33 @@ def read_of(case: Case, key: str, query: str, value: str, own: str) -> set[str]:
     read |= set() if alone else {f"row/{own}/{n}" for n in case.targets}
     parameters = {name for name, _ in case.module.named_parameters()}
     return read | {name for name in parameters if not (alone and name.startswith("maps.own/"))}
+
+
+class ValueCase:
+    """A history with the fields item and brand, which the row has, too, and action, which it has not; value tables alone."""
+
+    fields = ("action", "item", "brand")
+
+    def __init__(
+        self, config: Any, index: Mapping[str, Tensor], history: Ragged, targets: Sequence[str], seed: int = 0
+    ) -> None:
+        torch.manual_seed(seed)
+        self.config, self.index, self.history, self.targets = config, dict(index), history, targets
+        ids = 1 + max(int(part.max()) for part in index.values())
+        self.tables = {name: leaf(ids, D) for name in self.fields}
+        self.query = {name: leaf(len(history), D) for name in targets}
+        self.module = config.build(dict.fromkeys(self.fields, D), dict.fromkeys(targets, D)).double()
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """Everything that a gradient may reach."""
+        tables, queries = (
+            {f"{kind}.{n}": x for n, x in of.items()} for kind, of in (("table", self.tables), ("query", self.query))
+        )
+        return {**tables, **queries, **dict(self.module.named_parameters())}
+
+    def events(self) -> dict[str, dict[str, Rows]]:
+        return {"value": {name: Rows(table, self.index[name]) for name, table in self.tables.items()}}
+
+    def __call__(self) -> dict[str, Tensor]:
+        return self.module(self.events(), self.history, {"value": self.query})

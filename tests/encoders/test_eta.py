@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from history_kit import ValueCase, leaf
 from test_packed import LENGTHS, packed, pieces
 from torch import Tensor
 from toylog import make_log, make_run
@@ -27,32 +28,10 @@ D = 4
 FIELDS = ("action", "item", "brand")
 
 
-class Case:
-    """A history with the fields item and brand, which the row has, too, and action, which it has not."""
-
+class Case(ValueCase):
     def __init__(self, config: ETA, targets: Sequence[str] = ("item", "brand"), seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        _, ids, self.history = packed(seed)
-        self.tables = {name: self.leaf(7, D) for name in FIELDS}
-        self.index = {name: (ids + i) % 7 for i, name in enumerate(FIELDS)}
-        self.query = {name: self.leaf(len(LENGTHS), D) for name in targets}
-        self.config, self.targets = config, targets
-        self.module = config.build(dict.fromkeys(FIELDS, D), dict.fromkeys(targets, D)).double()
-
-    @staticmethod
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        return {**{f"table.{n}": x for n, x in self.tables.items()}, **{f"query.{n}": x for n, x in self.query.items()},
-                **dict(self.module.named_parameters())}  # fmt: skip
-
-    def events(self) -> dict[str, dict[str, Rows]]:
-        return {"value": {name: Rows(table, self.index[name]) for name, table in self.tables.items()}}
-
-    def __call__(self) -> dict[str, Tensor]:
-        return self.module(self.events(), self.history, {"value": self.query})
+        _, ids, history = packed(seed)
+        super().__init__(config, {name: (ids + i) % 7 for i, name in enumerate(FIELDS)}, history, targets, seed)
 
     def kept(self, row: int, part: Sequence[int]) -> list[int]:
         """Bits by plain loops; ties to the newest."""
@@ -134,7 +113,7 @@ def test_with_all_events_kept_it_is_full_attention() -> None:
 def test_what_is_not_kept_gets_no_gradient_and_the_planes_never() -> None:
     case = Case(ETA(keep=1))
     case.index = {name: torch.arange(sum(LENGTHS)) for name in FIELDS}
-    case.tables = {name: case.leaf(sum(LENGTHS), D) for name in FIELDS}
+    case.tables = {name: leaf(sum(LENGTHS), D) for name in FIELDS}
     (grad,) = torch.autograd.grad(sum(x.sum() for x in case().values()), case.tables["item"])  # type: ignore[arg-type]
     kept = {i for row, part in enumerate(pieces(case.history)) for i in case.kept(row, range(sum(LENGTHS))[part])}
     assert set(grad.abs().sum(1).nonzero().squeeze(1).tolist()) == kept

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from history_kit import ValueCase
 from test_eta import FIELDS, D, agree
 from test_packed import LENGTHS, packed, pieces
 from torch import Tensor
@@ -17,32 +18,10 @@ from unbraid.encoders.search import Part
 from unbraid.types import Ragged, Rows
 
 
-class Case:
-    """A history with the fields item and brand, which the row has, too, and action, which it has not."""
-
+class Case(ValueCase):
     def __init__(self, config: SDIM, targets: Sequence[str] = ("item", "brand"), seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        _, ids, self.history = packed(seed)
-        self.tables = {name: self.leaf(7, D) for name in FIELDS}
-        self.index = {name: (ids + i) % 7 for i, name in enumerate(FIELDS)}
-        self.query = {name: self.leaf(len(LENGTHS), D) for name in targets}
-        self.config, self.targets = config, targets
-        self.module = config.build(dict.fromkeys(FIELDS, D), dict.fromkeys(targets, D)).double()
-
-    @staticmethod
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        return {
-            **{f"table.{n}": x for n, x in self.tables.items()},
-            **{f"query.{n}": x for n, x in self.query.items()},
-        }
-
-    def __call__(self) -> dict[str, Tensor]:
-        events = {"value": {name: Rows(table, self.index[name]) for name, table in self.tables.items()}}
-        return self.module(events, self.history, {"value": self.query})
+        _, ids, history = packed(seed)
+        super().__init__(config, {name: (ids + i) % 7 for i, name in enumerate(FIELDS)}, history, targets, seed)
 
     def code(self, vectors: Sequence[Tensor]) -> list[bool]:
         if not vectors:

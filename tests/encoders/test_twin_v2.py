@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from history_kit import ValueCase, leaf
 from test_eta import FIELDS, D, agree
 from torch import Tensor
 
@@ -20,33 +21,12 @@ LENGTHS = (1, 23, 0, 40, 3, 9)
 IDS = 11
 
 
-class Case:
-    """A history with the fields item and brand, which the row has, too, and action, which it has not."""
-
+class Case(ValueCase):
     def __init__(self, config: TWINV2, targets: Sequence[str] = ("item", "brand"), seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        offsets = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()])
-        self.tables = {name: self.leaf(IDS, D) for name in FIELDS}
-        self.index = {name: torch.randint(0, 3 if name == "action" else IDS, (sum(LENGTHS),)) for name in FIELDS}
-        self.history = Ragged(self.index, offsets)
-        self.query = {name: self.leaf(len(LENGTHS), D) for name in targets}
-        self.config, self.targets = config, targets
-        self.module = config.build(dict.fromkeys(FIELDS, D), dict.fromkeys(targets, D)).double()
-
-    @staticmethod
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        return {**{f"table.{n}": x for n, x in self.tables.items()}, **{f"query.{n}": x for n, x in self.query.items()},
-                **dict(self.module.named_parameters())}  # fmt: skip
-
-    def events(self) -> dict[str, dict[str, Rows]]:
-        return {"value": {name: Rows(table, self.index[name]) for name, table in self.tables.items()}}
-
-    def __call__(self) -> dict[str, Tensor]:
-        return self.module(self.events(), self.history, {"value": self.query})
+        g = torch.Generator().manual_seed(seed)
+        most = {name: 3 if name == "action" else IDS for name in FIELDS}
+        index = {name: torch.randint(0, n, (sum(LENGTHS),), generator=g) for name, n in most.items()}
+        super().__init__(config, index, Ragged(index, torch.tensor([0, *LENGTHS]).cumsum(0)), targets, seed)
 
     def points(self) -> Tensor:
         """(N, all D)"""
@@ -194,7 +174,7 @@ def test_rows_alone_and_together_have_the_same_clusters() -> None:
 
 def test_gradients_reach_the_kept_virtual_events_only() -> None:
     case = Case(TWINV2(cap=4, keep=2))
-    case.tables = {name: case.leaf(sum(LENGTHS), D) for name in FIELDS}
+    case.tables = {name: leaf(sum(LENGTHS), D) for name in FIELDS}
     case.index = {name: torch.arange(sum(LENGTHS)) for name in FIELDS}
     kept = case.module.find(case.module.parts(case.events(), {"value": case.query}), case.history, {})
     assert kept.lists.lengths.tolist() == [1, 2, 0, 2, 1, 2] and not kept.sizes.requires_grad
