@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from unbraid import config
 from unbraid.cli import app
-from unbraid.compare import check, compare, difference, holm, same_rows, tabulate
+from unbraid.compare import MEAN, check, compare, difference, holm, same_rows, tabulate, with_means
 from unbraid.data.source import Split
 from unbraid.evaluate import Drawn, Slice, evaluate, replicate
 from unbraid.job import JobError
-from unbraid.render import render_comparison
+from unbraid.render import comparison_cells, render_comparison
 from unbraid.train import Training
 from unbraid.types import Schema, Scores, Task
 
@@ -125,6 +125,31 @@ def test_the_main_table_and_the_domains_are_two_families() -> None:
     assert far[""]["holm"] == pytest.approx(2 * far[""]["p"]), "two runs"
     assert far["x"]["holm"] == pytest.approx(4 * far["x"]["p"]), "two runs, two domains"
     assert far[""]["verdict"] == "none found"
+
+
+def test_the_mean_of_tasks_is_paired_and_a_family_of_its_own() -> None:
+    def slices(a: float, b: float, names: str = "ab") -> dict[tuple[str, str], Slice]:
+        draws = {"a": np.array([0.1, 0.4, np.nan, 0.2]), "b": np.array([0.3, 0.1, 0.2, 0.6])}
+        cells = {n: Slice({"auc": drawn(v, v + draws[n])}, 10 + 5 * (n == "b"), 5) for n, v in (("a", a), ("b", b))}
+        return {(n, d): cells[n] for n in names for d in ("", "x")}
+
+    runs = {"ref": [slices(0.5, 0.6)], "up": [slices(0.6, 0.9)], "other": [slices(0.5, 0.5)]}
+    found = with_means(runs)
+    cell = found["up"][0][MEAN, ""]
+    assert cell.metrics["auc"].value == pytest.approx(0.75) and cell.rows == 15 and cell.positives is None
+    np.testing.assert_allclose(cell.metrics["auc"].draws, [0.95, 1.0, np.nan, 1.15])
+    table = tabulate(found, "ref")
+    means = {d["run"]: d for d in table["differences"] if d["task"] == MEAN}
+    assert means["up"]["value"] == pytest.approx(0.2) and set(means) == {"up", "other"}
+    assert means["other"]["holm"] == pytest.approx(holm([means["up"]["p"], means["other"]["p"]])[1])
+    without = [d for d in table["differences"] if d["task"] != MEAN]
+    assert without == tabulate(runs, "ref")["differences"]
+    assert MEAN in [line[0] for line in comparison_cells({**table, "reference": "ref", "seeds": 1, "cost": {}})[0][1]]
+    for different in ({"one": [slices(0.5, 0.6, "a")]}, {**runs, "less": [slices(0.5, 0.6, "a")]}):
+        assert with_means(different) == different
+    withheld = Slice({"auc": Drawn(None, np.full(4, np.nan), "too few")}, 10, 5)
+    empty = with_means({"one": [{**slices(0.5, 0.6), ("b", ""): withheld}]})["one"][0][MEAN, ""].metrics["auc"]
+    assert empty.value is None and empty.why == "b: too few"
 
 
 # ------------------------------------------------------------------------------------------------------------- simulation

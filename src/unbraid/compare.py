@@ -24,8 +24,11 @@ Measured on simulated scores of equal models (300 users, five amounts of trainin
 to 1.2 times the true one.  With the normal law instead of Student's it is up to 24 %, without the subtraction the s.e. is
 up to 1.75 times too large.  Three seeds are the least to rely on.
 
+Where all runs have the same tasks with the same metric, its mean over tasks is compared as well, replicate by replicate.
+
 p-values are adjusted by Holm (Scandinavian Journal of Statistics 1979) over everything that a reader scans for a finding:
-all runs and tasks of the main table, and, apart from these, all runs, tasks and domains.  Intervals are not adjusted.
+all runs and tasks of the main table, apart from these all runs' means over tasks, and all runs, tasks and domains.
+Intervals are not adjusted.
 
 A comparison is fair if every method had the same trials and budget: one configuration per run, the same seeds, the same
 `unbraid.train.Training`.  What a run cost (steps until early stopping, seconds, parameters) is reported beside.
@@ -54,6 +57,7 @@ from unbraid.train import Watcher
 from unbraid.types import Scores, Task
 
 BASELINE = "target_encoding"
+MEAN = "mean of tasks"
 TAKEN = (BASELINE, "compare.json", "compare.md")  # not for a run's name
 SAME_DATA = (
     "folder",
@@ -128,7 +132,7 @@ def compare(
         "reference": against or runs[0].name, "seeds": seeds, "replicates": replicates,
         "budget": {run.name: {key: getattr(run.training, key) for key in SAME_BUDGET} for run in runs},
         "cost": {name: _cost(each) for name, each in costs.items()},
-        **tabulate(found, against or runs[0].name, metric),
+        **tabulate(with_means(found, metric), against or runs[0].name, metric),
     }  # fmt: skip
     store.write_text(out / "compare.json", json.dumps(comparison, indent=1))
     store.write_text(out / "compare.md", render_comparison(comparison))
@@ -283,12 +287,42 @@ def tabulate(found: Mapping[str, Sequence[Slices]], reference: str, metric: str 
             base = [trial[task, domain].metrics[chosen] for trial in found[reference]]
             entry = {"task": task, "domain": domain, "run": name, "metric": chosen}
             differences.append({**entry, **difference(ours, base)})
-    for whole in (True, False):
-        family = [d for d in differences if (d["domain"] == "") == whole and d["p"] is not None]
+    for kind in ((MEAN, True), ("", True), ("", False)):
+        family = [d for d in differences if _family(d) == kind and d["p"] is not None]
         for each, adjusted in zip(family, holm([d["p"] for d in family]), strict=True):
             each["holm"] = adjusted
             each["verdict"] = verdict(each)
     return {"values": values, "differences": differences}
+
+
+def _family(entry: Mapping[str, Any]) -> tuple[str, bool]:
+    return (MEAN if entry["task"] == MEAN else "", entry["domain"] == "")
+
+
+def with_means(found: Mapping[str, Sequence[Slices]], metric: str = "") -> dict[str, list[Slices]]:
+    """The same and, as one more task, the mean over tasks of the metric that is compared.
+
+    There is none if some run has other tasks or a single one, or if tasks differ in their metric.
+    """
+    every = [slices for trials in found.values() for slices in trials]
+    tasks = [[task for task, domain in slices if not domain] for slices in every]
+    lead = {
+        metric or lead_metric(cell.metrics) for slices in every for (_, domain), cell in slices.items() if not domain
+    }
+    if len(tasks[0]) < 2 or any(set(other) != set(tasks[0]) for other in tasks) or len(lead) > 1:
+        return {name: list(trials) for name, trials in found.items()}
+    return {name: [_with_mean(slices, tasks[0], *lead) for slices in trials] for name, trials in found.items()}
+
+
+def _with_mean(slices: Slices, tasks: Sequence[str], metric: str) -> Slices:
+    cells = [slices[task, ""] for task in tasks]
+    if any(metric not in cell.metrics for cell in cells):
+        return slices
+    each = [cell.metrics[metric] for cell in cells]
+    values = [one.value for one in each if one.value is not None]
+    why = next((f"{task}: {one.why}" for task, one in zip(tasks, each, strict=True) if one.value is None), "")
+    mean = Drawn(None if why else float(np.mean(values)), np.mean([one.draws for one in each], axis=0), why)
+    return {**slices, (MEAN, ""): Slice({metric: mean}, max(cell.rows for cell in cells), None)}
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
