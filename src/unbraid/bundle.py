@@ -1,7 +1,8 @@
 """A trained artefact on disk, and predictions from it.
 
 A bundle is a folder: ``run.toml``, ``schema.json``, ``vocabularies/``, ``weights.safetensors``, ``metrics.json``,
-``environment.json``, ``report.md``.  Nothing in it is a pickle.  Loading refuses what does not match, by name.
+``environment.json``, ``report.md``, and ``uncertainty.safetensors`` once asked for.  Nothing in it is a pickle.  Loading
+refuses what does not match, by name.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ import polars as pl
 import torch
 
 from unbraid import config, store
-from unbraid.data.encode import encode_query
+from unbraid.data.encode import encode, encode_query
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import DataError, Tables, scan
 from unbraid.data.table import Encoded
 from unbraid.model import Model
 from unbraid.train import predict
 from unbraid.types import Schema, Scores
+from unbraid.uncertainty.explore import Belief, Exploration, requests, sigmoid
+from unbraid.uncertainty.last_layer import FITS, LastLayer, UncertaintyError, fit
+
+UNCERTAINTY = "uncertainty.safetensors"
 
 
 class BundleError(ValueError):
@@ -37,7 +42,10 @@ def build(run: config.Run, schema: Schema) -> Model:
     """The run's model, initialised from the run's seed."""
     torch.manual_seed(run.seed)
     choice = run.model
-    return Model(schema, choice.tower, choice.tables, choice.interaction, choice.history, choice.heads)
+    return Model(
+        schema, choice.tower, choice.tables, choice.interaction, choice.history, choice.heads, choice.experts,
+        choice.numbers, choice.numbers_of, choice.vectors, choice.history_of,
+    )  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
@@ -60,6 +68,7 @@ class Bundle:
     fitted: Fitted
     model: Model
     metrics: Mapping[str, Any]
+    uncertainty: LastLayer | None = None
 
     def save(self, folder: Path) -> None:
         """Write the bundle; the weights come last, so that a folder with weights is whole."""
@@ -68,6 +77,8 @@ class Bundle:
         self.fitted.save(folder)
         store.write_text(folder / "metrics.json", json.dumps(self.metrics, indent=1))
         store.write_text(folder / "environment.json", json.dumps(environment(), indent=1))
+        if self.uncertainty is not None:
+            store.save(folder / UNCERTAINTY, self.uncertainty.state_dict())
         store.save(folder / "weights.safetensors", self.model.state_dict())
 
     @classmethod
@@ -81,12 +92,15 @@ class Bundle:
         missing = [n for n in ("run.toml", "schema.json", "weights.safetensors") if not (folder / n).exists()]
         if missing:
             unfinished = (
-                " It holds an unfinished run: continue it with `--resume`." if list(folder.glob("fit-*")) else ""
+                " It holds an unfinished run: continue it with `--resume`."
+                if any((*folder.glob("fit-*"), *folder.glob("schedule-*")))
+                else ""
             )
             raise BundleError(f"{folder} is not a bundle: there is no {', '.join(missing)}.{unfinished}")
         try:
             run, fitted = config.load(folder / "run.toml"), Fitted.load(folder)
             weights = store.load(folder / "weights.safetensors")
+            unsure = LastLayer.load(store.load(folder / UNCERTAINTY)) if (folder / UNCERTAINTY).exists() else None
         except Exception as error:
             raise BundleError(f"{folder} cannot be loaded: {error}") from error
         for part in ("features", "tasks", "histories", "fields"):
@@ -99,7 +113,7 @@ class Bundle:
         model.load_state_dict(weights)
         model.eval()
         metrics = folder / "metrics.json"
-        return cls(run, fitted, model, json.loads(metrics.read_text()) if metrics.exists() else {})
+        return cls(run, fitted, model, json.loads(metrics.read_text()) if metrics.exists() else {}, unsure)
 
 
 def _check_weights(folder: Path, want: Mapping[str, tuple], have: Mapping[str, torch.Tensor]) -> None:
@@ -132,11 +146,19 @@ class Predictor:
         self.device = device
         self.bundle.model.to(device)
 
-    def scores(self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None) -> Scores:
+    @property
+    def schema(self) -> Schema:
+        """What the model reads and predicts."""
+        return self.bundle.fitted.schema
+
+    def scores(
+        self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None, *, hidden: bool = False
+    ) -> Scores:
         """Logits (and labels, where there are any) of rows: a frame, or a Parquet or CSV file or folder.
 
         Args:
             tables: tables in memory instead of files, by the name that the run uses.
+            hidden: keep each task's hidden vectors, too.
         """
         if isinstance(rows, str | Path):
             if not Path(rows).exists():
@@ -146,11 +168,39 @@ class Predictor:
             encode_query(self.data, rows.lazy(), self.bundle.fitted, Path(place), tables=tables)
             encoded = Encoded(Path(place))
             batches = encoded.in_order(encoded.split("all"), 4 * self.bundle.run.training.batch_size)
-            return predict(self.bundle.model, batches, self.bundle.fitted.schema, device=self.device)
+            return predict(self.bundle.model, batches, self.bundle.fitted.schema, hidden=hidden, device=self.device)
 
-    def predict(self, rows: pl.DataFrame | str | Path, tables: Tables | None = None) -> pl.DataFrame:
-        """The rows' predictions in their order: ``TASK`` -> probability, a list of K probabilities, or a number."""
-        return as_frame(self.scores(rows, tables), self.bundle.fitted.schema)
+    def beliefs(
+        self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None
+    ) -> tuple[Scores, dict[str, Belief]]:
+        """The rows' scores, and how unsure the model is: binary and real task -> belief about its logits.
+
+        Raises:
+            UncertaintyError: the bundle has no uncertainty, or that of other weights.
+        """
+        if self.bundle.uncertainty is None:
+            raise UncertaintyError(f"The bundle holds no uncertainty. Make it from the training rows: {FITS}.")
+        self.bundle.uncertainty.check(self.bundle.model)
+        scores = self.scores(rows, tables, hidden=True)
+        return scores, self.bundle.uncertainty.beliefs(scores)
+
+    def predict(
+        self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None, *,
+        explore: Exploration | None = None, uncertainty: bool = False,
+    ) -> pl.DataFrame:  # fmt: skip
+        """The rows' predictions in their order: ``TASK`` -> probability, a list of K probabilities, or a number.
+
+        Args:
+            explore: `unbraid.uncertainty.explore.Thompson` or ``UCB``: also ``TASK_explore``, the prediction by the logit
+                that it chooses, and ``TASK_sd``.
+            uncertainty: also ``TASK_sd``, the standard deviation of the logit (of a real task: of the value).
+
+        Raises:
+            UncertaintyError: see `beliefs`; or another task has the name of such a column.
+        """
+        if explore is None and not uncertainty:
+            return as_frame(self.scores(rows, tables), self.schema)
+        return explained(*self.beliefs(rows, tables), self.schema, explore)
 
 
 def as_frame(scores: Scores, schema: Schema) -> pl.DataFrame:
@@ -159,13 +209,47 @@ def as_frame(scores: Scores, schema: Schema) -> pl.DataFrame:
     for task in schema.tasks:
         logits = scores.logits[task.name].astype(np.float64)
         if task.kind == "binary":
-            columns[task.name] = 0.5 * (1.0 + np.tanh(0.5 * logits))  # the sigmoid, without overflow
+            columns[task.name] = sigmoid(logits)
         elif task.kind == "multiclass":
             raised = np.exp(logits - logits.max(1, keepdims=True))
             columns[task.name] = raised / raised.sum(1, keepdims=True)
         else:
             columns[task.name] = logits
     return pl.DataFrame(columns)
+
+
+def explained(
+    scores: Scores, beliefs: Mapping[str, Belief], schema: Schema, explore: Exploration | None = None
+) -> pl.DataFrame:
+    """`as_frame`, and ``TASK_sd`` (and ``TASK_explore``) of every task with a belief.  Raises UncertaintyError."""
+    frame, columns = as_frame(scores, schema), {}
+    for name, belief in beliefs.items():
+        columns[f"{name}_sd"] = np.sqrt(belief.variance)
+        if explore is not None:
+            chosen = explore(belief, requests(scores))
+            columns[f"{name}_explore"] = sigmoid(chosen) if schema.task(name).kind == "binary" else chosen
+    if clash := sorted(set(columns) & set(frame.columns)):
+        raise UncertaintyError(f"Column {', '.join(clash)} would be a task's and an uncertainty's. Rename the task.")
+    return frame.with_columns(**columns)
+
+
+def with_uncertainty(
+    bundle: Bundle, folder: str | Path | None = None, *, tables: Tables | None = None, prior: float = 1.0
+) -> Bundle:
+    """The bundle with the uncertainty of its last layer, from one pass over the training rows.
+
+    Args:
+        folder: where the run's tables are read from now; the run's own folder by default.
+        tables: tables in memory by name; prior: precision of the weights before any row was seen.
+
+    Raises:
+        UncertaintyError: no task is binary or real; ValueError: the prior is not positive; DataError as it says.
+    """
+    predictor = Predictor(bundle, folder)
+    encoded = Encoded(encode(predictor.data, tables=tables, fitted=bundle.fitted))
+    batches = encoded.in_order(encoded.split("train"), 4 * bundle.run.training.batch_size)
+    scored = (predict(bundle.model, [batch], encoded.schema, hidden=True) for batch in batches)
+    return dataclasses.replace(bundle, uncertainty=fit(bundle.model, scored, encoded.schema, prior))
 
 
 # ----------------------------------------------------------------------------------------------------------- warm start
@@ -176,7 +260,8 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
         Counts: table rows copied and new; other tensors copied and new.
 
     Raises:
-        BundleError: a tensor of one name has another shape in the two models, or a task's classes differ.
+        BundleError: a tensor of one name has another shape in the two models, or a task's classes differ; or domains do,
+            where they have tables.
     """
     counts = {"rows copied": 0, "rows new": 0, "tensors copied": 0, "tensors new": 0}
     theirs, ours = old.model.state_dict(), model.state_dict()
@@ -185,6 +270,8 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
             raise BundleError(
                 f"Task `{name}` has classes {classes}; the bundle to start from has {old.fitted.schema.classes[name]}."
             )
+    if hasattr(model.tower, "reads_domain") and fitted.schema.domains != old.fitted.schema.domains:
+        raise BundleError("Tables per domain can start only from a bundle with the same domains in the same order.")
     with torch.no_grad():
         for key, table in ours.items():
             source = _same_place(key, fitted.schema, old.fitted.schema)
