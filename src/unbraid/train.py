@@ -166,20 +166,44 @@ class Local:
     seconds: float = 0.0  # of training in all processes, evaluation apart
     steps: int = 0  # done
     calls: int = 0
+    record: Mapping[str, Any] | None = None  # what the schedule kept
     _cache: dict[str, np.ndarray] = field(default_factory=dict)
 
+    @property
+    def schema(self) -> Schema:
+        """What the columns mean."""
+        return self.data.schema
+
     def rows(self, split: str) -> np.ndarray:
-        """Row numbers of the training or validation split; the test split is refused."""
-        if split not in ("train", "valid"):
+        """Ascending row numbers of ``train``, ``valid`` or ``train+valid``; the test split is refused."""
+        if split not in ("train", "valid", "train+valid"):
             raise ValueError(f"A session reads `train` and `valid` only. Found `{split}`.")
         if split not in self._cache:
-            self._cache[split] = self.data.split(split)
+            self._cache[split] = np.sort(np.concatenate([self.data.split(part) for part in split.split("+")]))
         return self._cache[split]
+
+    def times(self, rows: np.ndarray) -> tuple[np.ndarray, float]:
+        """(n,) int64 times of rows in the log's own unit since 1970 in UTC, and how many of these units make a second.
+
+        Raises:
+            ValueError: the log has no time.
+        """
+        if "time" not in self.data.columns:
+            raise ValueError("The schedule needs the time of each row: set `data.time`.")
+        return self.data.columns["time"][rows].astype(np.int64), float(self.data.about["per_second"])
+
+    def steps_of(self, rows: int, epochs: int) -> int:
+        """Steps in which ``fit`` with ``stream`` reads so many rows ``epochs`` times, each row as often."""
+        return epochs * steps_per_epoch(rows, self.training.batch_size, whole=True)
+
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """What the schedule found on its way (plain values), for ``metrics.json``."""
+        self.record = record
 
     def score(self, model: nn.Module, split: str = "valid", rows: np.ndarray | None = None) -> Scores:
         """Predictions on a split, or on some of its rows (row numbers)."""
         allowed = self.rows(split)
-        chosen = allowed if rows is None else np.intersect1d(allowed, rows)
+        chosen = allowed if rows is None else _inside(np.unique(rows), allowed)
         batches = self.data.in_order(chosen, 4 * self.training.batch_size)
         return predict(model, batches, self.data.schema, device=self.device)
 
@@ -187,40 +211,65 @@ class Local:
         """Independent copies."""
         return copy.deepcopy(model), copy.deepcopy(state)
 
-    def checkpoint(self, tag: str, state: State) -> None:
-        """Keep a schedule's own state under a tag."""
-        if self.folder is not None:
-            store.save(self.folder / f"schedule-{tag}.safetensors", state)
+    def checkpoint(self, tag: str, state: State, *, done: bool = False) -> None:
+        """Keep a schedule's own state under a tag.
+
+        Args:
+            done: the state holds all that the calls of ``fit`` so far made.  Their own checkpoints are removed, and
+                `restore` counts calls, steps and seconds on from here.
+        """
+        if self.folder is None:
+            return
+        counts = {"calls": self.calls, "steps": self.steps, "seconds": self.seconds} if done else None
+        store.save(self.folder / f"schedule-{tag}.safetensors", {"state": state, "counts": counts})
+        for call in range(self.calls if done else 0):
+            (self.folder / f"fit-{call}.safetensors").unlink(missing_ok=True)
 
     def restore(self, tag: str) -> State | None:
         """The state kept under a tag, when resuming."""
         path = self.folder / f"schedule-{tag}.safetensors" if self.folder is not None else None
-        return store.load(path) if self.resume and path is not None and path.exists() else None
+        if not self.resume or path is None or not path.exists():
+            return None
+        found = store.load(path)
+        if found["counts"] is not None:
+            self.calls, self.steps, self.seconds = (found["counts"][name] for name in ("calls", "steps", "seconds"))
+        return found["state"]
 
     def fit(
         self, model: nn.Module, steps: int, *, weights: Mapping[str, float] | None = None, rows: np.ndarray | None = None,
         trainable: Callable[[str], bool] | None = None, update_state: State | None = None, seed: int | None = None,
+        stream: bool = False, total: int = 0,
     ) -> tuple[nn.Module, State]:  # fmt: skip
         """Train the model in place.
 
         Args:
             steps: optimiser steps; weights: objective -> weight instead of the run's; rows: row numbers instead of all
                 training rows; trainable: parameter name -> does it train; update_state: what an earlier call returned.
+            stream: no row is left out of a pass for want of a full batch (`steps_of`), and the validation split is
+                not looked at: no early stopping, no log.
+            total: steps of all calls that hand on their state, for the learning rate; 0: ``steps``.
 
         Returns:
             The model and the update's state.
+
+        Raises:
+            ValueError: ``rows`` has a row of the test split, or none.
         """
+        if rows is not None and not 0 < len(rows) == len(_inside(rows, self.rows("train+valid"))):
+            raise ValueError("A session trains on rows of the training and validation splits. Found others, or none.")
         call, self.calls = self.calls, self.calls + 1
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable is None or trainable(name))
         update = self.update.build(
-            model, steps=steps, weights=self.weights if weights is None else weights, objectives=self._objectives()
-        )
+            model, steps=total or steps, weights=self.weights if weights is None else weights,
+            objectives=self._objectives(),
+        )  # fmt: skip
         if update_state is not None:
             update.load_state_dict(update_state)
         one = _OneFit(
-            self, call, model, update, steps, self.rows("train") if rows is None else rows, self._seed(seed, call)
-        )
+            self, call, model, update, steps, self.rows("train") if rows is None else rows, self._seed(seed, call),
+            stream,
+        )  # fmt: skip
         one.run()
         return model, update.state_dict()
 
@@ -237,9 +286,10 @@ class _OneFit:
     """One call of `Local.fit`: evaluation, early stopping, checkpoints and their resumption around `fit`."""
 
     def __init__(
-        self, session: Local, call: int, model: nn.Module, update: Update, steps: int, rows: np.ndarray, seed: int
-    ) -> None:
-        self.session, self.call, self.model, self.update = session, call, model, update
+        self, session: Local, call: int, model: nn.Module, update: Update, steps: int, rows: np.ndarray, seed: int,
+        stream: bool = False,
+    ) -> None:  # fmt: skip
+        self.session, self.call, self.model, self.update, self.stream = session, call, model, update, stream
         self.steps, self.rows, self.seed, training = steps, rows, seed, session.training
         self.every = training.evaluate_every or steps_per_epoch(len(rows), training.batch_size)
         self.best: dict[str, Any] = {"value": None, "step": 0, "misses": 0}
@@ -256,7 +306,7 @@ class _OneFit:
         if finished:
             return
         session = self.session
-        batches = session.data.shuffled(self.rows, session.training.batch_size, self.seed, start)
+        batches = session.data.shuffled(self.rows, session.training.batch_size, self.seed, start, self.stream)
         moved = (batch.to(session.device) for batch in batches)
         self.told_step, self.began = start, time.monotonic()
         session.watcher.stage("training", start, self.steps)
@@ -286,7 +336,7 @@ class _OneFit:
     def _look(self, done: int, batch: Batch, losses: Mapping[str, Tensor]) -> bool:
         """Evaluate when it is time; stop when patience is over."""
         training = self.session.training
-        if done % self.every and done != self.steps:
+        if self.stream or done % self.every and done != self.steps:
             return False
         began = time.monotonic()
         self.update.settle()
@@ -389,6 +439,12 @@ class _OneFit:
                 if (record["call"], record["step"]) <= (self.call, step):
                     kept.append(line + "\n")
             store.write_text(path, "".join(kept))
+
+
+def _inside(rows: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Those of the rows that are among ``allowed``, which is ascending."""
+    place = np.searchsorted(allowed, rows).clip(max=max(len(allowed) - 1, 0))
+    return rows[allowed[place] == rows] if len(allowed) else rows[:0]
 
 
 def _random_state() -> State:

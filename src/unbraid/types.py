@@ -22,6 +22,7 @@ NO_DOMAIN = "all"  # the one domain of a log without domains
 GAP = "gap"  # an event field that needs no column: bucketed seconds between an event and the row
 POSITION = "position"  # another: 1 for the newest event of a history, 2 for the one before it, ...
 BUILT_IN = (GAP, POSITION)
+EXACT = ".exact"  # suffix of a number's unrounded value among a batch's features; no feature's name has a dot
 FORBID: dict[str, Any] = {"extra": "forbid"}  # pydantic reads it: a misspelt key in a run file is an error
 
 
@@ -141,6 +142,7 @@ class Schema:
         sizes: vocabulary -> number of rows of its tables (unknown and missing included).
         widths: vector feature -> D.
         numbers: number feature -> (mean, standard deviation) in the training split, after its transform.
+        quantiles: number feature -> 256 of its values there at evenly spaced ranks, from the least to the greatest.
         domains: names of the domain codes, ``domains[0]`` unknown, ``domains[1]`` missing.
         classes: multiclass task -> its classes as text, in code order.
     """
@@ -154,10 +156,14 @@ class Schema:
     widths: Mapping[str, int] = field(default_factory=dict)
     numbers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    quantiles: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def task(self, name: str) -> Task:
-        """The task of that name; raises KeyError."""
-        return {task.name: task for task in self.tasks}[name]
+        """The task of that name.  Raises ValueError that lists the names."""
+        known = {task.name: task for task in self.tasks}
+        if name not in known:
+            raise ValueError(f"There is no task `{name}`. Tasks: {', '.join(known)}.")
+        return known[name]
 
     def field_vocabulary(self, name: str) -> str:
         """Vocabulary of an event field (``gap`` and ``position`` have their own)."""
@@ -212,7 +218,8 @@ class Batch:
     """B rows of the table; domains, labelled and unlabelled rows live together.
 
     Args:
-        features: name -> (B,) int64 ids; (B, 2) numbers (standardised value, missing 0/1); (B, D) vectors; `Ragged`
+        features: name -> (B,) int64 ids; (B, 2) numbers (standardised value, missing 0/1), and ``NAME.exact`` -> (B, 1)
+            float64 (the value itself after its transform, 0 where missing); (B, D) vectors; `Ragged`
             bags (one value name: the feature's) and histories (one value name per event field).
         labels: task -> (B,) float32, or int64 for multiclass; anything where unobserved.
         observed: task -> (B,) bool.
@@ -221,7 +228,7 @@ class Batch:
         row: (B,) int64, stable index of the row in the encoded table.
         view: (B,) int8, 0 plain or weak and 1 strong; rows of view 1 are unobserved and never count in metrics.
         pair: (B,) int64, position of the other view in this batch, -1 if none.
-        meta: user, time, request, ``sampling_rate.TASK`` ...: for metrics, schedules and weights, never for the model.
+        meta: user, time, request, exposure, ``sampling_rate.TASK`` ...: for metrics, schedules and weights, never for the model.
     """
 
     features: Mapping[str, Tensor | Ragged]
@@ -393,7 +400,9 @@ class Term(Protocol):
 
     ``needs`` names the ``Output.extras`` it reads; a missing one is an error when the run is built.  A term may have a
     method ``check(orphans)``: it is called once before training with `unbraid.data.table.Encoded.orphans` of the
-    training rows, and raises ValueError where the loss would make no sense of them.
+    training rows, and raises ValueError where the loss would make no sense of them.  It may have ``reads``, what the data must
+    declare of each row (``user``, ``request``), ``objectives``, the only names that its losses have, and ``trains``, the tasks
+    whose own logits it trains (all, without it): a run in which no term trains some task is an error.
     """
 
     @property
@@ -415,18 +424,28 @@ class Update(Protocol):
 class Session(Protocol):
     """All that a schedule may use.  The test split cannot be reached from here."""
 
+    @property
+    def schema(self) -> Schema: ...
+    def rows(self, split: str) -> Any: ...
+    def times(self, rows: Any) -> tuple[Any, float]: ...
+    def steps_of(self, rows: int, epochs: int) -> int: ...
     def fit(
         self, model: nn.Module, steps: int, *, weights: Mapping[str, float] | None = None, rows: Any = None,
         trainable: Callable[[str], bool] | None = None, update_state: State | None = None, seed: int | None = None,
+        stream: bool = False, total: int = 0,
     ) -> tuple[nn.Module, State]: ...  # fmt: skip
     def score(self, model: nn.Module, split: str = "valid", rows: Any = None) -> Scores: ...
     def fork(self, model: nn.Module, state: State) -> tuple[nn.Module, State]: ...
-    def checkpoint(self, tag: str, state: State) -> None: ...
+    def checkpoint(self, tag: str, state: State, *, done: bool = False) -> None: ...
     def restore(self, tag: str) -> State | None: ...
+    def keep(self, record: Mapping[str, Any]) -> None: ...
 
 
 class Schedule(Protocol):
-    """Which parameters, rows and weights train when."""
+    """Which parameters, rows and weights train when.
+
+    A schedule that keeps a record (`Session.keep`) may have a method ``report(record)``: Markdown for ``report.md``.
+    """
 
     def __call__(self, session: Session, model: nn.Module, steps: int) -> nn.Module: ...
 
@@ -463,7 +482,9 @@ class TowerOutput(WithTrunk):
 
 class Tower(Protocol):
     """Config of a tower: ``build(tasks, views, widths)`` gives a module (hidden: one (B, width) per view) -> `TowerOutput`
-    with an attribute ``widths``: task -> H.
+    with an attribute ``widths``: task -> H.  A module whose attribute ``reads_domain`` is true is also given the rows'
+    domain codes (B,) and which rows count for some loss (B,) bool.  A config whose ``reads_roles`` is true is built with a
+    fourth argument, the names of the tasks of role ``target``.
 
     ``views`` names the views in order: ``("shared",)``, one per task and ``"shared"`` last, one per task, or any other names.
     """

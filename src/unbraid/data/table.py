@@ -15,7 +15,7 @@ from torch import Tensor
 from unbraid.data.events import gather
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import SPLITS, DataError
-from unbraid.types import Batch, Ragged, Schema
+from unbraid.types import EXACT, Batch, Ragged, Schema
 
 
 class Encoded:
@@ -69,6 +69,8 @@ class Encoded:
         meta: dict[str, Tensor] = {
             name: _tensor(columns[name][rows]) for name in ("user", "time", "request") if name in columns
         }
+        if "exposure" in columns:
+            meta["exposure"] = _tensor(columns["exposure"][rows].astype(np.int64))
         for task in self.schema.tasks:
             if f"rate.{task.name}" in columns:
                 meta[f"sampling_rate.{task.name}"] = _tensor(columns[f"rate.{task.name}"][rows])
@@ -96,8 +98,10 @@ class Encoded:
                 out[f.name] = _tensor(column[rows])
             elif f.kind == "number":
                 mean, std = self.schema.numbers[f.name]
-                value = (column[rows] - np.float32(mean)) / np.float32(std)
+                exact = column[rows]
+                value = (exact.astype(np.float32) - np.float32(mean)) / np.float32(std)
                 missing = np.isnan(value)
+                out[f.name + EXACT] = _tensor(np.where(missing, 0.0, exact)[:, None])
                 out[f.name] = _tensor(
                     np.stack([np.where(missing, np.float32(0), value), missing.astype(np.float32)], 1)
                 )
@@ -156,28 +160,34 @@ class Encoded:
         """The rows in batches, first to last."""
         return prefetch(self.batch(rows[at : at + size]) for at in range(0, len(rows), size))
 
-    def shuffled(self, rows: np.ndarray, size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def shuffled(
+        self, rows: np.ndarray, size: int, seed: int, start: int = 0, whole: bool = False
+    ) -> Iterator[Batch]:  # fmt: skip
         """Endless training batches from step ``start`` on.
 
         The order of an epoch is a function of (seed, epoch), so that any step can be reached directly.  The rows that
-        do not fill a last batch are left out of that epoch (others in each), unless there is only one batch.
+        do not fill a last batch are left out of that epoch (others in each), unless there is only one batch.  With
+        ``whole`` none is: an epoch is cut into batches of nearly one size, at most ``size``.
         """
-        return prefetch(self.batch(part) for part in order(rows, size, seed, start))
+        return prefetch(self.batch(part) for part in order(rows, size, seed, start, whole))
 
 
-def steps_per_epoch(rows: int, size: int) -> int:
+def steps_per_epoch(rows: int, size: int, whole: bool = False) -> int:
     """Number of training batches in an epoch."""
-    return max(1, rows // size)
+    return max(1, -(-rows // size) if whole else rows // size)
 
 
-def order(rows: np.ndarray, size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+def order(
+    rows: np.ndarray, size: int, seed: int, start: int = 0, whole: bool = False
+) -> Iterator[np.ndarray]:  # fmt: skip
     """Row numbers of the training batches from step ``start`` on, without end."""
-    per_epoch = steps_per_epoch(len(rows), size)
+    per_epoch = steps_per_epoch(len(rows), size, whole)
     epoch, at = divmod(start, per_epoch)
+    ends = np.arange(per_epoch + 1) * len(rows) // per_epoch if whole else np.arange(per_epoch + 1) * size
     while True:
         shuffled = np.random.default_rng([seed, epoch]).permutation(rows)
         for step in range(at, per_epoch):
-            yield shuffled[step * size : (step + 1) * size]
+            yield shuffled[ends[step] : ends[step + 1]]
         epoch, at = epoch + 1, 0
 
 
