@@ -348,8 +348,11 @@ def test_in_a_run_file():
     assert "ma2018esmm" in citations(make_run(losses=(ESMM(),))) and "ma2018esmm" not in citations(make_run())
     for losses, message in (
         ([{"by": "task"}], r"`losses.0` has no `kind`. Allowed: supervised, esmm."),
-        ([{"kind": "esm"}], r"`losses.0` has no kind `esm`. Allowed: supervised, esmm."),
-        ([{"kind": "esmm", "orphan": "negative"}], r"unknown key `losses.0.esmm.orphan`. Allowed: kind, by, orphans."),
+        ([{"kind": "esm"}], r"`losses.0` has no kind `esm`. Did you mean `esmm`. Allowed: supervised, esmm."),
+        (
+            [{"kind": "esmm", "orphan": "negative"}],
+            r"unknown key `losses.0.orphan`. Did you mean `orphans`. Allowed: kind, by, orphans.",
+        ),
         ([{"kind": "esmm", "orphans": "keep"}], "'refuse' or 'negative'"),
     ):
         with pytest.raises(config.RunError, match=message):

@@ -21,6 +21,7 @@ from unbraid.encoders.table import Views
 from unbraid.encoders.twin import TWIN
 from unbraid.job import JobError, bound_terms, train
 from unbraid.losses.history import HistoryLoss
+from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
@@ -191,9 +192,22 @@ def run_of(history: Any, *losses: Any) -> config.Run:
 
 
 def test_a_run_without_second_heads_is_refused() -> None:
-    for history in (DARE(), TWIN(), DIN()):
-        with pytest.raises(JobError, match=r"reads \['history.buy', 'history.click'\], which the model does not give"):
+    for history, why in (
+        (DARE(), r"needs second heads: set `model.history.auxiliary`, such as \[64\].$"),
+        (TWIN(), r"needs second heads: set `model.history.auxiliary`, such as \[64\].$"),
+        (DIN(), "needs second heads, and history encoder `din` has none.$"),
+    ):
+        with pytest.raises(JobError, match="^Loss `history` " + why):
             train(run_of(history, Supervised(), HistoryLoss()), tables={"log": make_log()}, baseline=False)
+
+
+def test_a_task_without_a_loss_of_its_own_is_refused() -> None:
+    history = DARE(keep=2, auxiliary=(4,))
+    only_click = Ranking(tasks=("click",))
+    for losses, bare in (((HistoryLoss(),), "click, buy"), ((only_click, HistoryLoss()), "buy")):
+        with pytest.raises(JobError, match=f"No loss trains the logits of task {bare}, .* kind `supervised`"):
+            train(run_of(history, *losses), tables={"log": make_log()}, baseline=False)
+    train(run_of(history, Ranking(), HistoryLoss()), tables={"log": make_log()}, baseline=False)
 
 
 @pytest.mark.parametrize("history", [DARE(auxiliary=(4,)), TWIN(auxiliary=(4,))])

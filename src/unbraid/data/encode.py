@@ -22,6 +22,7 @@ import polars as pl
 
 from unbraid.data import vocabulary
 from unbraid.data.events import write_events
+from unbraid.data.exposure import earlier, keys_of
 from unbraid.data.fit import (
     Progress,
     fit,
@@ -50,7 +51,7 @@ from unbraid.data.vocabulary import canonical, canonical_type
 from unbraid.store import atomic_folder
 from unbraid.types import Feature, Schema
 
-FORMAT = 2  # raise it when the folder's layout or the meaning of a column changes
+FORMAT = 3  # raise it when the folder's layout or the meaning of a column changes
 CHUNK = 200_000
 
 
@@ -187,13 +188,18 @@ def write(
     exprs = row_expressions(data, schema, labels)
     if "time" in exprs:
         _, per_second = to_time(pl.lit(0), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`")
-    done = 0
+    done, shown = 0, [f"exposure.{i}" for i in range(len(data.exposure)) if labels]
+    keys: list[np.ndarray] = []
     with contextlib.closing(Columns(folder)) as columns:
         progress("encoding rows", 0, total)
         for frame in chunks(plan.select(**exprs)):
             write_rows(frame, data, fitted, columns, checks, labels)
+            if shown:
+                keys.append(keys_of([frame[name] for name in shown]))
             done += len(frame)
             progress("encoding rows", done, total)
+        if keys:  # rows of one key are in any order and any chunk
+            columns.append("exposure", earlier(np.concatenate(keys), columns.read("time")))
         if teach:
             checks.finish()
         if data.histories:
@@ -225,7 +231,7 @@ def row_expressions(data: Data, schema: Mapping[str, Any], labels: bool) -> dict
         if f.kind == "id":
             exprs[f"feature.{f.name}"] = id_values(f, schema)
         elif f.kind == "number":
-            exprs[f"feature.{f.name}"] = number_expression(f, schema).cast(pl.Float32)
+            exprs[f"feature.{f.name}"] = number_expression(f, schema)
         elif f.kind == "vector":
             exprs[f"feature.{f.name}"] = expression(f.source, schema, f"Feature `{f.name}`").cast(pl.List(pl.Float32))
         else:
@@ -258,6 +264,8 @@ def row_expressions(data: Data, schema: Mapping[str, Any], labels: bool) -> dict
         if isinstance(task.sampling_rate, str):
             rate = expression(task.sampling_rate, schema, f"Sampling rate of task `{task.name}`")
             exprs[f"rate.{task.name}"] = rate.cast(pl.Float32)
+    for i, source in enumerate(data.exposure if labels else ()):
+        exprs[f"exposure.{i}"] = canonical(expression(source, schema, "data.exposure"), _dtype(source, schema))
     if labels:
         exprs["split"] = pl.col(SPLIT).cast(pl.Int8)
     return exprs
@@ -281,9 +289,8 @@ def write_rows(
         if f.kind == "id":
             columns.append(f"feature.{f.name}", codes_of(fitted, f.vocab, column, f"Feature `{f.name}`"))
         elif f.kind == "number":
-            values = column.to_numpy()
-            refuse_bad_numbers(f, int((~np.isfinite(column.drop_nulls().to_numpy())).sum()))
-            columns.append(f"feature.{f.name}", values.astype(np.float32))  # a null becomes NaN
+            refuse_bad_numbers(f, int((~column.drop_nulls().cast(pl.Float32).is_finite()).sum()))
+            columns.append(f"feature.{f.name}", column.to_numpy())  # a null becomes NaN
         elif f.kind == "vector":
             columns.append(f"feature.{f.name}", _vectors(f, column, fitted.schema.widths[f.name]))
         else:

@@ -29,6 +29,10 @@ OTHER_ROWS = re.compile(
 )  # SQL that reads other rows than its own: of the test split too, and differently in each chunk
 
 
+TIMES = "an integer, a date or a date-time"
+UNIT_OF = {1.0: "s", 1e3: "ms", 1e6: "us", 1e9: "ns"}
+
+
 class DataError(ValueError):
     """The data are not what the run says.  The message names the file, the column, the number of rows and the fix."""
 
@@ -144,6 +148,8 @@ class Data:
         keep: SQL filter on the rows.
         drop_duplicates: drop rows that equal an earlier row in every column.
         user, time, domain, weight, request: columns (or SQL expressions) with these roles; empty means there is none.
+        exposure: columns (or SQL expressions) that say what was shown to whom (user and item): rows know how many rows before
+            them, in order of time, agree in all of these.
         time_unit: of an integer time column.
         joins, features, fields, events, histories, tasks, split, negatives: see their classes.
         cache: folder of encoded data; empty for the user's cache folder.
@@ -162,6 +168,7 @@ class Data:
     domain: str = ""
     weight: str = ""
     request: str = ""
+    exposure: tuple[str, ...] = ()
     joins: tuple[Join, ...] = ()
     fields: tuple[Field, ...] = ()
     events: tuple[Events, ...] = ()
@@ -230,6 +237,8 @@ class Data:
                 )
         if self.histories and not (self.user and self.time and self.events):
             raise ValueError("Histories need `data.user`, `data.time` and at least one `[[data.events]]`.")
+        if self.exposure and (not self.time or self.negatives):
+            raise ValueError("`exposure` needs `data.time`, and no sampled negatives: copies were shown to nobody.")
         if self.split.kind == "time" and not self.time:
             raise ValueError("A split by time needs `data.time`.")
         if self.split.kind == "user" and not self.user:
@@ -258,7 +267,8 @@ def files_of(folder: str, table: str, base: Path) -> list[Path]:
 
 
 def scan(folder: str, table: str, base: Path, tables: Tables | None = None) -> pl.LazyFrame:
-    """A lazy plan over a table.  Raises DataError for files that are missing, truncated or of an unknown type."""
+    """A lazy plan over a table.  Raises DataError for files that are missing, truncated, of an unknown type, or CSV without
+    rows."""
     if tables and table in tables:
         return tables[table].lazy()
     files = files_of(folder, table, base)
@@ -273,7 +283,16 @@ def scan(folder: str, table: str, base: Path, tables: Tables | None = None) -> p
             raise DataError(
                 f"{path} cannot be read ({path.stat().st_size:,} bytes): {error}. Write the file again."
             ) from error
+    if kinds == {".csv"} and all(map(_header_alone, files)):
+        raise DataError(f"Table `{table}` has a header and no rows. Found {', '.join(p.name for p in files[:5])}.")
     return plan(files)
+
+
+def _header_alone(path: Path) -> bool:
+    """Whether a CSV file has no second line: all its columns would be text."""
+    with path.open("rb") as file:
+        file.readline()
+        return not file.readline().strip()
 
 
 def expression(source: str, schema: Mapping[str, Any], where: str) -> pl.Expr:
@@ -349,8 +368,40 @@ def to_time(expr: pl.Expr, dtype: Any, unit: str, where: str) -> tuple[pl.Expr, 
         return expr.cast(pl.Int64), {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[unit]
     if dtype in (pl.Datetime, pl.Date):
         return expr.cast(pl.Datetime("us")).dt.epoch("us"), 1e6
-    hint = " Write it as SQL, such as `TIMESTAMP(column)`." if dtype == pl.String else ""
-    raise DataError(f"{where} should be an integer, a date or a date-time. Found {dtype}.{hint}")
+    if dtype.is_float():
+        refuse_float_time(expr, dtype, where)
+    names = expr.meta.root_names()
+    name = names[0] if len(names) == 1 else "column"
+    hint = f" Write it as SQL: `CAST({name} AS BIGINT)` of numbers, `TIMESTAMP({name})` of dates."
+    raise DataError(f"{where} should be {TIMES}. Found {dtype}.{hint if dtype == pl.String else ''}")
+
+
+def refuse_float_time(expr: pl.Expr, dtype: Any, where: str, nans: int = 0, key: str = "keep") -> None:
+    """Raises DataError that says how to read a time of floating-point numbers, of which so many are NaN."""
+    names = expr.meta.root_names()
+    name = names[0] if len(names) == 1 else "column"
+    missing = f" {nans:,} are NaN: leave them out with `{key}`, such as `{name} < 1e18`." if nans else ""
+    raise DataError(f"{where} should be {TIMES}. Found {dtype}. Write it as SQL: `CAST({name} AS BIGINT)`.{missing}")
+
+
+def iso(value: int, per_second: float) -> str:
+    """A time in words (UTC); the bare number when no calendar reaches so far."""
+    try:
+        moment = dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=value / per_second)
+    except OverflowError:
+        return str(value)
+    return moment.isoformat(timespec="seconds")
+
+
+def plausible(time: str) -> bool:
+    """Whether a time in words is one of 1990 to 2100."""
+    return len(time) > 19 and "1990" < time < "2100"
+
+
+def is_empty(plan: pl.LazyFrame, where: str) -> bool:
+    """Whether a plan has no row at all."""
+    with reading(where):
+        return not len(plan.head(1).collect(engine="streaming"))
 
 
 def instant(value: str | int, per_second: float) -> int:

@@ -41,6 +41,7 @@ class HistoryLoss:
 class BoundHistoryLoss:
     """See `HistoryLoss`."""
 
+    trains: ClassVar[tuple[str, ...]] = ()  # second heads, and no task's own logits
     supervised: Bound
     weight: float
 

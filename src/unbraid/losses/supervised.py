@@ -11,14 +11,16 @@ labels at ``logit - log r``: the shift is in the loss and nowhere else, and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unbraid.losses.exposure import Exposure
 from unbraid.types import FORBID, Batch, Losses, Output, Schema, Task
 
 
@@ -51,6 +53,12 @@ def counted(mask: Tensor) -> Tensor | slice | None:
     return None if len(rows) == 0 else slice(None) if len(rows) == len(mask) else rows
 
 
+def require_weight(weight: float) -> None:
+    """Raises ValueError unless a loss's weight is positive and finite."""
+    if not 0 < weight < math.inf:
+        raise ValueError(f"Parameter `weight` should be positive. Found {weight}.")
+
+
 def domain_means(losses: Tensor, weights: Tensor, domain: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
     """(code, weighted mean) of each domain that occurs, of ``count``; losses, weights and domain codes are (n,)."""
     totals = losses.new_zeros(count).index_add(0, domain, losses * weights)
@@ -67,6 +75,8 @@ class Supervised:
         by: which objectives there are.  ``task``: one per task.  ``domain``: one per domain, the *weighted sum over
             tasks* of the task's mean within that domain, so that a task counts there however many labels it has.
             ``task@domain``: one per pair, named ``TASK@DOMAIN``.
+        weight: of this loss beside others of the same objective (``ranking``).
+        exposure: rows count less the more often their user had been shown their item; needs ``data.exposure``.
 
     Tasks' weights are applied here only where objectives are domains; else what makes one step of several losses does.
     """
@@ -75,10 +85,15 @@ class Supervised:
     needs: ClassVar[tuple[str, ...]] = ()
     kind: Literal["supervised"] = field(default="supervised", kw_only=True)
     by: Literal["task", "domain", "task@domain"] = "task"
+    weight: float = 1.0
+    exposure: Exposure | None = None
+
+    def __post_init__(self) -> None:
+        require_weight(self.weight)
 
     def bind(self, schema: Schema) -> Bound:
         """The term for the tasks and domains of a schema."""
-        return Bound(schema, self.by)
+        return Bound(schema, self.by, weight=self.weight, exposure=self.exposure)
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,13 @@ class Bound:
     needs: ClassVar[tuple[str, ...]] = ()
     schema: Schema
     by: Literal["task", "domain", "task@domain"] = "task"
+    weight: float = field(default=1.0, kw_only=True)
+    exposure: Exposure | None = field(default=None, kw_only=True)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the data must declare of each row."""
+        return () if self.exposure is None else ("exposure",)
 
     def known(self, task: Task, batch: Batch) -> Tensor:
         """(B,) bool: the rows that the task's loss counts."""
@@ -95,7 +117,18 @@ class Bound:
 
     def row_losses(self, task: Task, output: Output, batch: Batch, rows: Tensor | slice) -> Tensor:
         """(n,) loss of one task on the given rows, all of them known."""
+        if self.exposure is not None and task.kind == "binary":
+            logits = output.logits[task.name]
+            moved = logits + self.exposure.shift(batch.meta["exposure"]).to(logits.dtype)
+            output = replace(output, logits={**output.logits, task.name: moved})
         return row_losses(task, output, batch, rows)
+
+    def row_weights(self, task: Task, batch: Batch, rows: Tensor | slice) -> Tensor | float:
+        """(n,) weights of the given rows beside `Batch.weight`."""
+        if self.exposure is None:
+            return 1.0
+        positive = (batch.labels[task.name][rows] == 1) & (task.kind == "binary")
+        return self.exposure.weights(batch.meta["exposure"][rows], positive)
 
     def __call__(self, output: Output, batch: Batch, step: int) -> Losses:
         """objective -> scalar.  One without an observed row of positive weight is absent."""
@@ -106,7 +139,7 @@ class Bound:
             if rows is None:
                 continue
             loss = self.row_losses(task, output, batch, rows)
-            weights = counts[rows].to(loss.dtype)
+            weights = (counts[rows] * self.row_weights(task, batch, rows)).to(loss.dtype)
             if self.by == "task":
                 losses[task.name] = (loss * weights).sum() / weights.sum()
                 continue
@@ -116,4 +149,4 @@ class Bound:
                     mean = mean * task.weight  # the update knows only the sum
                 key = name if self.by == "domain" else f"{task.name}@{name}"
                 losses[key] = losses[key] + mean if key in losses else mean
-        return losses
+        return {objective: loss * self.weight for objective, loss in losses.items()}
