@@ -116,7 +116,7 @@ def test_in_a_run_file_the_slot_needs_a_kind():
     run = config.override(make_run(), ["model.interaction.kind=cross", "model.interaction.rank=4"])
     assert run.model.interaction == Cross(rank=4)
     with pytest.raises(
-        config.RunError, match="unknown key `model.interaction.cross.ranks`. Allowed: kind, layers, rank"
+        config.RunError, match="unknown key `model.interaction.ranks`. Did you mean `rank`. Allowed: kind, layers, rank"
     ):
         config.override(run, ["model.interaction.ranks=4"])
     with pytest.raises(config.RunError, match="`model.interaction` has no `kind`. Allowed: flat, cross"):

@@ -20,11 +20,12 @@ class FlatModule(nn.Module):
 
     Attributes:
         width: width of the result, the sum of all D.
+        widths: field -> D, in the order of the result.
     """
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         super().__init__()
-        self.fields, self.width = tuple(widths), sum(widths.values())
+        self.fields, self.width, self.widths = tuple(widths), sum(widths.values()), dict(widths)
 
     def forward(self, view: Mapping[str, Tensor]) -> Tensor:
         """field -> (B, D) becomes (B, width).  Fields it was not built with are ignored; a missing one: KeyError."""
