@@ -278,9 +278,8 @@ def test_a_search_costs_width_times_events(way: str, monkeypatch: pytest.MonkeyP
 
     plain, mm = packed.products, torch.mm
     monkeypatch.setattr(packed, "products", counted)
-    monkeypatch.setattr(search, "products", counted)
     monkeypatch.setattr(torch, "mm", counted_mm)
-    monkeypatch.setattr(search, "way_of", lambda *sizes: way)
+    monkeypatch.setattr(search, "way_of", lambda *sizes, integers: way)
     lengths, keep = [50, 0, 70, 80], 5
     wide, cost = 8, {}
     for width in (8, 4, 2):

@@ -260,7 +260,7 @@ def test_what_is_not_a_configuration() -> None:
         ({"precision": "x"}, r"Parameter `precision` should be one of .* Found `x`."),
         (
             {"search": "hard"},
-            "Parameter `category`.* belongs to search `hard` and to no other. Found search `hard`, category ``.",
+            "Search `hard` needs `category`, an event field.",
         ),
         ({"category": "c"}, "Found search `soft`, category `c`."),
         (

@@ -293,8 +293,8 @@ def test_what_is_not_a_configuration() -> None:
     for change, message in (
         ({"search": "both"}, r"Parameter `search` should be one of \('soft', 'hard'\). Found `both`."),
         ({"tables": "two"}, r"Parameter `tables` should be one of \('shared', 'four'\). Found `two`."),
-        ({"search": "hard"}, "belongs to search `hard` and to no other. Found search `hard`, category ``."),
-        ({"category": "shop"}, "belongs to search `hard` and to no other. Found search `soft`, category `shop`."),
+        ({"search": "hard"}, "Search `hard` needs `category`, an event field."),
+        ({"category": "shop"}, "`category` belongs to search `hard`. Found search `soft`, category `shop`."),
         ({"fill": True}, "Parameter `fill` belongs to search `hard`. Found search `soft`."),
         ({"keep": 0}, "Parameter `keep` should be positive. Found 0."),
     ):

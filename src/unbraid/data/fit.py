@@ -35,6 +35,7 @@ from unbraid.data.source import (
 from unbraid.data.vocabulary import Vocabulary, canonical, canonical_type
 from unbraid.types import FIRST_VALUE, GAP, POSITION, Feature, Schema
 
+QUANTILES = 256  # values of a number that are remembered
 GAP_BUCKETS = 34  # unknown, missing, then floor(log2(seconds + 1)): 2**32 seconds are 136 years
 Progress = Callable[[str, int, int], None]  # (what, done, total): total 0 when unknown
 
@@ -52,6 +53,7 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
     progress("fitting vocabularies", 0, 0)
     vocabularies = _fit_vocabularies(data, base, tables, train, schema, grow)
     numbers = {f.name: _fit_number(f, train, schema) for f in data.features if f.kind == "number"}
+    quantiles = {name: _fit_quantiles(f, train, schema) for f in data.features if (name := f.name) in numbers}
     widths = {f.name: _fit_width(f, train, schema) for f in data.features if f.kind == "vector"}
     classes = {t.name: _fit_classes(t.source, t.name, train, schema) for t in data.tasks if t.kind == "multiclass"}
     domains = tuple(vocabularies["domain "].names()) if data.domain else ("(unknown)", "(missing)", "all")
@@ -61,7 +63,9 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
     if ranked := [history.length for history in data.histories if POSITION in history.fields]:
         sizes[POSITION] = FIRST_VALUE + max(ranked)
     return Fitted(
-        Schema(data.features, data.tasks, data.histories, data.fields, domains, sizes, widths, numbers, classes),
+        Schema(
+            data.features, data.tasks, data.histories, data.fields, domains, sizes, widths, numbers, classes, quantiles
+        ),
         vocabularies,
     )
 
@@ -230,6 +234,14 @@ def _fit_number(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]
         return (mean or 0.0, 1.0)  # an empty or (in single precision) constant column becomes 0
     # threads sum in any order: single precision hides it, so that every run learns the same numbers
     return (float(np.float32(mean)) if abs(mean) > 1e-9 * std else 0.0, float(np.float32(std)))
+
+
+def _fit_quantiles(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[float, ...]:
+    """Values at evenly spaced ranks, which no order of threads changes; () of an empty column.  One column is held in memory."""
+    found = train.select(number_expression(feature, schema).drop_nulls().sort().alias("x"))
+    values = found.collect(engine="streaming")["x"].to_numpy()
+    at = np.arange(QUANTILES) * max(len(values) - 1, 0) // (QUANTILES - 1)
+    return tuple(values[at].tolist()) if len(values) else ()
 
 
 def refuse_bad_numbers(feature: Feature, bad: int | None) -> None:

@@ -103,6 +103,16 @@ def exact_only(config: Searching) -> None:
         raise ValueError(f"Parameter `precision` of `{config.kind}` should be `exact`. Found `{config.precision}`.")  # type: ignore[attr-defined]
 
 
+def require_category(search: str, category: str) -> None:
+    """Raise ValueError unless there is a category exactly where the search is hard."""
+    if search == "hard" and not category:
+        raise ValueError("Search `hard` needs `category`, an event field.")
+    if search != "hard" and category:
+        raise ValueError(
+            f"Parameter `category` belongs to search `hard`. Found search `{search}`, category `{category}`."
+        )
+
+
 def need_category(kind: str, category: str, widths: Mapping[str, int], targets: Collection[str]) -> None:
     """Raise ValueError unless a hard search's category is a field of the history and of the row."""
     if category not in targets:

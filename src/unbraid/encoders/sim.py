@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from unbraid.encoders.packed import pool, segment_softmax
 from unbraid.encoders.search import Kept, Part, Precision, event_scores, search
-from unbraid.encoders.searched import Reads, Targets, need_category, newest
+from unbraid.encoders.searched import Reads, Targets, need_category, newest, require_category
 from unbraid.encoders.table import VALUE, Role
 from unbraid.layers import require_positive
 from unbraid.types import FIRST_VALUE, FORBID, Ragged
@@ -99,11 +99,7 @@ class SIM:
         for name, allowed in (("search", ("soft", "hard")), ("precision", ("exact", "bfloat16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Parameter `{name}` should be one of {allowed}. Found `{getattr(self, name)}`.")
-        if (self.search == "hard") != bool(self.category):
-            raise ValueError(
-                "Parameter `category`, an event field, belongs to search `hard` and to no other. "
-                f"Found search `{self.search}`, category `{self.category}`."
-            )
+        require_category(self.search, self.category)
         if self.search == "hard" and self.auxiliary:
             raise ValueError(
                 f"Parameter `auxiliary` should be empty for search `hard`, which has nothing to train. Found {self.auxiliary}."

@@ -98,6 +98,7 @@ class Views:
     Args:
         kind: ``shared`` (one view), ``per_task`` (one per task and a shared one, in that order), ``separate`` (one per
             task and no other) or ``several``.
+        by: ``domain``: ``per_task`` and ``separate`` views belong to domains instead of tasks (`unbraid.towers.domains`).
         width: D of every table; widths: D of each view, only for ``several``.
         std: standard deviation of the tables' normal initialiser.
         lazy_rows: tables with at least this many rows are updated lazily, smaller ones densely (0: all lazy, -1: none).
@@ -107,6 +108,7 @@ class Views:
 
     __pydantic_config__: ClassVar[dict] = FORBID
     kind: Literal["shared", "per_task", "separate", "several"] = "shared"
+    by: Literal["task", "domain"] = "task"
     width: int = 16
     widths: tuple[int, ...] = ()
     std: float = 1e-2
@@ -118,6 +120,11 @@ class Views:
             raise ValueError(f"Parameter `width` should be positive. Found {self.widths or self.width}.")
         if not 0 <= self.unknown_rate < 1:
             raise ValueError(f"Parameter `unknown_rate` should be in [0, 1). Found {self.unknown_rate}.")
+        if self.by not in ("task", "domain") or (self.by == "domain" and self.kind not in ("per_task", "separate")):
+            raise ValueError(
+                f"Parameter `by` should be `task`, or `domain` with kind `per_task` or `separate`. "
+                f"Found `{self.by}` with kind `{self.kind}`."
+            )
         if (self.kind == "several") != bool(self.widths):
             raise ValueError(
                 f"Parameter `widths`, such as [8, 16], belongs to kind `several` and to no other. "
@@ -125,7 +132,7 @@ class Views:
             )
 
     def names(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Names of the views in order."""
+        """Names of the views in order; ``tasks``: the names of the domains where views belong to them."""
         if self.kind == "several":
             return tuple(f"view{i}" for i in range(len(self.widths)))
         own = tuple(tasks) if self.kind in ("per_task", "separate") else ()

@@ -41,7 +41,16 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from unbraid.encoders.search import Kept, Part
-from unbraid.encoders.searched import Reads, SearchedHistory, Searching, Sides, Targets, need_category, newest
+from unbraid.encoders.searched import (
+    Reads,
+    SearchedHistory,
+    Searching,
+    Sides,
+    Targets,
+    need_category,
+    newest,
+    require_category,
+)
 from unbraid.encoders.table import VALUE, Role
 from unbraid.types import FIRST_VALUE, FORBID, Ragged, Rows
 
@@ -91,11 +100,7 @@ class TWIN(Searching):
         for name, allowed in (("search", ("soft", "hard")), ("tables", ("shared", "four"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Parameter `{name}` should be one of {allowed}. Found `{getattr(self, name)}`.")
-        if (self.search == "hard") != bool(self.category):
-            raise ValueError(
-                "Parameter `category`, an event field, belongs to search `hard` and to no other. "
-                f"Found search `{self.search}`, category `{self.category}`."
-            )
+        require_category(self.search, self.category)
         if self.fill and self.search != "hard":
             raise ValueError("Parameter `fill` belongs to search `hard`. Found search `soft`.")
 
