@@ -8,6 +8,7 @@ place and what is allowed.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import tomllib
 import types
 import typing
@@ -23,37 +24,58 @@ from unbraid.encoders.attention import TargetAttention
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
 from unbraid.encoders.eta import ETA
+from unbraid.encoders.hash_id import Hashed
+from unbraid.encoders.numbers import Standardise, require_features
+from unbraid.encoders.numeral import Numeral
+from unbraid.encoders.periodic import Periodic
+from unbraid.encoders.piecewise import Piecewise
 from unbraid.encoders.pooling import Mean
+from unbraid.encoders.quantile import Quantile
 from unbraid.encoders.sdim import SDIM
 from unbraid.encoders.sim import SIM
+from unbraid.encoders.similarity import Similarity
 from unbraid.encoders.table import Views
 from unbraid.encoders.tin import TIN
 from unbraid.encoders.twin import TWIN
 from unbraid.encoders.twin_v2 import TWINV2
+from unbraid.encoders.vectors import Projected, Raw
 from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
+from unbraid.interactions.fm import FM, FwFM
+from unbraid.interactions.gwpfm import GwPFM
+from unbraid.interactions.inner_product import InnerProduct
 from unbraid.losses.esmm import ESMM
+from unbraid.losses.focal import Focal
 from unbraid.losses.history import HistoryLoss
+from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.schedules.one_stage import OneStage
+from unbraid.schedules.online import Online
 from unbraid.towers.aitm import AITM
+from unbraid.towers.ame import AME
 from unbraid.towers.experts import MMoE, OMoE
 from unbraid.towers.mlp import SharedBottom
+from unbraid.towers.multi_embedding import MultiEmbedding
 from unbraid.towers.ple import PLE
 from unbraid.towers.single_task import SingleTask
 from unbraid.towers.stem import STEM
+from unbraid.towers.stem_al import STEMAL
 from unbraid.train import Training
 from unbraid.types import FORBID
 
 kind = Field(discriminator="kind")
 HistoryChoice = Annotated[Mean | TargetAttention | DIN | DARE | TWIN | TIN | SIM | ETA | SDIM | TWINV2, kind]
-InteractionChoice = Annotated[Flat | Cross, kind]
-TowerChoice = Annotated[SharedBottom | MMoE | STEM | OMoE | PLE | AITM | SingleTask, kind]
-TermChoice = Annotated[Supervised | ESMM | HistoryLoss, kind]
+NumberChoice = Annotated[Standardise | Quantile | Piecewise | Periodic | Numeral, kind]
+VectorChoice = Annotated[Raw | Projected | Hashed | Similarity, kind]
+InteractionChoice = Annotated[Flat | Cross | FM | FwFM | GwPFM | InnerProduct, kind]
+TowerChoice = Annotated[
+    SharedBottom | MMoE | STEM | OMoE | PLE | AITM | SingleTask | MultiEmbedding | AME | STEMAL, kind
+]
+TermChoice = Annotated[Supervised | ESMM | HistoryLoss | Ranking | Focal, kind]
 UpdateChoice = Joint
-ScheduleChoice = OneStage
+ScheduleChoice = Annotated[OneStage | Online, kind]
 
 
 class RunError(ValueError):
@@ -61,8 +83,17 @@ class RunError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Expert:
+    """One of several interactions of a view.  ``view`` is the view's place, from 0."""
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    view: int = 0
+    interaction: InteractionChoice = dataclasses.field(default_factory=Flat)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelChoice:
-    """The members of the model's slots.  See each member's own page."""
+    """The members of the model's slots.  See each member's own page.  ``experts`` stand in the place of ``interaction``."""
 
     __pydantic_config__: ClassVar[dict] = FORBID
     tower: TowerChoice = dataclasses.field(default_factory=SharedBottom)
@@ -70,6 +101,15 @@ class ModelChoice:
     history: HistoryChoice = dataclasses.field(default_factory=Mean)
     interaction: InteractionChoice = dataclasses.field(default_factory=Flat)
     heads: Heads = dataclasses.field(default_factory=Heads)
+    experts: tuple[Expert, ...] = ()
+    numbers: NumberChoice = dataclasses.field(default_factory=Standardise)
+    numbers_of: dict[str, NumberChoice] = dataclasses.field(default_factory=dict)
+    vectors: VectorChoice = dataclasses.field(default_factory=Raw)
+    history_of: dict[str, HistoryChoice] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.experts and self.interaction != Flat():
+            raise ValueError("`experts` bring interactions of their own. Set `experts` or `interaction`, not both.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +137,21 @@ class Run:
             raise ValueError(f"`name` should name a folder: not empty, no slash, no dot in front. Found `{self.name}`.")
         if self.seed < 0:
             raise ValueError(f"Parameter `seed` should not be negative. Found {self.seed}.")
+        require_features(self.data.features, "number", self.model.numbers_of, "model.numbers_of")
+        if wrong := sorted(set(self.model.history_of) - {h.name for h in self.data.histories}):
+            names = [h.name for h in self.data.histories]
+            raise ValueError(f"`model.history_of` should name histories, among {names}. Found {wrong}.")
+        paired = {name for pair in getattr(self.model.vectors, "pairs", ()) for name in pair}
+        require_features(self.data.features, "vector", paired, "model.vectors.pairs")
         ids = [f.name for f in self.data.features if f.kind == "id"]
-        allowed = [*(role for role in ("user", "domain") if getattr(self.data, role)), *ids]
+        allowed = list(dict.fromkeys([*(role for role in ("user", "domain") if getattr(self.data, role)), *ids]))
         if not set(self.baseline) <= set(allowed):
             raise ValueError(f"`baseline` should name columns among {allowed}. Found {list(self.baseline)}.")
 
 
 ADAPTER = TypeAdapter(Run)
-SLOTS = ("model.tower", "model.history", "model.interaction", "losses.*", "update", "schedule")
+SLOTS = ("model.tower", "model.history", "model.interaction", "model.experts.*.interaction", "model.numbers", "model.vectors",
+         "losses.*", "update", "schedule")  # fmt: skip
 
 
 def from_dict(plain: dict[str, Any], where: str = "the run") -> Run:
@@ -192,7 +239,11 @@ def override(run: Run, settings: Sequence[str]) -> Run:
         except tomllib.TOMLDecodeError:
             value = text
         _assign(plain, path.strip().split("."), value, setting)
-    return from_dict(plain, f"--set {' '.join(settings)}")
+    try:
+        return ADAPTER.validate_python(plain)
+    except ValidationError as error:
+        asked = " ".join(f"--set {setting}" for setting in settings)
+        raise RunError(f"{explain(error)} (with {asked if len(asked) < 100 else asked[:100] + ' ...'})") from None
 
 
 def _assign(plain: Any, keys: list[str], value: Any, setting: str) -> None:
@@ -219,30 +270,47 @@ def _assign(plain: Any, keys: list[str], value: Any, setting: str) -> None:
 
 
 def _is_slot(keys: list[str]) -> bool:
-    return ".".join("*" if key.isdigit() else key for key in keys) in SLOTS
+    of_one = keys[:2] in (["model", "numbers_of"], ["model", "history_of"]) and len(keys) == 3
+    return of_one or ".".join("*" if key.isdigit() else key for key in keys) in SLOTS
 
 
-def explain(error: ValidationError, where: str) -> str:
-    """One line per mistake: the path, what was found, what is allowed."""
+def explain(error: ValidationError, where: str = "") -> str:
+    """One line per mistake, after where: the path, what was found, what is allowed."""
     lines = []
     for mistake in error.errors():
-        path = ".".join(str(p) for p in mistake["loc"])
+        path = _path(mistake["loc"])
         if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             allowed = _allowed(mistake["loc"][:-1])
-            lines.append(f"unknown key `{path}`. Allowed: {', '.join(allowed)}.")
+            lines.append(f"unknown key `{path}`.{_meant(mistake['loc'][-1], allowed)} Allowed: {', '.join(allowed)}.")
         elif mistake["type"] == "tuple_type":
             lines.append(f"`{path}` should be a list; of tables it is written `[[{path}]]`.")
         elif mistake["type"] == "union_tag_not_found":
             lines.append(f"`{path}` has no `kind`. Allowed: {', '.join(_kinds(mistake['loc']))}.")
         elif mistake["type"] == "union_tag_invalid":
             found = (mistake.get("ctx") or {}).get("tag")
-            lines.append(f"`{path}` has no kind `{found}`. Allowed: {', '.join(_kinds(mistake['loc']))}.")
+            allowed = _kinds(mistake["loc"])
+            lines.append(f"`{path}` has no kind `{found}`.{_meant(found, allowed)} Allowed: {', '.join(allowed)}.")
         else:
             found = f" Found {mistake['input']!r}." if not isinstance(mistake["input"], dict | list) else ""
-            lines.append(
-                f"`{path or where}`: {mistake['msg'].removeprefix('Value error, ')}.{found}".replace("..", ".")
-            )
-    return f"{where}: " + "\n  ".join(lines)
+            text = f"{mistake['msg'].removeprefix('Value error, ')}.{found}".replace("..", ".")
+            lines.append(f"`{path}`: {text}" if path else text)
+    return (f"{where}: " if where else "") + "\n  ".join(lines)
+
+
+def _meant(found: Any, allowed: Sequence[str]) -> str:
+    """A guess at what a word should have been."""
+    near = difflib.get_close_matches(str(found), allowed, 1)
+    return f" Did you mean `{near[0]}`?" if near else ""
+
+
+def _path(loc: Sequence[Any]) -> str:
+    """A path as it is written: without the kinds that say which member of a slot was read."""
+    return ".".join(str(step) for at, step in enumerate(loc) if not _is_kind(step, _at(loc[:at])))
+
+
+def _is_kind(step: Any, at: Any) -> bool:
+    members = [] if dataclasses.is_dataclass(at) else _members(at)
+    return len(members) > 1 and step in [getattr(member, "kind", None) for member in members]
 
 
 def _allowed(loc: Sequence[Any]) -> list[str]:

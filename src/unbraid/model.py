@@ -1,7 +1,7 @@
 """The model: encoders -> views -> interaction -> tower -> heads.
 
-A view is a mapping field -> (B, D).  Every view holds the same fields, read from its own tables; numbers and given
-vectors have no tables and are the same tensors in every view.
+A view is a mapping field -> (B, D).  Every view holds the same fields, read from its own tables, those of number and vector
+encoders included; numbers and vectors that are given as they are, are the same tensors in every view.
 
 A history encoder may give further vectors for *second heads*: one small network per task that predicts it from them alone
 (extras ``history.TASK``), so that a loss can reach every event although the view holds only a few that a search kept.
@@ -9,18 +9,22 @@ A history encoder may give further vectors for *second heads*: one small network
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from unbraid.encoders.numbers import NumberEncoder, Spread, Standardise, require_features
 from unbraid.encoders.pooling import BagAttention, Mean, pool_bag
 from unbraid.encoders.table import VALUE, Role, Table, Views
+from unbraid.encoders.vectors import Raw, VectorEncoder
 from unbraid.interactions.flat import Flat
 from unbraid.layers import initialise, mlp, mlp_width, task_key
+from unbraid.towers.domains import DomainTower, domain_names
 from unbraid.types import (
+    EXACT,
     FIRST_VALUE,
     FORBID,
     UNKNOWN,
@@ -37,10 +41,16 @@ from unbraid.types import (
 
 @dataclass(frozen=True)
 class Heads:
-    """One linear head per task, or one per task and domain (``by = "domain"``)."""
+    """One linear head per task, or one per task and domain (``by = "domain"``).
+
+    Args:
+        two: heads of binary tasks give two numbers (z0, z1), whose difference z1 - z0 is the logit; both are the extra
+            ``heads.two.TASK`` (B, 2), for a loss that needs them (``ranking`` of form ``jrc``).
+    """
 
     __pydantic_config__: ClassVar[dict] = FORBID
     by: Literal["task", "domain"] = "task"
+    two: bool = False
 
 
 class Model(nn.Module):
@@ -49,20 +59,31 @@ class Model(nn.Module):
     Args:
         schema: what is read and predicted.
         tables: which embedding tables; interaction, tower, history: the members of their slots; heads: per task or domain.
+        experts: several interactions per view instead of one: each has a ``view``, by its place, and an ``interaction``.
+            The tower then reads one hidden vector per expert, in this order.
+        numbers, vectors: the members of their slots; numbers_of: number feature -> its own member.
+        history_of: history -> its own encoder, which reads value tables alone and has no second heads.
     """
 
     def __init__(
         self, schema: Schema, tower: Any, tables: Views | None = None, interaction: Interaction | None = None,
-        history: Any = None, heads: Heads | None = None,
+        history: Any = None, heads: Heads | None = None, experts: Sequence[Any] = (),
+        numbers: NumberEncoder | None = None, numbers_of: Mapping[str, NumberEncoder] | None = None,
+        vectors: VectorEncoder | None = None, history_of: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.schema, config = schema, tables or Views()
-        encoder = history or Mean()
+        encoder, self._apart = history or Mean(), frozenset(history_of or ())
+        encoders: dict[str, Any] = {h.name: encoder for h in schema.histories}
+        encoders |= _value_encoders(history_of or {}, schema)
         tasks = [task.name for task in schema.tasks]
-        if getattr(encoder, "needs_target", False) and not any(self.targets(h) for h in schema.histories):
+        owners = domain_names(schema) if config.by == "domain" else tasks
+        plan = expert_plan(experts, interaction or Flat(), config, config.names(owners))
+        asking = [h for h in schema.histories if getattr(encoders[h.name], "needs_target", False)]
+        if asking and not any(self.targets(h) for h in asking):
             raise ValueError(
-                f"History encoder `{encoder.kind}` needs a history with an event field whose vocabulary is also an id feature of "
-                f"the row. Found histories {[(h.name, *h.fields) for h in schema.histories]}."
+                f"History encoder `{encoders[asking[0].name].kind}` needs a history with an event field whose vocabulary is also "
+                f"an id feature of the row. Found histories {[(h.name, *h.fields) for h in asking]}."
             )
         self.vocabularies = {f.name: f.vocab for f in schema.features if f.kind in ("id", "bag")}
         self._wire(getattr(encoder, "roles", VALUE))
@@ -70,21 +91,32 @@ class Model(nn.Module):
         ids = {f.vocab for f in schema.features if f.kind == "id"}
         self._direct = frozenset(name for name in ids if needed.count(name) == 1)
         by_role = {role: {v for v, roles in self._reads.values() if role in roles} for role in self._roles}
-        self.embeddings = config.build(tasks, {name: schema.sizes[name] for name in needed}, self._roles, by_role)
+        self.embeddings = config.build(owners, {name: schema.sizes[name] for name in needed}, self._roles, by_role)
         self.histories, self.bags = nn.ModuleDict(), nn.ModuleDict()
-        self.interactions = nn.ModuleDict()
+        self.numbers, self.vectors, self.interactions = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        require_features(schema.features, "number", numbers_of or (), "model.numbers_of")
+        plain = {f.name: numbers or Standardise() for f in schema.features if f.kind == "number"}
         for view, width in self.embeddings.widths.items():
-            self.interactions[f"view/{view}"] = (interaction or Flat()).build(self._build_fields(view, width, encoder))
-        views = list(self.embeddings.widths)
-        self.tower = tower.build(tasks, views, [cast(Any, self.interactions[f"view/{v}"]).width for v in views])
+            self._build_given(view, width, config.std, {**plain, **(numbers_of or {})}, vectors or Raw())
+        for view, width in self.embeddings.widths.items():
+            fields = self._build_fields(view, width, encoders)
+            for name, (read, chosen) in plan.items():
+                if read == view:
+                    self.interactions[view_key(name)] = chosen.build(fields)
+        self.experts = {name: view for name, (view, _) in plan.items()}
+        self.tower = self._tower(tower, tasks, owners, config.by)
         self.second = nn.ModuleDict()
         hidden = getattr(encoder, "auxiliary", ())
+        if hidden and config.by == "domain":
+            raise ValueError("Second heads of tasks would write the tables of all domains. Leave `auxiliary` empty.")
         for task in schema.tasks if hidden else ():
             width = sum(sum(module.second.values()) for _, module in self._second_of(task.name))
             self.second[task_key(task.name)] = _SecondHead(task.name, width, hidden, schema.outputs(task))
-        by_domain = (heads or Heads()).by == "domain"
+        head = heads or Heads()
+        domains = len(schema.domains) if head.by == "domain" else 1
         self.heads = nn.ModuleDict(
-            {f"task/{t.name}": _Head(self.tower.widths[t.name], schema.outputs(t), len(schema.domains) if by_domain else 1)
+            {f"task/{t.name}": _Head(self.tower.widths[t.name], schema.outputs(t), domains,
+                                     f"heads.two.{t.name}" if head.two and t.kind == "binary" else "")
              for t in schema.tasks}
         )  # fmt: skip
         initialise(self)
@@ -93,7 +125,8 @@ class Model(nn.Module):
     def _wire(self, roles: Mapping[str, Role]) -> None:
         """Who reads which tables: reader -> (vocabulary, roles); a history's field reads under ``history.field``."""
         self._roles = dict(roles)
-        asked = {feature for history in self.schema.histories for feature in self.targets(history).values()}
+        searched = [history for history in self.schema.histories if history.name not in self._apart]
+        asked = {feature for history in searched for feature in self.targets(history).values()}
         of_target = [role for role, config in roles.items() if role != "value" and config.reads != "events"]
         of_events = [role for role, config in roles.items() if config.reads != "target"]
         self._reads: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -101,8 +134,9 @@ class Model(nn.Module):
             for name, vocabulary in self.vocabularies.items()
         }
         for history in self.schema.histories:
+            read = ("value",) if history.name in self._apart else tuple(of_events)
             for name in history.fields:
-                self._reads[f"{history.name}.{name}"] = (self.schema.field_vocabulary(name), tuple(of_events))
+                self._reads[f"{history.name}.{name}"] = (self.schema.field_vocabulary(name), read)
 
     def targets(self, history: Any) -> dict[str, str]:
         """Event field -> the id feature of the same vocabulary: what the row itself has of what its events have."""
@@ -110,20 +144,48 @@ class Model(nn.Module):
         vocabularies = {name: self.schema.field_vocabulary(name) for name in history.fields}
         return {name: ids[vocab] for name, vocab in vocabularies.items() if vocab in ids}
 
-    def _build_fields(self, view: str, width: int, encoder: Any) -> dict[str, int]:
+    def _build_given(
+        self, view: str, width: int, std: float, numbers: Mapping[str, NumberEncoder], vectors: VectorEncoder
+    ) -> None:
+        """Make the view's encoders of numbers and of given vectors."""
+        for name, encoder in numbers.items():
+            self.numbers[f"{view_key(view)}/{name}"] = encoder.build(Spread.of(self.schema, name), width, std)
+        given = {f.name: self.schema.widths.get(f.name, 0) for f in self.schema.features if f.kind == "vector"}
+        if given:
+            self.vectors[view_key(view)] = vectors.build(given, width, std)
+
+    def _build_fields(self, view: str, width: int, encoders: Mapping[str, Any]) -> dict[str, int]:
         """Make the view's history encoders and bag poolers; return its fields and their widths."""
         fields: dict[str, int] = {}
+        vectors = cast(Any, self.vectors[view_key(view)]).widths if len(self.vectors) else {}
         for f in self.schema.features:
-            fields[f.name] = {"number": 2, "vector": self.schema.widths.get(f.name, 0)}.get(f.kind, width)
+            if f.kind == "number":
+                fields[f.name] = cast(Any, self.numbers[f"{view_key(view)}/{f.name}"]).width
+            elif f.kind == "vector":
+                fields |= {f.name: vectors[f.name]} if f.name in vectors else {}
+            else:
+                fields[f.name] = width
             if f.kind == "bag" and f.pooling == "attention":
                 self.bags[f"{view}/{f.name}"] = BagAttention(width)
+        fields |= vectors  # the fields that are no feature's own come last
         for history in self.schema.histories:
             widths = {role: self.embeddings.width(view, role) for role in self._roles}
+            encoder = encoders[history.name]
             fields_of, targets = dict.fromkeys(history.fields, width), dict.fromkeys(self.targets(history), width)
             module = encoder.build(fields_of, targets, **({"roles": widths} if hasattr(encoder, "roles") else {}))
             self.histories[f"{view}/{history.name}"] = module
             fields |= {f"{history.name}.{name}": w for name, w in module.widths.items()}
         return fields
+
+    def _tower(self, tower: Any, tasks: Sequence[str], owners: Sequence[str], by: str) -> Any:
+        """The tower for the interactions' widths."""
+        names = list(self.experts)
+        widths = [cast(Any, self.interactions[view_key(name)]).width for name in names]
+        if by == "domain":
+            return DomainTower(tower, tasks, owners, names, widths)
+        if not getattr(tower, "reads_roles", False):
+            return tower.build(tasks, names, widths)
+        return tower.build(tasks, names, widths, [task.name for task in self.schema.tasks if task.role == "target"])
 
     def _second_of(self, task: str) -> list[tuple[str, Any]]:
         """(key, module) of the history encoders that a task's second head reads: those of its own view and of views of none."""
@@ -141,24 +203,30 @@ class Model(nn.Module):
     def gives(self) -> frozenset[str]:
         """Names of the extras in its output, as its members state them."""
         members = (member for child in self.children() for member in child.modules())
-        return frozenset(name for member in members for name in getattr(member, "gives", ()))
+        names = frozenset(name for member in members for name in getattr(member, "gives", ()))
+        return names.difference(getattr(self.tower, "renamed", ()))
 
     # ----------------------------------------------------------------------------------------------------------- forward
     def forward(self, batch: Batch, step: int | None = None) -> Output:
         """What the model says about a batch.  ``step`` is for members whose behaviour depends on training time."""
         rows, lookups = self._read(batch)
         second: dict[str, Tensor] = {}
-        out = self.tower([self._hidden(view, batch, rows, second) for view in self.embeddings.widths])
-        logits = {
-            task.name: self.heads[f"task/{task.name}"](out.tasks[task.name], batch.domain, batch.observed[task.name])
-            for task in self.schema.tasks
-        }
-        return Output(logits, out.tasks, out.shared, {**out.extras, **self._second_logits(second)}, lookups)
+        hidden = list(self._all_hidden(batch, rows, second).values())
+        domains = (batch.domain, counted_rows(batch)) if getattr(self.tower, "reads_domain", False) else ()
+        out = self.tower(hidden, *domains)
+        logits, two = {}, {}
+        for task in self.schema.tasks:
+            head = cast(_Head, self.heads[task_key(task.name)])
+            found = head(out.tasks[task.name], batch.domain, batch.observed[task.name])
+            for name in head.gives:
+                two[name], found = found, found[:, 1] - found[:, 0]
+            logits[task.name] = found
+        return Output(logits, out.tasks, out.shared, {**out.extras, **two, **self._second_logits(second)}, lookups)
 
     def views(self, batch: Batch) -> dict[str, Tensor]:
-        """view -> (B, width): what the tower reads."""
+        """view, or expert where there are any -> (B, width): what the tower reads."""
         rows, _ = self._read(batch)
-        return {view: self._hidden(view, batch, rows, {}) for view in self.embeddings.widths}
+        return self._all_hidden(batch, rows, {})
 
     def event_scores(
         self, history: str, events: Ragged, target: Mapping[str, Tensor], *, view: str | None = None,
@@ -228,12 +296,22 @@ class Model(nn.Module):
             target[role] = {name: reads[feature].gather() for name, feature in asked if feature in reads}
         return events, target
 
-    def _hidden(
+    def _all_hidden(
+        self, batch: Batch, rows: Mapping[tuple[str, str], Mapping[str, Rows]], second: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """expert -> (B, width), in the tower's order; what only second heads read goes into ``second``."""
+        fields = {view: self._fields(view, batch, rows, second) for view in self.embeddings.widths}
+        return {name: self.interactions[view_key(name)](fields[view]) for name, view in self.experts.items()}
+
+    def _fields(
         self, view: str, batch: Batch, rows: Mapping[tuple[str, str], Mapping[str, Rows]], second: dict[str, Tensor]
-    ) -> Tensor:
-        """(B, width) of one view; what only second heads read goes into ``second``."""
+    ) -> dict[str, Tensor]:
+        """field -> (B, D) of one view; what only second heads read goes into ``second``."""
         fields: dict[str, Tensor] = {}
         values = rows[view, "value"]
+        if len(self.vectors):
+            given = {f.name: batch.features[f.name] for f in self.schema.features if f.kind == "vector"}
+            fields |= self.vectors[view_key(view)](given)
         for f in self.schema.features:
             value = batch.features[f.name]
             if f.kind == "id":
@@ -242,8 +320,8 @@ class Model(nn.Module):
                 key = f"{view}/{f.name}"
                 attention = self.bags[key] if key in self.bags else None
                 fields[f.name] = pool_bag(values[f.name], value, f.pooling, attention)  # type: ignore[arg-type]
-            else:
-                fields[f.name] = value
+            elif f.kind == "number":
+                fields[f.name] = self.numbers[f"{view_key(view)}/{f.name}"](value, batch.features.get(f.name + EXACT))
         for history in self.schema.histories:
             key = f"{view}/{history.name}"
             module = cast(Any, self.histories[key])
@@ -252,7 +330,7 @@ class Model(nn.Module):
             fields |= {f"{history.name}.{name}": pooled[name] for name in module.widths}
             if (more := getattr(module, "second", None)) and self.training:
                 second[key] = torch.cat([pooled[name] for name in more], 1)
-        return self.interactions[f"view/{view}"](fields)
+        return fields
 
     def _second_logits(self, second: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Extras of the second heads, (B,) or (B, K), while training: they would cost serving a pass over all events."""
@@ -261,6 +339,62 @@ class Model(nn.Module):
             read = torch.cat([second[key] for key, _ in self._second_of(task.name)], 1)
             extras[f"history.{task.name}"] = self.second[task_key(task.name)](read)
         return extras
+
+
+def _value_encoders(history_of: Mapping[str, Any], schema: Schema) -> Mapping[str, Any]:
+    """The same.  Raises ValueError for a history that is not there, tables beside the features' own, or second heads."""
+    names = [history.name for history in schema.histories]
+    if wrong := sorted(set(history_of) - set(names)):
+        raise ValueError(f"`model.history_of` should name histories, among {names}. Found {wrong}.")
+    for name, encoder in history_of.items():
+        own_tables = set(getattr(encoder, "roles", VALUE)) != {"value"}
+        if own_tables or getattr(encoder, "auxiliary", None):
+            raise ValueError(
+                f"An encoder of `model.history_of` reads the features' own tables and has no second heads. History `{name}` has "
+                f"`{encoder.kind}`: make it `model.history`, and name the other histories in `model.history_of`."
+            )
+    return history_of
+
+
+def view_key(name: str) -> str:
+    """Name of a view's or an expert's interaction inside an ``nn.ModuleDict``, which allows no dot."""
+    return f"view/{name}".replace(".", "_")
+
+
+def expert_plan(
+    experts: Sequence[Any], interaction: Interaction, config: Views, views: Sequence[str]
+) -> dict[str, tuple[str, Any]]:
+    """name -> (view, interaction): one per view under the view's name, or the given ``experts`` as ``view0.cross``.
+
+    A second expert of the same kind on one view is ``view0.cross.2``.
+
+    Raises:
+        ValueError: experts, where views belong to tasks or domains; an expert of a view that is not there; a view without one.
+    """
+    if not experts:
+        return {view: (view, interaction) for view in views}
+    if config.kind not in ("shared", "several"):
+        raise ValueError(
+            f"`experts` read views that belong to no task. Found model.tables.kind `{config.kind}`. Set it to `shared` or "
+            f"`several`."
+        )
+    read = [each.view for each in experts]
+    if set(read) != set(range(len(views))):
+        raise ValueError(
+            f"`experts` should read each view from 0 to {len(views) - 1} and no other. Found experts of views {read}."
+        )
+    plan: dict[str, tuple[str, Any]] = {}
+    for each in experts:
+        view, name = views[each.view], f"{views[each.view]}.{each.interaction.kind}"
+        before = sum(taken == name or taken.startswith(f"{name}.") for taken in plan)
+        plan[f"{name}.{before + 1}" if before else name] = (view, each.interaction)
+    return plan
+
+
+def counted_rows(batch: Batch) -> Tensor:
+    """(B,) bool: rows that are observed for some task and whose weight is not 0."""
+    observed = torch.stack(list(batch.observed.values())).any(0)
+    return observed if batch.weight is None else observed & (batch.weight > 0)
 
 
 class _SecondHead(nn.Module):
@@ -282,12 +416,13 @@ class _Head(nn.Module):
     """Linear heads of one task, one per domain or one for all.
 
     A domain without an observed row of the task in the batch is read detached: a zero gradient would let momentum and
-    weight decay move its head.
+    weight decay move its head.  With ``two``, the name of an extra, a binary task's head gives the (B, 2) of that extra.
     """
 
-    def __init__(self, width: int, outputs: int, domains: int) -> None:
+    def __init__(self, width: int, outputs: int, domains: int, two: str = "") -> None:
         super().__init__()
-        self.outputs = outputs
+        outputs = 2 if two else outputs
+        self.outputs, self.gives = outputs, (two,) if two else ()
         self.linears = nn.ModuleList(nn.Linear(width, outputs) for _ in range(domains))
 
     def forward(self, hidden: Tensor, domain: Tensor, observed: Tensor) -> Tensor:

@@ -1,0 +1,109 @@
+"""Views that belong to domains instead of tasks: any tower that has one state per task has one per domain as well.
+
+Idea: what a tower such as STEM does for tasks it can do for domains (scenarios, sites): domain d has tables and experts of
+its own, and the state of a row is that of *its* domain.  All tasks share this state, and their own layers come after it::
+
+    z_i        = state^d(i) of row i           the tower's state of that "task", its own layers left out
+    hidden^k_i = tower^k(z_i)
+
+Rows of other domains give domain d's tables, experts and gate a gradient of exactly zero, and a batch without a counted row
+of d (one that is observed for some task) gives them none at all, so that neither momentum nor weight decay moves them.
+
+A row whose domain training did not know, or is missing, reads the shared experts' mean where views are ``per_task``.  Where
+they are ``separate`` it reads the mean of all domains' states, and does not write them.
+
+Paper: none; STEM's and STEM-AL's are about tasks and name scenarios as another use.  The form is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.layers import average, mlp_width
+from unbraid.towers.mlp import task_towers
+from unbraid.types import FIRST_VALUE, Schema, TowerOutput
+
+
+def domain_names(schema: Schema) -> tuple[str, ...]:
+    """``domain0``, ``domain1``, ..: the domains that training knew, in the order of their codes.
+
+    Raises ValueError if there is none.
+    """
+    names = tuple(f"domain{i}" for i in range(len(schema.domains) - FIRST_VALUE))
+    if not names:
+        raise ValueError("Tables per domain need a known domain. Found none in the training split.")
+    return names
+
+
+class DomainTower(nn.Module):
+    """A tower whose views belong to domains.
+
+    Args:
+        config: a tower that reads views ``per_task`` or ``separate``; its key ``tower`` is that of the tasks' own layers.
+        tasks: their names; domains: names of the domains' views; views, widths: as for every tower.
+
+    Attributes:
+        widths: task -> H.
+        gives: names of its extras; renamed: those that the tower would give, one per domain.
+
+    Raises:
+        ValueError: the tower does not read such views.
+    """
+
+    reads_domain = True
+
+    def __init__(
+        self, config: Any, tasks: Sequence[str], domains: Sequence[str], views: Sequence[str], widths: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.domains, self.falls_back = tuple(domains), "shared" in views
+        self.inner = replace(config, tower=()).build(domains, views, widths)
+        width = self.inner.widths[domains[0]]
+        self.towers = task_towers(tasks, width, config.tower, config.dropout)
+        self.widths = dict.fromkeys(tasks, mlp_width(width, config.tower))
+        self.renamed = tuple(getattr(self.inner, "gives", ()))
+        self.gives = tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.renamed))
+
+    def forward(self, hidden: Sequence[Tensor], domain: Tensor, counted: Tensor) -> TowerOutput:
+        """One (B, width) per view, domain codes (B,) and which rows count (B,) bool, become task -> (B, H).
+
+        The trunk is the rows' states (B, D).  Extras hold, for each kind of the tower's gates, ``KIND.gate`` (B, pool), every
+        row's own domain's; zeros for a row without one.
+        """
+        rows, states, gates = [], [], []
+        for mine, state, extras in self._by_domain(hidden, domain, counted):
+            rows.append(mine)
+            states.append(state)
+            gates.append(extras)
+        place = torch.cat(rows).argsort()
+        z = torch.cat(states)[place]
+        extras = {name: self._joined(name, gates, rows, place) for name in self.gives}
+        return TowerOutput({task: t(z) for task, t in zip(self.widths, self.towers.values(), strict=True)}, z, extras)
+
+    def _by_domain(
+        self, hidden: Sequence[Tensor], domain: Tensor, counted: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Rows (n,) of each domain that occurs, their states (n, D) and the gates of that domain by name."""
+        for code in domain.unique().tolist():
+            mine = (domain == code).nonzero().squeeze(1)
+            out = self.inner([x[mine] for x in hidden])
+            own = self.domains[code - FIRST_VALUE] if code >= FIRST_VALUE else ""
+            if own:
+                state = out.tasks[own]
+            else:
+                state = out.trunk if self.falls_back else average([out.tasks[name] for name in self.domains]).detach()
+            if self.training and not bool(counted[mine].any()):
+                state = state.detach()  # a gradient of zeros would move them by their momentum
+            yield mine, state, {n.removesuffix(f".{own}"): v for n, v in out.extras.items() if n.endswith(f".{own}")}
+
+    @staticmethod
+    def _joined(name: str, gates: Sequence[dict[str, Tensor]], rows: Sequence[Tensor], place: Tensor) -> Tensor:
+        """(B, pool) every row's own gate."""
+        pool = max((found[name].shape[1] for found in gates if name in found), default=1)
+        like = next((found[name] for found in gates if name in found), torch.zeros(0, 1))
+        return torch.cat([g.get(name, like.new_zeros(len(r), pool)) for g, r in zip(gates, rows, strict=True)])[place]

@@ -1,0 +1,269 @@
+"""Views that belong to domains: each row takes its own domain's state, and an absent domain does not move."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tower_kit import EXACT, biased
+from toylog import make_data, make_log, make_run
+
+from unbraid import bundle
+from unbraid.config import ModelChoice
+from unbraid.data.encode import encode
+from unbraid.data.table import Encoded
+from unbraid.encoders.dare import DARE
+from unbraid.encoders.table import Views
+from unbraid.job import bound_terms, train
+from unbraid.layers import task_key
+from unbraid.model import Heads
+from unbraid.optim.joint import Joint
+from unbraid.towers.ame import AME
+from unbraid.towers.domains import DomainTower, domain_names
+from unbraid.towers.mlp import SharedBottom
+from unbraid.towers.ple import PLE
+from unbraid.towers.single_task import SingleTask
+from unbraid.towers.stem import STEM
+from unbraid.towers.stem_al import STEMAL
+from unbraid.types import Schema
+
+LAYERED = {"expert": (9, 6), "tower": (5,)}
+TOWERS = [
+    pytest.param(STEM(**LAYERED), "per_task", id="stem"),
+    pytest.param(STEM(layers=2, task_experts=2, gate=(4,), **LAYERED), "per_task", id="stem-deep"),
+    pytest.param(PLE(layers=2, **LAYERED), "per_task", id="ple"),
+    pytest.param(SingleTask(bottom=(9, 6), tower=(5,)), "separate", id="single_task"),
+    pytest.param(STEMAL(main=("domain1",), **LAYERED), "separate", id="stem_al"),
+]
+KNOWN = (2, 3, 4)  # codes of home, mail and search
+TASKS = ("click", "buy")
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    data = make_data(cache=str(tmp_path_factory.mktemp("cache")))
+    return Encoded(encode(data, tables={"log": make_log(rows=400)}))
+
+
+def model_of(encoded, tower, kind, lazy_rows=-1, **choice):
+    views = Views(kind=kind, by="domain", width=3, std=1.0, lazy_rows=lazy_rows)
+    return bundle.build(make_run(model=ModelChoice(tower=tower, tables=views, **choice)), encoded.schema)
+
+
+def some(encoded, start=100, n=40):
+    return encoded.batch(np.arange(start, start + n))
+
+
+def hidden_of(n, views, width=4):
+    return [torch.randn(n, width, requires_grad=True) for _ in range(views)]
+
+
+def domain_tower(tower, kind, domains=("domain0", "domain1", "domain2"), tasks=TASKS):
+    names = Views(kind=kind, by="domain").names(domains)
+    return biased(DomainTower(tower, tasks, domains, names, [4] * len(names))), len(names)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------- value
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("config", "kind"), TOWERS)
+def test_a_row_has_the_state_that_its_domain_has_as_a_task(config, kind, training):
+    tower, count = domain_tower(config, kind)
+    tower.train(training)
+    views, domain = hidden_of(30, count), torch.tensor([2, 4, 3, 0, 4, 1] * 5)
+    got = tower(views, domain, torch.ones(30).bool())
+    whole = dataclasses.replace(config, tower=()).build(
+        tower.domains, Views(kind=kind).names(tower.domains), [4] * count
+    )
+    whole.load_state_dict(tower.inner.state_dict())
+    out = whole(views)
+    states = [out.tasks[name] for name in tower.domains]
+    rest = out.trunk if kind == "per_task" else sum(states) / 3
+    want = torch.stack([states[d - 2][i] if d >= 2 else rest[i] for i, d in enumerate(domain.tolist())])
+    torch.testing.assert_close(got.trunk, want, **EXACT)
+    for task in TASKS:
+        torch.testing.assert_close(got.tasks[task], tower.towers[task_key(task)](want), **EXACT)
+    assert tower.widths == dict.fromkeys(TASKS, 5)
+    for name in tower.gives:
+        gates = {d: out.extras.get(f"{name}.domain{d - 2}") for d in domain.tolist()}
+        rows = torch.stack([
+            torch.zeros_like(got.extras[name][0]) if gates[d] is None else gates[d][i] for i, d in enumerate(domain.tolist())
+        ])  # fmt: skip
+        torch.testing.assert_close(got.extras[name], rows, **EXACT)
+    assert set(got.extras) == set(tower.gives) and len(tower.gives) == (0 if config.kind == "single_task" else 1)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("config", "kind"), TOWERS)
+def test_gradients_are_those_of_the_domains_as_tasks(config, kind):
+    tower, count = domain_tower(config, kind)
+    views, domain = hidden_of(30, count), torch.tensor([2, 4, 3] * 10)
+    leaves = [*views, *tower.inner.parameters()]
+    out = tower(views, domain, torch.ones(30).bool())
+    scale = torch.randn(30, 6)
+    got = torch.autograd.grad((out.trunk.sin() * scale).sum(), leaves, allow_unused=True)
+    tasks = tower.inner(views).tasks
+    loss = sum((tasks[f"domain{d - 2}"][domain == d].sin() * scale[domain == d]).sum() for d in KNOWN)
+    for mine, theirs in zip(got, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+        torch.testing.assert_close(mine, theirs, **EXACT)
+    if kind == "separate":
+        for d, view in zip(KNOWN, got[:3], strict=True):
+            assert not view[domain != d].any() and view[domain == d].any(), "rows of other domains"
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("config", "kind"), TOWERS)
+def test_rows_without_a_known_domain_do_not_write_domains(config, kind):
+    tower, count = domain_tower(config, kind)
+    views = hidden_of(8, count)
+    out = tower(views, torch.tensor([0, 1] * 4), torch.ones(8).bool())
+    out.tasks["click"].sum().backward()
+    assert all(x.grad is None or not x.grad.any() for x in views[:3])
+    assert (kind == "per_task") == (views[-1].grad is not None and bool(views[-1].grad.any()))
+    own = [p for n, p in tower.inner.named_parameters() if "task/domain" in n]
+    assert len(own) >= 6 and all(p.grad is None for p in own)
+
+
+# --------------------------------------------------------------------------------------------------------------- absence
+def of_domain(model, at):
+    """Names of what belongs to one domain: tables, encoders, interaction, experts, gate."""
+    marks = (f"tables.domain{at}/", f"/domain{at}", f"histories.domain{at}/", f"bags.domain{at}/")
+    return {n for n, _ in model.named_parameters() if any(mark in n for mark in marks)}
+
+
+def state_of(model, update, names):
+    """Weights and optimiser state of some parameters, cloned."""
+    short = names | {n.removeprefix("embeddings.tables.").removesuffix(".weight") for n in names}
+    state = update.state_dict()
+    parts = {k: v for part in ("dense", "rows") for k, v in state[part].items() if k in short}
+    assert len(parts) >= len(names) // 2
+    return copy.deepcopy(({n: p.detach().clone() for n, p in model.named_parameters() if n in names}, parts))
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(v, b[k]) for k, v in a.items())
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def without(batch, code, how):
+    """The batch without rows of a domain, or with unobserved or weightless ones."""
+    if how == "no rows":
+        return batch.select(batch.domain != code)
+    if how == "weightless":
+        return dataclasses.replace(batch, weight=(batch.domain != code).float())
+    return dataclasses.replace(batch, observed={t: o & (batch.domain != code) for t, o in batch.observed.items()})
+
+
+@pytest.mark.parametrize("how", ["no rows", "unobserved", "weightless"])
+@pytest.mark.parametrize("lazy_rows", [-1, 0])
+@pytest.mark.parametrize(("config", "kind"), TOWERS)
+def test_an_absent_domain_does_not_move(encoded, config, kind, lazy_rows, how):
+    model = model_of(encoded, config, kind, lazy_rows)
+    update = Joint(weight_decay=0.1, table_weight_decay=0.1, decay="touched").build(model, steps=100, weights={})
+    (term,) = bound_terms(make_run(), encoded.schema, model)
+
+    def go(batch):
+        output = model(batch, 0)
+        update(term(output, batch, 0), output)
+
+    for at in range(10):
+        go(some(encoded, start=10 * at))
+    for at, code in enumerate(KNOWN):
+        names = of_domain(model, at)
+        assert any("tables" in n for n in names) and any(n.startswith("tower.inner") for n in names)
+        rest = {n: p.detach().clone() for n, p in model.named_parameters() if n not in names}
+        before = state_of(model, update, names)
+        go(without(some(encoded), code, how))
+        assert equal(before, state_of(model, update, names)), f"domain{at} moved"
+        still = {n for n, p in model.named_parameters() if n in rest and torch.equal(p, rest[n])}
+        assert not any("tables" in n and "/gap/" not in n for n in still), (
+            "those of the other domains should have moved"
+        )
+
+
+@pytest.mark.parametrize(("config", "kind"), TOWERS)
+def test_rows_do_not_see_each_other(encoded, config, kind):
+    model = model_of(encoded, config, kind).eval()
+    batch = some(encoded, n=12)
+    batch = dataclasses.replace(batch, domain=torch.tensor([0, 1, *KNOWN] * 2 + [0, 1]))
+    whole = model(batch)
+    for i in range(12):
+        alone = model(batch.select(torch.tensor([i])))
+        for task in TASKS:
+            torch.testing.assert_close(alone.logits[task][0], whole.logits[task][i], rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- the model
+def test_views_are_named_by_known_domains(encoded):
+    assert sorted(encoded.schema.domains[2:]) == ["home", "mail", "search"]
+    model = model_of(encoded, STEM(), "per_task", heads=Heads(by="domain"))
+    assert list(model.embeddings.widths) == ["domain0", "domain1", "domain2", "shared"]
+    assert list(model_of(encoded, SingleTask(), "separate").embeddings.widths) == ["domain0", "domain1", "domain2"]
+    assert model.gives == {"stem.gate"}
+    gate = model(some(encoded)).extras["stem.gate"]
+    assert gate.shape == (40, 3 + 2) and torch.allclose(gate.sum(1), torch.ones(40))
+
+
+@pytest.mark.parametrize(("config", "kind"), TOWERS)
+def test_trains_and_comes_back(config, kind, tmp_path):
+    run = make_run(training=dataclasses.replace(make_run().training, steps=5))
+    views = Views(kind=kind, by="domain", width=3)
+    run = dataclasses.replace(run, model=ModelChoice(tower=config, tables=views))
+    result = train(run, tables={"log": make_log()}, baseline=False)
+    assert result.metrics["test"]["click"]["auc"]["value"] > 0
+    result.bundle.save(tmp_path / "saved")
+    loaded = bundle.Bundle.load(tmp_path / "saved")
+    batch = Encoded(encode(make_data(), tables={"log": make_log()})).batch(np.arange(20))
+    with torch.no_grad():
+        one, other = result.bundle.model.eval()(batch), loaded.model.eval()(batch)
+    assert all(torch.equal(one.logits[t], other.logits[t]) for t in TASKS)
+    counts = bundle.warm_start(loaded.model, loaded.fitted, result.bundle)
+    assert counts["tensors new"] == counts["rows new"] == 0
+    schema = dataclasses.replace(loaded.fitted.schema, domains=("(unknown)", "(missing)", "mail", "home", "search"))
+    if schema.domains == loaded.fitted.schema.domains:
+        schema = dataclasses.replace(schema, domains=schema.domains[::-1])
+    with pytest.raises(bundle.BundleError, match="same domains in the same order"):
+        bundle.warm_start(loaded.model, dataclasses.replace(loaded.fitted, schema=schema), result.bundle)
+
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize("kind", ["shared", "several"])
+def test_by_domain_needs_views_of_owners(kind):
+    widths = (4, 6) if kind == "several" else ()
+    with pytest.raises(ValueError) as error:
+        Views(kind=kind, widths=widths, by="domain")
+    assert str(error.value) == (
+        f"Parameter `by` should be `task`, or `domain` with kind `per_task` or `separate`. Found `domain` with kind `{kind}`."
+    )
+
+
+@pytest.mark.parametrize("tower", [SharedBottom(), AME(), SingleTask()])
+def test_towers_that_have_no_state_per_owner_are_refused(encoded, tower):
+    with pytest.raises(ValueError, match=f"Tower `{tower.kind}` reads"):
+        model_of(encoded, tower, "per_task")
+
+
+def test_second_heads_are_refused(encoded):
+    with pytest.raises(ValueError) as error:
+        model_of(encoded, STEM(), "per_task", history=DARE(auxiliary=(4,)))
+    assert str(error.value) == "Second heads of tasks would write the tables of all domains. Leave `auxiliary` empty."
+
+
+def test_a_log_without_known_domains_is_refused():
+    with pytest.raises(ValueError) as error:
+        domain_names(Schema((), ()))
+    assert str(error.value) == "Tables per domain need a known domain. Found none in the training split."
