@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from unbraid.config import ModelChoice, Run, TowerChoice
+from unbraid.config import Expert, ModelChoice, Run, TowerChoice
 from unbraid.data.source import Data, Events, Join, Split
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
+from unbraid.encoders.numeral import Numeral
 from unbraid.encoders.pooling import Mean
 from unbraid.encoders.table import Views
 from unbraid.interactions.cross import Cross
+from unbraid.interactions.flat import Flat
+from unbraid.interactions.gwpfm import GwPFM
 from unbraid.losses.esmm import ESMM
 from unbraid.losses.history import HistoryLoss
+from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
 from unbraid.optim.joint import Joint
 from unbraid.towers.aitm import AITM
+from unbraid.towers.ame import AME
 from unbraid.towers.experts import MMoE, OMoE
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.ple import PLE
@@ -174,8 +179,30 @@ def dcn() -> Run:
     return replace(run, model=replace(run.model, interaction=Cross(layers=2)))
 
 
+def tencent() -> Run:
+    """The assembled system: three sets of tables of different widths, each with its own kind of expert and a gate per task;
+    numbers in numeral systems, a searched history with attention tables, cross-entropy with a ranking loss."""
+    run = dare()
+    groups = {"item": ("video_id", "author_id", "video_type", "upload_type", "music_type", "tag"),
+              "user": USER_CATEGORIES, "context": ("tab", "hour")}  # fmt: skip
+    model = ModelChoice(
+        tower=AME(expert=(64, 32), gate=(32,), tower=(16,), dropout=0.1),
+        tables=Views(kind="several", widths=(8, 16, 32)),
+        experts=(
+            Expert(view=0, interaction=Flat()),
+            Expert(view=1, interaction=GwPFM(groups=groups)),
+            Expert(view=2, interaction=Cross(layers=1, rank=16)),
+        ),
+        numbers=Numeral(),
+        history=DARE(keep=20),
+        history_of={history.name: Mean() for history in run.data.histories[1:]},
+    )
+    losses = (Supervised(weight=0.9), Ranking(weight=0.1))
+    return replace(run, name="tencent", model=model, losses=losses)
+
+
 RECIPES: dict[str, Callable[[], Run]] = {
-    f.__name__: f for f in (stem, single_task, shared_bottom, omoe, mmoe, ple, aitm, esmm, din, dare, dcn)
+    f.__name__: f for f in (stem, single_task, shared_bottom, omoe, mmoe, ple, aitm, esmm, din, dare, dcn, tencent)
 }
 
 DEFAULT = stem  # what `unbraid train` runs without a run file

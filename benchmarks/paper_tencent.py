@@ -1,0 +1,168 @@
+"""The assembled system of recipe `tencent`: what each part is worth, what width is worth, what a ranking loss is worth.
+
+    python benchmarks/paper_tencent.py ablation --out FOLDER     the recipe without one part at a time, and its rivals
+    python benchmarks/paper_tencent.py widths --out FOLDER       one wide set of tables against several narrow ones, with spectra
+    python benchmarks/paper_tencent.py ranking --out FOLDER      cross-entropy with a ranking loss, at falling positive rates
+    options: --seeds 3 --jobs 2 --quick
+
+All on the bundled log, by `unbraid.compare.compare`: the same seeds and budget for all, early stopping on the validation split,
+differences paired on the test split.  Of *ablation* the reference is ``shared_bottom``, then the whole recipe; of *widths* one
+table of width 8; of *ranking* plain cross-entropy at the same rate of positives.
+
+*widths* also prints information abundance (`unbraid.analysis.collapse`) of the tables of videos, authors and tags, those of
+several sets side by side, over that of a random matrix.  *ranking* keeps every negative and a share of the positives of clicks,
+those whose time in milliseconds ends on few numbers; the validation and test splits are thinned alike.
+
+Finished trainings are kept in FOLDER: the command continues where it was stopped.  The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unbraid import recipes
+from unbraid.analysis.collapse import abundance, gram, random_abundance, spectrum
+from unbraid.bundle import Bundle
+from unbraid.compare import compare
+from unbraid.config import Expert, Run
+from unbraid.data.encode import encode
+from unbraid.encoders.numbers import Standardise
+from unbraid.encoders.pooling import Mean
+from unbraid.encoders.table import Views
+from unbraid.interactions.cross import Cross
+from unbraid.interactions.flat import Flat
+from unbraid.job import train
+from unbraid.losses.ranking import Ranking
+from unbraid.losses.supervised import Supervised
+from unbraid.towers.multi_embedding import MultiEmbedding
+from unbraid.types import FIRST_VALUE
+
+SHARES = (100, 30, 10, 3)  # per cent of the positives that stay
+FIELDS = ("video_id", "author_id", "tag")
+
+
+# ------------------------------------------------------------------------------------------------------------------ runs
+def ablation() -> list[Run]:
+    """The recipe, the recipe without one part, and what it is measured against."""
+    whole = recipes.tencent()
+    model, widths = whole.model, whole.model.tables.widths
+    middle = sorted(widths)[len(widths) // 2]
+    without = {
+        "numerals": {"numbers": Standardise()},
+        "kinds": {"experts": tuple(Expert(at, Flat()) for at in range(len(widths)))},
+        "widths": {"tables": Views(kind="several", widths=(middle,) * len(widths))},
+        "tables": {
+            "tables": Views(width=sum(widths)),
+            "experts": tuple(replace(expert, view=0) for expert in model.experts),
+        },
+        "history": {"history": Mean()},
+    }  # fmt: skip
+    runs = [replace(whole, name=f"no_{part}", model=replace(model, **change)) for part, change in without.items()]
+    runs.append(replace(whole, name="no_ranking", losses=(Supervised(),)))
+    rivals = [recipes.shared_bottom(), recipes.mmoe(), recipes.stem()]
+    return [rivals[0], whole, *runs, *rivals[1:]]
+
+
+def widths() -> list[Run]:
+    """One set of tables of growing width against sets of width 8, on cross layers."""
+    base = recipes.shared_bottom()
+    interaction, tower = Cross(layers=2, rank=16), MultiEmbedding(expert=(64, 32), tower=(16,), dropout=0.1)
+
+    def run(name: str, tables: Views) -> Run:
+        return replace(base, name=name, model=replace(base.model, tower=tower, tables=tables, interaction=interaction))
+
+    one = [run(f"1x{d}", Views(width=d)) for d in (8, 16, 32, 64)]
+    return [*one, *(run(f"{m}x8", Views(kind="several", widths=(8,) * m)) for m in (2, 4, 8))]
+
+
+def ranking(share: int) -> list[Run]:
+    """Cross-entropy of clicks, and its mixtures with pairs, where a share of the positives is kept."""
+    base = recipes.shared_bottom()
+    keep = f"({base.data.keep}) and (is_click = 0 or time_ms % 100 < {share})"
+    data = replace(base.data, keep=keep, tasks=base.data.tasks[:1])
+    base = replace(base, data=data)
+    runs = [replace(base, name="cross_entropy")]
+    for alpha in (0.9, 0.5):
+        losses = (Supervised(weight=alpha), Ranking(weight=round(1 - alpha, 6)))
+        runs.append(replace(base, name=f"pairs_{1 - alpha:.1f}", losses=losses))
+    return runs
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+def trained(run: Run, folder: Path) -> None:
+    """Train a run unless it is there."""
+    if not (folder / "metrics.json").exists():
+        train(run, folder, resume=(folder / "run.toml").exists(), baseline=False, keep_scores=True)
+
+
+def compared(runs: Sequence[Run], out: Path, args: argparse.Namespace, pool: Any, metric: str = "") -> dict[str, Any]:
+    """All trainings side by side, then the comparison."""
+    if args.quick:
+        runs = [replace(run, training=replace(run.training, steps=2, evaluate_every=2)) for run in runs]
+    for run in runs:
+        encode(run.data)
+    seeds = range(args.seeds)
+    trials = [(replace(run, seed=run.seed + n), out / run.name / f"seed-{run.seed + n}") for run in runs for n in seeds]
+    list(pool.map(trained, *zip(*trials, strict=True)))
+    table = compare(runs, out, seeds=args.seeds, metric=metric, resume=True)
+    print(f"\n# {out.name}{', ' + metric if metric else ''}\n\n{(out / 'compare.md').read_text()}")
+    return table
+
+
+def abundances(folder: Path) -> dict[str, dict[str, float]]:
+    """vocabulary -> IA of a bundle's tables side by side, its width, and IA over that of a random matrix."""
+    model, found = Bundle.load(folder).model, {}
+    for vocabulary in FIELDS:
+        tables = [t.weight.detach() for key, t in model.tables.items() if key.split("/")[1:] == [vocabulary, "value"]]
+        matrix = torch.cat(tables, 1)[FIRST_VALUE:]
+        ia = abundance(spectrum(gram(matrix), len(matrix)))
+        random = np.mean([random_abundance(*matrix.shape, seed=seed) for seed in range(5)])
+        found[vocabulary] = {"ia": ia, "width": matrix.shape[1], "relative": float(ia / random)}
+    return found
+
+
+def main() -> None:
+    """One part: train, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["ablation", "widths", "ranking"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true", help="two steps: does it run")
+    args = parser.parse_args()
+    out, results = args.out.resolve() / args.part, {}
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        if args.part == "ablation":
+            results["ablation"] = compared(ablation(), out, args, pool)
+        elif args.part == "widths":
+            runs = widths()
+            results["widths"] = compared(runs, out, args, pool)
+            results["abundance"] = {}
+            for run in runs:
+                each = [abundances(out / run.name / f"seed-{run.seed + n}") for n in range(args.seeds)]
+                results["abundance"][run.name] = each
+                cells = (f"{v} {np.mean([one[v]['ia'] for one in each]):.1f} of {each[0][v]['width']} "
+                         f"({np.mean([one[v]['relative'] for one in each]):.2f} of random)" for v in FIELDS)  # fmt: skip
+                print(f"IA {run.name:<6}", "; ".join(cells))
+        else:
+            for share in SHARES[-1:] if args.quick else SHARES:
+                for metric in ("auc", "logloss"):
+                    found = compared(ranking(share), out.parent / f"ranking-{share}", args, pool, metric)
+                    results[f"{share}/{metric}"] = found
+    (args.out / f"{args.part}.json").write_text(json.dumps(results))
+    print(json.dumps({"benchmark": "paper_tencent", "part": args.part, "seeds": args.seeds}))
+
+
+if __name__ == "__main__":
+    main()
