@@ -48,6 +48,18 @@ BASE: dict[str, Any] = {
 }  # what a snippet of a run file is put into
 
 
+def test_the_concepts_name_every_member_of_a_slot() -> None:
+    unions = {
+        "model.history": config.HistoryChoice, "model.numbers": config.NumberChoice, "model.vectors": config.VectorChoice,
+        "model.interaction": config.InteractionChoice, "model.tower": config.TowerChoice, "losses": config.TermChoice,
+        "schedule": config.ScheduleChoice,
+    }  # fmt: skip
+    rows = dict(re.findall(r"^\| `([a-z.]+)` \| .*? \| (.*) \|$", (DOCS / "concepts.md").read_text(), re.M))
+    for slot, union in unions.items():
+        kinds = {member.kind for member in typing.get_args(typing.get_args(union)[0])}
+        assert kinds <= set(re.findall(r"[a-z_0-9]+", rows[slot])), slot
+
+
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 

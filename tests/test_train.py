@@ -24,7 +24,7 @@ from unbraid.optim.joint import Joint
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.stem import STEM
 from unbraid.train import Local, Training, Watcher, selected
-from unbraid.types import History, Task
+from unbraid.types import Feature, History, Task
 
 TABLES = {"log": make_log()}
 DROPOUT = ModelChoice(
@@ -424,12 +424,34 @@ def test_settings_from_the_command_line_are_checked() -> None:
     conditional = make_run(data=make_data(tasks=(Task("click"), Task("buy", given="click"))))
     esmm = config.override(conditional, ["losses.0.kind=esmm", "losses.0.orphans=negative"])
     assert config.override(esmm, ["losses.0.kind=supervised"]) == conditional, "another member has its own defaults"
-    with pytest.raises(config.RunError, match=r"unknown key `model.tower.mmoe.expertz`. Allowed: kind, experts"):
+    with pytest.raises(
+        config.RunError, match=r"unknown key `model.tower.expertz`. Did you mean `expert`. Allowed: kind, experts"
+    ):
         config.override(run, ["model.tower.kind=mmoe", "model.tower.expertz=3"])
     with pytest.raises(config.RunError, match="`model.tower` has no `kind`. Allowed: shared_bottom, mmoe, stem"):
         config.from_dict({**config.to_dict(run), "model": {"tower": {"experts": 3}}})
     with pytest.raises(config.RunError, match="should look like"):
         config.override(run, ["seed"])
+    long = [f"model.tower.tower={list(range(1, 60))}", "model.history.kepe=3"]
+    with pytest.raises(config.RunError) as error:
+        config.override(run, ["model.history.kind=twin", *long])
+    first, _, rest = str(error.value).partition("Allowed")
+    assert (
+        first == "unknown key `model.history.kepe`. Did you mean `keep`? "
+        and "(with --set model.history.kind=twin " in rest
+    )
+    assert len(rest) < 400 and rest.endswith(" ...)")
+    with pytest.raises(config.RunError, match=r"^unknown key `model.numbers_of.price.bin`. Did you mean `bins`"):
+        config.override(run, ["model.numbers_of.price.kind=quantile", "model.numbers_of.price.bin=3"])
+
+
+def test_a_mistake_of_the_whole_run_names_the_file_once() -> None:
+    data = make_data(features=(Feature("user"), Feature("item")))
+    plain = {**config.to_dict(make_run(data=data)), "baseline": ["shop"]}
+    with pytest.raises(config.RunError) as error:
+        config.from_dict(plain, "p/x.toml")
+    want = "p/x.toml: `baseline` should name columns among ['user', 'domain', 'item']. Found ['shop']."
+    assert str(error.value) == want
 
 
 def test_requests_give_ranking_metrics() -> None:
@@ -498,5 +520,45 @@ def test_a_history_without_events_is_said() -> None:
     run = make_run(data=make_data(histories=(*make_data().histories, never)))
     train(run, tables=TABLES, baseline=False, watcher=Listens())
     assert [n for n in notes if "has no event" in n] == [
-        "history never has no event in any row: look at its `where`, and at users and times of the events"
+        "! history never has no event in any row: look at its `where`, and at users and times of the events"
     ]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_run_file_that_spells_a_number_otherwise_is_the_same_run(tmp_path: Path, whole: bool) -> None:
+    """``epochs = 4`` from Python is read back as 4.0, and written so."""
+    training = Training(batch_size=64, epochs=2, evaluate_every=2, checkpoint_steps=2, checkpoint_seconds=0)
+    run, out = make_run(training=training), tmp_path / "out"
+    if whole:
+        train(run, out, tables=TABLES, baseline=False)
+    else:
+        with pytest.raises(RuntimeError, match="killed"):
+            train(run, out, tables=TABLES, baseline=False, watcher=Dies(4))
+    there = config.load(out / "run.toml")
+    assert config.dumps(there) != (out / "run.toml").read_text(), "else this tests nothing"
+    train(dataclasses.replace(there, data=run.data), out, tables=TABLES, baseline=False, resume=True)
+    assert (out / "weights.safetensors").exists()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    training = Training(batch_size=64, steps=8, evaluate_every=4, checkpoint_steps=1000, checkpoint_seconds=0)
+    run, out = make_run(training=training), tmp_path / "out"
+    with pytest.raises(RuntimeError, match="killed"):
+        train(run, out, tables=TABLES, baseline=False, watcher=Dies(4))
+    assert not list(out.glob("*.safetensors")), "else this tests nothing"
+    other = dataclasses.replace(run, seed=5)
+    for given in (run, other):
+        with pytest.raises(JobError, match="an unfinished run.*--resume.*--overwrite"):
+            train(given, out, tables=TABLES, baseline=False)
+    with pytest.raises(JobError, match="different run.*: seed: 0 / 5"):
+        train(other, out, tables=TABLES, baseline=False, resume=True)
+    again = train(run, out, tables=TABLES, baseline=False, resume=True)
+    assert again.metrics["steps"] == 8 and equal(weights(again), weights(train(run, tables=TABLES, baseline=False)))
+
+
+def test_a_mistake_leaves_the_folder_free(tmp_path: Path) -> None:
+    run, out = make_run(), tmp_path / "out"
+    with pytest.raises(ValueError, match="There is no table"):
+        train(dataclasses.replace(run, data=dataclasses.replace(run.data, rows="lag")), out, tables=TABLES)
+    assert not list(out.iterdir())
+    train(run, out, tables=TABLES, baseline=False)

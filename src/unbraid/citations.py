@@ -7,6 +7,7 @@ Nothing is registered anywhere: the parts of a run are dataclasses, and each kno
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -31,7 +32,7 @@ def citations(run: Run) -> str:
     if (folder / "CITATION.bib").is_file():
         entries.append((folder / "CITATION.bib").read_text())
     entries.extend(getattr(sys.modules[type(part).__module__], "BIBTEX", "") for part in parts(run))
-    stripped = (entry.strip() for entry in entries)
+    stripped = (entry.strip() for text in entries for entry in re.split(r"^(?=@)", text, flags=re.MULTILINE))
     return "\n\n".join(dict.fromkeys(entry for entry in stripped if entry)) + "\n"
 
 

@@ -201,13 +201,13 @@ def evaluate(
     """Metrics of a bundle, per task and domain, with intervals."""
     from unbraid.bundle import Bundle
     from unbraid.data.source import SPLITS
-    from unbraid.job import evaluate_bundle
+    from unbraid.job import JobError, evaluate_bundle
 
     try:
         if split not in SPLITS:
             raise ValueError(f"--split should be one of {', '.join(SPLITS)}. Found {split}.")
         metrics = evaluate_bundle(Bundle.load(bundle), split=split, rows=rows, folder=folder)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, JobError) as error:
         fail(error)
     if as_json:
         print(json.dumps({split if rows is None else "rows": metrics}))
@@ -221,20 +221,71 @@ def predict(
     rows: Annotated[Path, typer.Argument(help="Rows to predict (Parquet or CSV).")],
     out: Annotated[Path, typer.Option(help="Parquet file to write: the rows and one predicted_TASK column per task.")],
     folder: Annotated[Path | None, typer.Option(help="Read the run's tables (joins, events) from this folder.")] = None,
+    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also predicted_TASK_sd, of the logit.")] = False,
+    explore: Annotated[
+        str, typer.Option(help="thompson or ucb: also predicted_TASK_explore, a score that explores.")
+    ] = "",
+    strength: Annotated[
+        float | None, typer.Option(help="How many deviations ucb adds; factor of thompson's. [default: 2; 1]")
+    ] = None,
+    share: Annotated[str, typer.Option(help="What has one draw of thompson: request, row or call.")] = "request",
+    seed: Annotated[
+        int | None, typer.Option(help="Of thompson's draws. [default: another every time, printed]")
+    ] = None,
+    others: Annotated[
+        list[Path] | None, typer.Option("--with", help="Another bundle: an ensemble predicts. Repeat it.")
+    ] = None,
 ) -> None:
     """Predict rows: Parquet in, Parquet out.  Histories come from the run's event tables, strictly before each row."""
     from unbraid.bundle import Predictor
     from unbraid.job import JobError, write_predictions
+    from unbraid.uncertainty.ensemble import Ensemble
 
     try:
         if out.suffix != ".parquet":
             raise ValueError(f"--out should be a .parquet file. Found {out}.")
-        predictor = Predictor(bundle, folder)
-        scores = predictor.scores(rows)
-        write_predictions(rows, scores, predictor.bundle.fitted.schema, out)
+        policy, note = exploration(explore, strength, share, seed)
+        predictor = Ensemble([bundle, *others], folder) if others else Predictor(bundle, folder)
+        predictions = predictor.predict(rows, explore=policy, uncertainty=uncertainty)
+        write_predictions(rows, predictions, out)
     except (ValueError, OSError, JobError) as error:
         fail(error)
-    print(f"{out}: {len(scores.row):,} rows, tasks {', '.join(scores.logits)}")
+    print(f"{out}: {len(predictions):,} rows, tasks {', '.join(t.name for t in predictor.schema.tasks)}{note}")
+
+
+def exploration(name: str, strength: float | None, share: str, seed: int | None) -> tuple[Any, str]:
+    """The policy of a name (none: None), and what to say about it."""
+    from secrets import randbelow
+
+    from unbraid.uncertainty.explore import UCB, Thompson
+
+    if name not in ("", "thompson", "ucb"):
+        raise ValueError(f"--explore should be thompson or ucb. Found {name}.")
+    if name == "ucb":
+        return UCB(2.0 if strength is None else strength), ""
+    seed = randbelow(2**32) if seed is None else seed
+    policy = Thompson(seed, 1.0 if strength is None else strength, share)  # type: ignore[arg-type]
+    return (policy, f", seed {seed}") if name else (None, "")
+
+
+@app.command()
+def uncertainty(
+    bundle: Annotated[Path, typer.Argument(help="A trained bundle.")],
+    prior: Annotated[float, typer.Option(help="Precision of the last layer's weights before any row.")] = 1.0,
+    folder: Annotated[Path | None, typer.Option(help="Read the run's tables from this folder.")] = None,
+) -> None:
+    """Learn how unsure the model is from its training rows, and add it to the bundle for `predict`."""
+    from unbraid import store
+    from unbraid.bundle import UNCERTAINTY, Bundle, with_uncertainty
+
+    try:
+        found = with_uncertainty(Bundle.load(bundle), folder, prior=prior).uncertainty
+        assert found is not None
+        store.save(bundle / UNCERTAINTY, found.state_dict())
+    except (ValueError, OSError) as error:
+        fail(error)
+    rows = ", ".join(f"{name} {int(posterior.rows.sum()):,}" for name, posterior in found.tasks.items())
+    print(f"{bundle / UNCERTAINTY}: observed rows {rows}")
 
 
 @app.command()

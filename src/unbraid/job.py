@@ -16,9 +16,10 @@ import torch
 
 from unbraid import config, store
 from unbraid.baseline import TargetEncoding
-from unbraid.bundle import Bundle, as_frame, build, warm_start
+from unbraid.bundle import Bundle, build, warm_start
 from unbraid.data.encode import encode
-from unbraid.data.source import Tables
+from unbraid.data.events import warnings_of
+from unbraid.data.source import Tables, scan
 from unbraid.data.table import Encoded
 from unbraid.evaluate import evaluate
 from unbraid.model import Model
@@ -64,11 +65,24 @@ def train(
         watcher.note(f"{folder} is finished; nothing to resume")
         bundle = Bundle.load(folder)
         return Result(bundle, bundle.metrics, folder)
+    try:
+        return _train(run, folder, tables, resume, baseline, keep_scores, watcher)
+    except (ValueError, JobError, FloatingPointError):  # a mistake to mend: the folder is free for the next try
+        if folder is not None and not _worth(folder):
+            clear(folder)
+        raise
+
+
+def _train(
+    run: config.Run, folder: Path | None, tables: Tables | None, resume: bool, baseline: bool, keep_scores: bool,
+    watcher: Watcher,
+) -> Result:  # fmt: skip
+    """`train` once its folder is ready."""
     old = Bundle.load(run.init) if run.init else None
     encoded = Encoded(encode(run.data, tables=tables, grow=old.fitted if old else None, progress=watcher.stage))
     schema = encoded.schema
-    for warning in (*one_class_domains(encoded), *empty_histories(encoded)):
-        watcher.note(warning)
+    for warning in (*warnings_of(run.data, tables=tables), *one_class_domains(encoded), *empty_histories(encoded)):
+        watcher.note(f"! {warning}")
     model = build(run, schema)
     if old is not None:
         counts = warm_start(model, encoded.fitted, old)
@@ -108,13 +122,14 @@ def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bo
         raise JobError(f"There is nothing to resume in {folder}: it holds no run.toml.")
     if not mark.exists() and folder.exists() and any(folder.iterdir()):
         raise JobError(f"{folder} is not empty and holds no run. Choose another --out.")
-    finished = (folder / "weights.safetensors").exists()
-    worth = finished or any(folder.glob("fit-*.safetensors"))  # a run that died before its first checkpoint is not
-    if worth and not (resume or overwrite):
+    finished, worth = (folder / "weights.safetensors").exists(), _worth(folder)
+    if mark.exists() and not worth:
+        _require_ours(folder)
+    if mark.exists() and not (resume or overwrite):
         what = "a finished run" if finished else "an unfinished run (continue it with --resume)"
         raise JobError(f"{folder} holds {what}. Choose another --out, or delete it with --overwrite.")
-    if worth and resume and mark.read_text() != text:
-        changed = config.differences(config.load(mark), run)
+    differs = resume and mark.read_text() != text  # in how a number is written, or in more
+    if differs and (changed := config.differences(config.load(mark), config.with_base(run, folder))):
         raise JobError(
             f"{folder} holds a different run than the one given (there / here): {'; '.join(changed[:5])}. "
             "Give the same settings, or use another --out."
@@ -127,53 +142,91 @@ def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bo
     return finished
 
 
+def _worth(folder: Path) -> bool:
+    """Whether a folder holds a finished run or a checkpoint.  A run that died before its first starts again."""
+    return any(path for kind in ("weights", "fit-*", "schedule-*") for path in folder.glob(f"{kind}.safetensors"))
+
+
 WRITES = ("run.toml", "schema.json", "vocabularies", "weights.safetensors", "scores.safetensors", "metrics.json", "report.md",
-          "environment.json", "log.jsonl", "fit-*.safetensors", "schedule-*.safetensors", ".*.unbraid-*")  # fmt: skip
+          "environment.json", "log.jsonl", "uncertainty.safetensors", "fit-*.safetensors", "schedule-*.safetensors",
+          ".*.unbraid-*")  # fmt: skip
 
 
 def clear(folder: Path) -> None:
     """Delete what `train` wrote into a folder.  Raises JobError, and deletes nothing, if there is anything else."""
+    _require_ours(folder)
+    for part in sorted(folder.iterdir()):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def _require_ours(folder: Path) -> None:
+    """Raises JobError when a folder holds anything that no run wrote."""
     try:
         text = (folder / "run.toml").read_text()
         ours = tomli_w.dumps(tomllib.loads(text)) == text  # what a person writes has comments, or another form
     except (OSError, ValueError):
         ours = False
-    parts = sorted(folder.iterdir())
-    other = [part.name for part in parts if not any(part.match(pattern) for pattern in WRITES)]
+    other = [part.name for part in sorted(folder.iterdir()) if not any(part.match(pattern) for pattern in WRITES)]
     if other or not ours:
         what = f"{', '.join(other[:5])}, which no run wrote" if other else "a run.toml that no run wrote"
         raise JobError(f"{folder} holds {what}; it is not deleted. Choose another --out.")
-    for part in parts:
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
     """The run's loss terms for this schema.
 
-    Raises JobError when one does not fit the schema, or reads what the model does not give, and when none reads the second
-    heads of the history encoder.
+    Raises JobError when one does not fit the schema, or reads what the model does not give, when none reads the second
+    heads of the history encoder, and when a task's own logits have no loss.
     """
     try:
         terms: list[Term] = [term.bind(schema) for term in run.losses]
     except ValueError as error:
         raise JobError(str(error)) from error
-    for term in terms:
-        missing = set(term.needs) - set(model.gives)
-        if missing:
-            raise JobError(
-                f"{term} reads {sorted(missing)}, which the model does not give. It gives {sorted(model.gives)}."
-            )
+    for term, loss in zip(terms, run.losses, strict=True):
+        if missing := sorted(set(term.needs) - set(model.gives)):
+            kind = getattr(loss, "kind", type(loss).__name__)
+            raise JobError(_not_given(kind, missing, run.model.history, sorted(model.gives)))
+    covered = {name for term in terms for name in getattr(term, "trains", [task.name for task in schema.tasks])}
+    if bare := [task.name for task in schema.tasks if task.name not in covered]:
+        raise JobError(
+            f"No loss trains the logits of task {', '.join(bare)}, which would be predicted at random. Add a loss that "
+            "does, such as `[[losses]]` with kind `supervised`."
+        )
     unread = {name for name in model.gives if name.startswith("history.")} - {n for term in terms for n in term.needs}
     if unread:
         raise JobError(
             f"Second heads of the history encoder give {sorted(unread)}, which no loss reads: they would never learn. "
             f"Add a loss of kind `history`, or set `auxiliary` of `model.history` to []."
         )
+    two = {name for name in model.gives if name.startswith("heads.two.")}
+    if two and not two & {n for term in terms for n in term.needs}:
+        raise JobError(
+            "Heads with two logits (`model.heads.two`) are for the loss `ranking` of form `jrc`, and there is none. Add it, or "
+            "set `model.heads.two` to false."
+        )
     return terms
 
 
+def _not_given(kind: str, missing: Sequence[str], history: Any, given: Sequence[str]) -> str:
+    """What to say of a loss that reads what the model does not give."""
+    if all(name.startswith("heads.two.") for name in missing):
+        return f"Loss `{kind}` of form `jrc` needs heads with two logits: set `model.heads.two` to true."
+    if not all(name.startswith("history.") for name in missing):
+        return f"Loss `{kind}` reads {', '.join(missing)}, which the model does not give. It gives {', '.join(given) or 'none'}."
+    if hasattr(history, "auxiliary"):
+        return f"Loss `{kind}` needs second heads: set `model.history.auxiliary`, such as [64]."
+    return f"Loss `{kind}` needs second heads, and history encoder `{history.kind}` has none."
+
+
+def check_declared(terms: Sequence[Term], encoded: Encoded) -> None:
+    """Raises JobError when a term reads something of each row (its ``reads``) that the data do not declare."""
+    for name in [name for term in terms for name in getattr(term, "reads", ()) if name not in encoded.columns]:
+        raise JobError(f"A loss reads the {name} of each row, and the data declare none: set `data.{name}`.")
+
+
 def check_labels(terms: Sequence[Term], encoded: Encoded) -> None:
-    """Let every term that has a ``check`` see how the training labels contradict ``given``.  Raises JobError."""
+    """`check_declared`, and let every ``check`` of a term see how the training labels contradict ``given``.  Raises JobError."""
+    check_declared(terms, encoded)
     checks = [term.check for term in terms if hasattr(term, "check")]
     orphans = encoded.orphans(encoded.split("train")) if checks else {}
     try:
@@ -232,6 +285,8 @@ def measure(
     tables = sum(t.weight.numel() for t in model.tables.values())
     metrics["parameters"] = {"tables": tables, "dense": sum(p.numel() for p in model.parameters()) - tables}
     metrics["lazy tables"] = sorted(name for name, t in model.tables.items() if t.lazy)
+    if session.record is not None:
+        metrics["schedule"] = session.record
     return metrics
 
 
@@ -269,6 +324,8 @@ def report(run: config.Run, metrics: Mapping[str, Any]) -> str:
              + f"; {metrics['seconds']['train']:.0f} s of training; parameters: {metrics['parameters']['tables']:,} in tables, "
              f"{metrics['parameters']['dense']:,} dense.", "", "Test split, 95 % intervals by a bootstrap over users.",
              "", render_markdown(metrics["test"], baseline)]  # fmt: skip
+    if "schedule" in metrics and hasattr(run.schedule, "report"):
+        lines.append(run.schedule.report(metrics["schedule"]))
     return "\n".join(lines) + "\n"
 
 
@@ -280,23 +337,38 @@ def evaluate_bundle(
     folder: str | Path | None = None,
     tables: Tables | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a bundle on a split of its data (in ``folder`` now, if given) or on labelled rows of a file or frame."""
+    """Metrics of a bundle on a split of its data (in ``folder`` now, if given) or on labelled rows of a file or frame.
+
+    Raises:
+        JobError: no row has a label of any task.
+    """
     from unbraid.bundle import Predictor
 
     predictor = Predictor(bundle, folder)
     if rows is not None:
-        return evaluate(predictor.scores(rows, tables), bundle.fitted.schema, seed=bundle.run.seed)
+        scores = predictor.scores(rows, tables)
+        _require_labels(scores, rows, bundle.fitted.schema)
+        return evaluate(scores, bundle.fitted.schema, seed=bundle.run.seed)
     encoded = Encoded(encode(predictor.data, tables=tables, fitted=bundle.fitted))
     batches = encoded.in_order(encoded.split(split), EVALUATION_ROWS)
     return evaluate(predict(bundle.model, batches, encoded.schema), encoded.schema, seed=bundle.run.seed)
 
 
-def write_predictions(rows: Path, predictions: Scores, schema: Schema, out: Path) -> None:
-    """The rows' file with one ``predicted_TASK`` column per task.  Raises JobError when such a column exists."""
-    from unbraid.data.source import scan
+def _require_labels(scores: Scores, rows: Any, schema: Schema) -> None:
+    """Raises JobError when no task has a label in any of the rows."""
+    if any(scores.observed[task.name].any() for task in schema.tasks):
+        return
+    plan = scan("", str(Path(rows).resolve()), Path("/"), None) if isinstance(rows, str | Path) else rows.lazy()
+    have = plan.collect_schema().names()
+    missing = [task.source for task in schema.tasks if task.source.isidentifier() and task.source not in have]
+    what = f"column `{'`, `'.join(missing)}` is missing" if missing else "they are all null"
+    raise JobError(f"no labels in {rows if isinstance(rows, str | Path) else 'the rows'}: {what}")
 
+
+def write_predictions(rows: Path, predictions: pl.DataFrame, out: Path) -> None:
+    """The rows' file with ``predicted_`` before each column of the predictions.  Raises JobError when such a column exists."""
     frame = scan("", str(rows.resolve()), Path("/"), None).collect()
-    columns = as_frame(predictions, schema).rename(lambda name: f"predicted_{name}")
+    columns = predictions.rename(lambda name: f"predicted_{name}")
     clash = sorted(set(frame.columns) & set(columns.columns))
     if clash:
         raise JobError(f"{rows} already has {', '.join(clash)}. Rename them, or pass the rows without.")

@@ -15,6 +15,7 @@ from analysis_fakes import FIELDS, Scorer, batch_of, random_batches, schema_of
 
 from unbraid.analysis import correlation
 from unbraid.analysis.correlation import Correlation, Truth, information, most_frequent, plot, score_grid
+from unbraid.analysis.plots import shortened
 from unbraid.encoders.pooling import MeanHistory
 from unbraid.encoders.table import Views
 from unbraid.model import Model
@@ -284,6 +285,20 @@ def test_the_plot_is_written(tmp_path: Path) -> None:
     assert [t.get_text() for t in drawn.axes[0].get_yticklabels()][0].startswith("kind ")
     none = PROBE(Scorer(lambda a, b, p: 0), schema_of(), random_batches(3))
     assert "no rank correlation" in plot(none).get_suptitle()
+
+
+def test_long_names_are_shortened_and_stay_in_the_figure() -> None:
+    found = replace(PROBE, least=5)(Scorer(lambda a, b, p: b - p), schema_of(), random_batches(3, batches=20))
+    drawn = plot(found, names=lambda code: f"a name as long as those of categories > tools > others {code}")
+    drawn.canvas.draw()
+    first, second = drawn.axes[:2]
+    labels = first.get_yticklabels()
+    assert all("…" in text.get_text() and text.get_window_extent().x0 >= 0 for text in labels)
+    assert sorted(text.get_text()[27] for text in labels) == sorted(str(b) for b in found.values["behaviours"])
+    assert not any(text.get_text() for text in second.get_yticklabels())
+    title = drawn._suptitle.get_window_extent()  # type: ignore[attr-defined]
+    assert title.x0 >= 0 and title.x1 <= drawn.bbox.x1
+    assert shortened("x" * 28) == "x" * 28 and len(shortened("x" * 29)) == 28
 
 
 def test_without_matplotlib_the_hint_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,8 @@ def test_settings_are_checked() -> None:
             replace(PROBE, **changes)
     with pytest.raises(ValueError, match="Found real"):
         Discriminability("spend")(Views(), schema_of(), [])
+    with pytest.raises(ValueError, match="There is no task `buy`. Tasks: click, spend, size."):
+        Discriminability("buy")(Views(), schema_of(), [])
 
 
 def test_the_plot_is_written(tmp_path: Path) -> None:

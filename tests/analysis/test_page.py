@@ -23,4 +23,5 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "rank correlation of" in shown[1] and "NDCG@20" in shown[1]
     assert names["grids"].values["scores"].std() > 0 and names["ndcg"].values["rows"] > 100
     assert "times as long as those from attention" in shown[2]
+    assert shown[-1] == shown[0].splitlines(keepends=True)[-1], "a bundle on disk measures the same"
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["gradients.png", "grids.png", "ndcg.png"]

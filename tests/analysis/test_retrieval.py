@@ -214,3 +214,13 @@ def test_the_plot_is_written(truth: Truth, tmp_path: Path) -> None:
     assert "1.000" in axis.get_title() and "NDCG@4" in axis.get_title() and axis.get_xlabel() and axis.get_ylabel()
     assert [line.get_ydata()[-1] for line in axis.lines[:3]] == [found.values[name][-1] for name in ORDERS]
     assert "1.000 [1.000, 1.000]" in found.reading and "newest first" in found.reading
+    rows, seen = found.values["rows"], found.values["seen"]
+    assert rows < seen and f"Over {rows} rows ({rows / seen:.0%} of {seen})" in found.reading
+    legend = axis.get_legend()
+    assert "shaded: 95% intervals" in legend.get_title().get_text()
+    assert [text.get_text() for text in legend.get_texts()][-1] == "ideal order: 1"
+    ideal = axis.lines[-1]
+    assert (ideal.get_xdata()[-1], ideal.get_ydata()[-1]) == (4, 1) and ideal.get_linestyle() == "None"
+    drawn.canvas.draw()
+    inside, beside = axis.get_window_extent(), legend.get_window_extent()
+    assert beside.x0 > inside.x1, "the legend covers no curve"

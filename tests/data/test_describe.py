@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import polars as pl
 import pytest
 
+from unbraid import config
 from unbraid.data.describe import describe
 from unbraid.data.describe_table import render
 from unbraid.data.source import Data, DataError, Events, Join, Split
+from unbraid.job import train
+from unbraid.train import Training, Watcher
 from unbraid.types import Feature, Field, History, Task
 
 ROWS = pl.DataFrame(
@@ -230,3 +234,50 @@ def test_rows_without_users_and_ids_that_never_return_are_warned_of():
     assert "1 rows have no user (`user` is null)" in warnings
     assert "Feature session: 100% of the test rows have a value that training never saw" in warnings
     assert "Feature item" not in warnings
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_event_tables_without_events_or_with_a_time_that_is_not_read(tmp_path, suffix) -> None:
+    log = pl.DataFrame({"user": [i % 9 for i in range(90)], "item": [i % 4 for i in range(90)], "t": range(1000, 1090),
+                        "click": [i % 2 for i in range(90)]})  # fmt: skip
+    data = Data(
+        rows=f"log.{suffix}", folder=str(tmp_path), user="user", time="t", features=(Feature("item"),),
+        fields=(Field("item"),), events=(Events({"item": "item"}, table=f"events.{suffix}"),), tasks=(Task("click"),),
+        histories=(History("seen", fields=("item",)),), split=Split(kind="time", valid_from=1050, test_from=1070),
+    )  # fmt: skip
+
+    def notes(events: pl.DataFrame, **changes: Any) -> list[str]:
+        for name, frame in (("log", log), ("events", events)):
+            getattr(frame, f"write_{suffix}")(tmp_path / f"{name}.{suffix}")
+        asked = replace(data, events=(replace(data.events[0], **changes),))
+        said: list[str] = []
+        watcher = type("Notes", (Watcher,), {"note": lambda _, text: said.append(text)})()
+        training = Training(batch_size=16, steps=2)
+        train(config.Run(asked, training=training), baseline=False, watcher=watcher)
+        described = describe(asked)["warnings"]
+        both = [line for line in described if "data.events" in line and "equal another" not in line]
+        assert [line for line in said if "data.events" in line] == [f"! {line}" for line in both]
+        return described
+
+    some = pl.DataFrame({"user": range(9), "item": [1] * 9, "t": range(900, 909)})
+    events = f"data.events `events.{suffix}`"
+    if suffix == "csv":
+        with pytest.raises(DataError, match="Table `events.csv` has a header and no rows"):
+            notes(some.clear())
+    else:
+        assert f"{events} has no events." in notes(some.clear())
+        assert any("History seen has no event in any row" in line for line in notes(some.clear()))
+    assert f"{events} has no events after where = `item = 7`." in notes(some, where="item = 7")
+    assert any(f'{events}: time = "none" although it has a column `t`' in line for line in notes(some, time="none"))
+    assert not [line for line in notes(some.rename({"t": "when"}), time="none") if "data.events" in line]
+    (line,) = [line for line in notes(pl.concat([some, some[:3]])) if "data.events" in line]
+    assert f"{events}: 3 events equal another one in user, time" in line
+    assert not [line for line in notes(some) if "data.events" in line]
+
+
+def test_a_time_of_floats_says_what_to_write() -> None:
+    rows = ROWS.with_columns(t=pl.when(pl.col("t") == 10).then(float("nan")).otherwise(pl.col("t").cast(pl.Float64)))
+    found = describe(DATA, tables={**TABLES, "rows": rows})
+    assert warned(found, "Column `t`", "Found Float64", "`CAST(t AS BIGINT)`. 2 are NaN", "`keep`, such as `t < 1e18`")
+    data = replace(DATA, keep="t < 1e18", time="CAST(t AS BIGINT)")
+    assert describe(data, tables={**TABLES, "rows": rows})["time"]["from"].startswith("1970-01-01T00:00:00")

@@ -208,20 +208,20 @@ def chi_square(found: Counter, law: dict[Any, float]) -> float:
 def test_items_are_drawn_by_frequency():
     log = make(users=300, items=25)
     counts = Counter(log["what"])
-    rule = replace(RULE, negatives=8, seed=3)
-    drawn = prepared(log, replace(rule, reject="none")).tables["rows.parquet"].filter(pl.col("label") == 0)
+    rules = [replace(RULE, negatives=1, seed=seed, reject="none") for seed in range(8)]
+    drawn = pl.concat(prepared(log, rule).tables["rows.parquet"] for rule in rules).filter(pl.col("label") == 0)
     law = {item: n / len(log) for item, n in counts.items()}
     assert len(drawn) > 5000 and chi_square(Counter(drawn["item"]), law) < 1.9  # 24 degrees: five deviations is 2.4
     assert chi_square(Counter(drawn["item"]), dict.fromkeys(law, 1 / len(law))) > 20
 
 
 def test_rejection_leaves_the_proportions_of_the_rest():
-    """One user who touched the most popular items; the others, all dropped for few events, set frequencies."""
+    """Users who touched the most popular items; the others, all dropped for few events, set frequencies."""
     rng = np.random.default_rng(1)
     crowd = pl.DataFrame({"who": range(4000), "what": rng.choice(6, 4000, p=[0.4, 0.25, 0.15, 0.1, 0.06, 0.04])})
-    me = pl.DataFrame({"who": [-1] * 12, "what": [0, 1] * 6})
-    log = pl.concat([crowd, me]).with_columns(at=pl.int_range(pl.len()), did=pl.lit("x"))
-    drawn = prepared(log, replace(RULE, negatives=600)).tables["rows.parquet"].filter(pl.col("label") == 0)["item"]
+    those = pl.DataFrame({"who": np.repeat(np.arange(-600, 0), 12), "what": [0, 1] * 3600})
+    log = pl.concat([crowd, those]).with_columns(at=pl.int_range(pl.len()), did=pl.lit("x"))
+    drawn = prepared(log, replace(RULE, negatives=1)).tables["rows.parquet"].filter(pl.col("label") == 0)["item"]
     counts = Counter(log["what"])
     rest = {item: counts[item] / sum(counts[i] for i in range(2, 6)) for item in range(2, 6)}
     assert len(drawn) == 5 * 600 and chi_square(Counter(drawn), rest) < 5
@@ -242,6 +242,24 @@ def test_nothing_left_to_draw():
     with pytest.raises(DataError, match="10 negatives were rejected 1,000 times.*touched almost every item.*`reject`"):
         prepared(log)
     assert len(prepared(log, replace(RULE, reject="none")).tables["rows.parquet"]) == 15
+
+
+def test_negatives_of_a_target_are_different_items():
+    """Also against the law of drawing one after the other from three items, each from those that are left."""
+    rows = prepared(make(items=12), replace(RULE, negatives=5, reject="none")).tables["rows.parquet"]
+    drawn = rows.filter(pl.col("label") == 0)["item"].to_numpy().reshape(-1, 5)
+    assert all(len(set(row)) == 5 for row in drawn.tolist())
+    assert (drawn[1:] != drawn[:-1]).any(1).all(), "targets draw for themselves"
+    item, n = np.repeat([0, 1, 2], [6, 3, 1]), 20_000
+    pairs = item[draw_negatives(item, None, np.zeros(n, np.int64), np.zeros(n), 2, 0)]
+    share = {0: 0.6, 1: 0.3, 2: 0.1}
+    law = {(a, b): share[a] * share[b] / (1 - share[a]) for a in share for b in share if a != b}
+    assert chi_square(Counter(map(tuple, pairs.tolist())), law) < 4  # 5 degrees: five deviations is 4.2
+    touched = Touched(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1), 3)  # nobody may have item 0
+    pairs = item[draw_negatives(item, touched, np.zeros(n, np.int64), np.full(n, 9), 2, 0)]
+    assert set(map(tuple, np.sort(pairs).tolist())) == {(1, 2)}
+    with pytest.raises(DataError, match="fewer items than negatives"):
+        draw_negatives(item, None, np.zeros(3, np.int64), np.zeros(3), 4, 0)
 
 
 def test_touched_is_a_set_with_first_times():
@@ -286,14 +304,24 @@ def test_bad_declarations_and_tables():
     log = make()
     with pytest.raises(DataError, match="No user has 50 events; the most active of 30 users has 39. Lower `least`"):
         prepared(log, replace(RULE, least=50))
-    with pytest.raises(DataError, match="No user has 12 events. Lower"):
+    with pytest.raises(DataError, match="Event log `log`: `where` leaves none of its events. Found `at < 0`"):
         prepared(log, declared=replace(LOG, where="at < 0"))
+    for empty in (log.clear(), log.clear().cast(pl.String)):  # a CSV without lines has text columns
+        with pytest.raises(DataError, match="Event log `log` holds no events"):
+            prepared(empty)
     with pytest.raises(DataError, match="Event log `log`: there is no column `waht`"):
         prepared(log, declared=replace(LOG, item="waht"))
     with pytest.raises(DataError, match="time `did` should be an integer, a date or a date-time. Found String"):
         prepared(log, declared=replace(LOG, time="did"))
-    with pytest.raises(DataError, match="time `at` should be an integer.*Found Float64"):
+    floats = log.with_columns(at=pl.when(pl.int_range(pl.len()) >= 3).then("at").otherwise(float("nan")))
+    with pytest.raises(DataError, match="time `at` should be an integer.*Found Float64.*`CAST\\(at AS BIGINT\\)`.$"):
         prepared(log.cast({"at": pl.Float64}))
+    with pytest.raises(DataError, match=r"BIGINT\)`. 3 are NaN: leave them out with `where`, such as `at < 1e18`"):
+        prepared(floats)
+    cast = replace(LOG, time="CAST(at AS BIGINT)")
+    whole, part = prepared(log.cast({"at": pl.String}), declared=cast), prepared(log)
+    assert whole.tables["rows.parquet"].equals(part.tables["rows.parquet"])
+    assert prepared(floats, declared=replace(cast, where="at < 1e18")).facts()["users"] > 3
     for name, column in {"user": "who", "item": "what", "time": "at"}.items():
         holed = log.with_columns(pl.when(pl.int_range(pl.len()) >= 3).then(column).alias(column))
         with pytest.raises(DataError, match=f"3 events have no {name}. Leave them out with `where`"):
@@ -301,6 +329,25 @@ def test_bad_declarations_and_tables():
         assert prepared(holed, declared=replace(LOG, where=f"{column} IS NOT NULL")).facts()["users"] > 3
     with pytest.raises(DataError, match="`did` should hold one value per event. Found List"):
         prepared(log.with_columns(pl.col("did").str.split("i")))
+
+
+def test_what_looks_wrong_is_said():
+    good = make().with_columns(at=pl.col("at") + 1_600_000_000).unique(maintain_order=True)
+
+    def notes(log: pl.DataFrame, declared: EventLog = LOG) -> str:
+        return "\n".join(prepared(log, declared=declared).notes)
+
+    assert not any(word in notes(good) for word in ("equal another", "time_unit", "several values"))
+    assert f"2 of {len(good) + 2:,} events equal another one in user, item" in notes(pl.concat([good, good[:2]]))
+    said = notes(good.with_columns(pl.col("at") * 1000))
+    assert "Times reach to 16000" in said and "`time_unit` right? Found s" in said
+    assert "Times reach to 2246-" in notes(good.with_columns(pl.col("at") + 7_140_000_000))
+    assert "time_unit" not in notes(good.with_columns(pl.col("at") * 1000), replace(LOG, time_unit="ms"))
+    assert "Times reach to 1970-01-" in notes(good, replace(LOG, time_unit="ms"))
+    changing = good.group_by("what").agg(pl.col("did").n_unique()).filter(pl.col("did") > 1)
+    said = notes(good, replace(LOG, of_item=("category", "action")))
+    assert f"`action` has several values for {len(changing)} items" in said and "--field action=did" in said
+    assert "`category`" not in said and len(changing) > 5
 
 
 # -------------------------------------------------------------------------------------------------------------- command

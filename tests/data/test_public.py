@@ -111,6 +111,14 @@ def test_every_layout_gives_the_same_rows(layout, half, tmp_path):
     assert "rows follow a rating of the same second" in made.notes[1]
 
 
+def test_a_title_may_hold_the_separator(tmp_path):
+    folder = write_layout(tmp_path / "ml", "1M or 10M", ratings())
+    plain = movielens(folder, Ratings(least=10)).tables["items.parquet"]
+    text = (folder / "movies.dat").read_text("latin-1").replace("a, b & c", "a::b::c")
+    (folder / "movies.dat").write_text(text, "latin-1")
+    assert "::b::" in text and movielens(folder, Ratings(least=10)).tables["items.parquet"].equals(plain)
+
+
 @pytest.mark.parametrize(
     "rule",
     [
@@ -174,7 +182,7 @@ def test_a_run_reads_genres_and_ratings(tmp_path):
         ("u.data", "1\t2\t-1\t4\n", "between 0 and 5. Found -1.0 to -1.0"),
         ("u.data", "1\t2\tnan\t4\n", "between 0 and 5"),
         ("u.data", "1\t2\t3\t4\n", "No user has 20 events; the most active of 1 users has 1"),
-        ("u.item", "1|title\n", "u.item: a line should have 24 columns. Found 1 other lines: `1.title`"),
+        ("u.item", "1|title\n", "u.item: a line should have 24 columns. Found 1 other lines; line 1: `1.title`"),
         ("u.item", "one" + "|" * 23 + "\n", "u.item: `item` should be whole numbers.*`one`"),
     ],
 )
@@ -190,6 +198,7 @@ def test_files_of_100k_that_are_not_right(file, text, message, tmp_path):
     [
         ("1M or 10M", "ratings.dat", "1:2:3:4\n", "ratings.dat: a line should have 7 columns"),
         ("1M or 10M", "movies.dat", "1::a\n2::b::Drama\n", "movies.dat: a line should have 3 columns. Found 1.*`1::a`"),
+        ("1M or 10M", "movies.dat", "1::a::Drama\n2::b\n3::c\n", "Found 2 other lines; line 2: `2::b`"),
         ("20M and later", "ratings.csv", "a,b,c\n", "ratings.csv: a line should have 4 columns .userId.*Found 3"),
         ("20M and later", "ratings.csv", "userId,movieId,rating,date\n", "header should be userId.*Found userId.*date"),
         ("20M and later", "movies.csv", "movieId,name,genres\n", "movies.csv: its header should be movieId, title"),
@@ -207,6 +216,9 @@ def test_other_files_that_are_not_right(layout, file, text, message, tmp_path):
 def test_folders_that_are_not_movielens(tmp_path):
     with pytest.raises(DataError, match="There is no folder .*nowhere"):
         movielens(tmp_path / "nowhere")
+    file = write_layout(tmp_path / "ml1", "1M or 10M", ratings()) / "ratings.dat"
+    with pytest.raises(DataError, match="ratings.dat is a file. Name the folder of the data set's files: .*ml1.$"):
+        movielens(file)
     folder = tmp_path / "odd"
     folder.mkdir()
     with pytest.raises(
@@ -299,7 +311,8 @@ def test_taobao_takes_page_views(tmp_path):
         ("1,2,3,pv,5\n1,2,3,view,5\n", "`behaviour` should be one of pv, buy, cart, fav. Found 1.*line 2: `view`"),
         ("1,2,3,pv,5\n1,2,3,pv,2017-11-25\n", "`time` should be whole numbers.*`2017-11-25`"),
         ("1,2,3,pv,5.5\n", "`time` should be whole numbers.*`5.5`"),
-        ("user,item,category,behaviour,time\n", "`user` should be whole numbers.*`user`"),
+        ("user,item,category,behaviour,time\n1,2,3,pv,5\n", "UserBehavior.csv has a header.*Delete its first line"),
+        ("x,2,3,pv,5\n", "`user` should be whole numbers.*`x`"),
         ("1,2,3,pv,5\n1,2,3\n", "`time` should be whole numbers.*line 2: nothing"),
         ("1,2,3,pv,5\n1,2,3,buy,6\n", "No user has 210 events; the most active of 1 users has 1"),
     ],

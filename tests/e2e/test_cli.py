@@ -64,6 +64,13 @@ def test_train_evaluate_predict(here: Path) -> None:
     assert predicted["predicted_click"].is_between(0, 1).all()
     labelled = json.loads(ok("evaluate", here / "b", here / "p.parquet", "--json"))
     assert labelled["rows"]["click"]["rows"] == 600
+    new, log = here / "new.parquet", pl.read_parquet(here / "log.parquet")
+    log.drop("click", "buy").write_parquet(new)
+    assert f"no labels in {new}: column `click`, `buy` is missing" in fails("evaluate", here / "b", new)
+    log.with_columns(click=pl.lit(None), buy=pl.lit(None)).write_parquet(new)
+    assert f"no labels in {new}: they are all null" in fails("evaluate", here / "b", new)
+    log.drop("buy").write_parquet(new)
+    assert json.loads(ok("evaluate", here / "b", new, "--json"))["rows"]["click"]["rows"] == 600
 
 
 def test_train_json_and_settings(here: Path) -> None:
@@ -151,7 +158,7 @@ def test_mistakes_of_a_first_day_are_answered(here: Path) -> None:
     assert "is a file. Choose another --out" in fails("train", run, "--out", here / "log.parquet")
     assert "`seed` should not be negative" in fails("train", run, "--seed", "-1")
     message = fails("train", run, "--set", "model.tower.kind=stm")
-    assert "`model.tower` has no kind `stm`. Allowed: shared_bottom, mmoe, stem" in message
+    assert "`model.tower` has no kind `stm`. Did you mean `stem`? Allowed: shared_bottom, mmoe, stem" in message
     original = run.read_text()
     pl.DataFrame({"uid": [1, 2], "country": ["no", "se"]}).write_parquet(here / "users.parquet")
     join = '[[data.joins]]\ntable = "users.parquet"\non = "uid"\n\n[data.split]'
@@ -187,20 +194,11 @@ def test_a_full_disk_leaves_nothing_half_written(here: Path) -> None:
     cache = here / "cache2"
     env = {**ENV, "UNBRAID_CACHE": str(cache)}
 
+    words = ["train", str(here / "run.toml"), "--set", "training.checkpoint_steps=2", "--out"]
+
     def limited(size: int, out: str) -> subprocess.CompletedProcess:
-        words = [
-            sys.executable,
-            "-c",
-            limit,
-            str(size),
-            "train",
-            str(here / "run.toml"),
-            "--out",
-            str(here / out),
-            "--set",
-            "training.checkpoint_steps=2",
-        ]
-        return subprocess.run(words, env=env, capture_output=True, text=True)
+        command = [sys.executable, "-c", limit, str(size), *words, str(here / out)]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
 
     small = limited(3000, "b1")
     assert small.returncode == 2 and "Traceback" not in small.stderr and "File too large" in small.stderr
@@ -208,7 +206,7 @@ def test_a_full_disk_leaves_nothing_half_written(here: Path) -> None:
     middle = limited(30_000, "b2")
     assert middle.returncode == 2 and "Cannot write" in middle.stderr and "bytes; " in middle.stderr
     assert not list((here / "b2").glob("*.safetensors")) and not list((here / "b2").glob(".*unbraid*"))
-    ok("train", here / "run.toml", "--out", here / "b2", "--resume")
+    ok(*words, here / "b2", "--resume")
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from unbraid.analysis.plots import at_rest, device_of, figure, finish
+from unbraid.analysis.plots import at_rest, device_of, figure, finish, shortened
 from unbraid.evaluate import Array
 from unbraid.layers import require_positive
 from unbraid.types import FIRST_VALUE, MISSING, POSITION, Batch, Finding, Ragged, Schema
@@ -368,28 +368,31 @@ def _spearman(one: Array, other: Array) -> tuple[float | None, str]:
 
 
 def plot(finding: Finding, path: str | Path | None = None, names: Callable[[int], str] = str) -> Figure:
-    """The counted and the learned grid as heat maps.  ``names``: what a behaviour's id is called."""
+    """The counted and the learned grid as heat maps.  ``names``: what a behaviour's id is called; long ones are shortened."""
     values: Mapping[str, Any] = finding.values
     rows, columns = values["truth"].shape
-    drawn, axes = figure(4.0 + 0.36 * columns, 2.4 + 0.27 * rows, 2)
+    own = [shortened(names(int(b))) + (" = target" if b == values["target"] else "") for b in values["behaviours"]]
+    wide = 0.06 * max(map(len, own), default=0)
+    drawn, axes = figure(wide + max(8.0, 4.0 + 0.36 * columns), max(4.4, 2.4 + 0.27 * rows), 2)
     counted = np.ma.masked_where(~values["supported"], values["truth"])
-    cold = f"grey: fewer than {values['least']} rows of a label"
+    cold = f"\ngrey: fewer than {values['least']} rows of a label"
     for axis, grid, title, unit in (
-        (axes[0], counted, f"Counted ({cold})", f"mutual information with {values['task']} (bits)"),
-        (axes[1], values["learned"], "Learned", "attention (softmax over all cells, scaled to 0..1)"),
+        (axes[0], counted, f"Counted{cold}", f"mutual information with {values['task']} (bits)"),
+        (axes[1], values["learned"], "Learned", "attention (softmax over all\ncells, scaled to 0..1)"),
     ):
         axis.set_facecolor("#d9d9d9")
         image = axis.imshow(grid, aspect="auto", cmap="cividis", interpolation="nearest")
         drawn.colorbar(image, ax=axis, label=unit)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("position in the history (1 = newest event)")
+        axis.set_xlabel("position in the history\n(1 = newest event)")
         step = max(1, columns // 10)
         axis.set_xticks(np.arange(0, columns, step), [str(p) for p in values["positions"][::step]])
-        own = [names(int(b)) + (" = target" if b == values["target"] else "") for b in values["behaviours"]]
-        axis.set_yticks(np.arange(rows), own, fontsize=8)
+        axis.set_yticks(np.arange(rows), own if axis is axes[0] else [], fontsize=8)
     axes[0].set_ylabel(f"{values['field']} of the event")
     measured = f"rank correlation {values['spearman']:.2f}" if not values["why"] else "no rank correlation"
     drawn.suptitle(
-        f"Relevance of events for {values['feature']} {names(values['target'])}: {measured} over {values['cells']:,} cells"
+        f"Relevance of events for {values['feature']} {shortened(names(values['target']))}:\n"
+        f"{measured} over {values['cells']:,} cells",
+        fontsize=11,
     )
     return finish(drawn, path)

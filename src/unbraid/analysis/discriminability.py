@@ -161,7 +161,7 @@ def plot(finding: Finding, path: str | Path | None = None) -> Figure:
     shown = [int(n) for n in k] if len(k) <= 6 else [int(n) for n in k[::-1][::2]]
     for axis, unit in (
         (axes[0], f"mutual information with {values['task']} (bits)"),
-        (axes[1], "normalised (NMI, 0..1)"),
+        (axes[1], "normalised mutual information (NMI, 0..1)"),
     ):
         axis.set_xscale("log")
         axis.set_xticks(shown, [f"{n:,}" for n in shown])

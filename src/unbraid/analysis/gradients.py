@@ -303,7 +303,7 @@ def plot(finding: Finding, path: str | Path | None = None, table: str | None = N
     axes[0].set_yscale("log")
     axes[0].set_xlabel("training step")
     axes[0].set_ylabel("mean norm of rows with a gradient")
-    axes[0].set_title(f"Domination: {found['domination']:,.1f} times as long", fontsize=10)
+    axes[0].set_title(f"Domination: representation's {found['domination']:,.1f} times as long", fontsize=10)
     axes[0].legend(frameon=False)
     _histogram(axes[1], _finite(found["cosines"]), (-1, 1), 0.0, "mean cosine of a step", "steps")
     axes[1].set_title(f"Conflict: below 0 in {found['conflicting']:.1%} of steps", fontsize=10)

@@ -48,6 +48,11 @@ def figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequen
     return drawn, list(drawn.subplots(1, panels, squeeze=False)[0])
 
 
+def shortened(name: str, most: int = 28) -> str:
+    """A name that fits beside an axis: the middle of a longer one is left out."""
+    return name if len(name) <= most else f"{name[: most - most // 2 - 1]}…{name[-(most // 2) :]}"
+
+
 def finish(drawn: Figure, path: str | Path | None) -> Figure:
     """Write the figure where asked (the suffix says the format) and return it."""
     if path is not None:

@@ -84,9 +84,9 @@ class Retrieval:
         """The finding.
 
         ``values``: for each order (``learned``, ``newest``, ``random``) a curve (K,) with ``ORDER_low`` and ``ORDER_high``;
-        ``ORDER_ndcg`` and ``ORDER_hits`` as ``[value, low, high]``; ``learned_minus_newest`` and ``learned_minus_random``,
-        paired differences of NDCG, likewise; ``rows``, ``users`` and ``seen``: rows that count, their users, all rows;
-        ``left_out``: reason -> rows.  No row that counts: ``rows`` 0, ``why``, and none of the others.
+        ``confidence`` of these; ``ORDER_ndcg`` and ``ORDER_hits`` as ``[value, low, high]``; ``learned_minus_newest`` and
+        ``learned_minus_random``, paired differences of NDCG, likewise; ``rows``, ``users`` and ``seen``: rows that count,
+        their users, all rows; ``left_out``: reason -> rows.  No row that counts: ``rows`` 0, ``why``, and none of the others.
         """
         fields = score_fields(schema, self.truth, self.fields)
         left_out = dict.fromkeys(
@@ -97,7 +97,9 @@ class Retrieval:
             for batch in batches:
                 seen += len(batch)
                 parts.append(self._measure(model, batch, fields, left_out))
-        values: dict[str, Any] = {"task": self.truth.task, "at": self.at, "seen": seen, "left_out": left_out}
+        values: dict[str, Any] = {
+            "task": self.truth.task, "at": self.at, "confidence": self.confidence, "seen": seen, "left_out": left_out,
+        }  # fmt: skip
         count = sum(len(part["user"]) for part in parts)
         if not count:
             why = f"none of {seen:,} rows counts: " + ", ".join(f"{n:,} {name}" for name, n in left_out.items() if n)
@@ -109,7 +111,8 @@ class Retrieval:
         ndcg, ahead = values["learned_ndcg"], values["learned_minus_newest"]
         return self._finding(
             values,
-            f"Over {count:,} rows of {users:,} users, attention's ranking of the history has NDCG@{self.at} {_span(ndcg)}: "
+            f"Over {count:,} rows ({count / seen:.0%} of {seen:,}) of {users:,} users, attention's ranking of the history has "
+            f"NDCG@{self.at} {_span(ndcg)}: "
             f"the newest first has {_span(values['newest_ndcg'])}, a random order {_span(values['random_ndcg'])}. Attention "
             f"minus newest first: {_span(ahead, sign=True)}.",
         )
@@ -219,7 +222,7 @@ def plot(finding: Finding, path: str | Path | None = None) -> Figure:
     values: Mapping[str, Any] = finding.values
     if values["why"]:
         raise ValueError(f"There is nothing to plot: {values['why']}.")
-    drawn, (axis,) = figure(6.4, 4.4)
+    drawn, (axis,) = figure(7.2, 4.8)
     k = np.arange(1, values["at"] + 1)
     styles = {"learned": ("attention", "blue", "-"), "newest": ("newest first", "orange", "--"),
               "random": ("random order", "grey", ":")}  # fmt: skip
@@ -228,20 +231,14 @@ def plot(finding: Finding, path: str | Path | None = None) -> Figure:
             k, values[name], line, color=INK[colour], label=f"{label}: {values[f'{name}_ndcg'][0]:.3f}", linewidth=2
         )
         axis.fill_between(k, values[f"{name}_low"], values[f"{name}_high"], color=INK[colour], alpha=0.18, linewidth=0)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.annotate(
-        f"the ideal order is here at k = {values['at']}",
-        (k[0], 1),
-        xytext=(0, -4),
-        textcoords="offset points",
-        va="top",
-        fontsize=8,
-    )
+    axis.plot(k[-1], 1, "D", color="black", markersize=5, clip_on=False, label="ideal order: 1")
     axis.set_xticks(k if len(k) <= 10 else k[k % 5 == 0])
     axis.set_ylim(0, 1.05)
     axis.set_xlabel("k, events of the history kept by the ranking")
     axis.set_ylabel(f"discounted gain of the first k\n/ ideal gain of {values['at']}")
-    axis.legend(title=f"NDCG@{values['at']} (the last point)", loc="best", frameon=False)
+    shade = "" if np.isnan(values["learned_low"]).all() else f"\nshaded: {values['confidence']:.0%} intervals"
+    title = f"NDCG@{values['at']} (the last point){shade}"
+    axis.legend(title=title, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8, title_fontsize=8)
     axis.set_title(
         f"What ranking the history finds ({values['task']}): NDCG@{values['at']} {values['learned_ndcg'][0]:.3f},\n"
         f"newest first {values['newest_ndcg'][0]:.3f}; {values['rows']:,} rows of {values['users']:,} users",

@@ -7,7 +7,6 @@ the encoder, which stops at the first contradiction, it goes on: a part that can
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,18 +18,24 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from unbraid.data.encode import encode
+from unbraid.data.events import warnings_of
 from unbraid.data.fit import bag_lists, id_values
 from unbraid.data.source import (
     SPLIT,
     SPLITS,
     Data,
     DataError,
+    Events,
     Tables,
     _dtype,
     add_joins,
     check_joins,
+    event_plans,
     expression,
+    iso,
     kept_rows,
+    plausible,
+    refuse_float_time,
     scan,
     split_expression,
     to_time,
@@ -203,12 +208,16 @@ class _Look:
 
         def look() -> Found:
             column, dtype = self._read(source, "data.time")
+            if dtype.is_float():
+                nans = self.plan.select(column.is_nan().sum()).collect(engine="streaming").item()
+                refuse_float_time(column, dtype, f"Column `{source}`", nans)
             time, per_second = to_time(column, dtype, self.data.time_unit, f"Column `{source}`")
             stats = self.plan.select(time.min().alias("a"), time.max().alias("b"), time.is_null().sum().alias("n"))
             first, last, missing = stats.collect(engine="streaming").row(0)
             unit = f"integers, {UNITS[self.data.time_unit]}" if dtype.is_integer() else "dates or date-times, in UTC"
             return {
-                "column": source, "from": _iso(first, per_second), "to": _iso(last, per_second), "unit": unit,
+                "column": source, "from": None if first is None else iso(first, per_second),
+                "to": None if last is None else iso(last, per_second), "unit": unit,
                 "rows without a time": missing,
             }  # fmt: skip
 
@@ -421,6 +430,7 @@ class _Look:
         self._warn_about_domains(found["domains"])
         self._warn_about_features(found)
         self._warn_about_ids(found)
+        self._warn_about_events(found["histories"])
         for task, about in found["tasks"].items():
             test = about.get("splits", {}).get("test", {}).get("positives")
             if test is not None and test < FEW_POSITIVES:
@@ -448,7 +458,7 @@ class _Look:
             return
         if time["rows without a time"]:
             self.warnings.append(f"{time['rows without a time']:,} rows have no time. Filter them with data.keep.")
-        odd = [t for t in (time["from"], time["to"]) if t is not None and not "1990" < t < "2100"]
+        odd = [t for t in (time["from"], time["to"]) if t is not None and not plausible(t)]
         if odd and time["unit"].startswith("integers"):
             self.warnings.append(f"Times reach to {odd[0]}, read as {time['unit']}. Is data.time_unit right?")
 
@@ -468,6 +478,33 @@ class _Look:
                     what = "no labels" if not cell["observed"] else "only 1s" if cell["positives"] else "only 0s"
                     place = f", domain {name}" if domains else ""
                     self.warnings.append(f"Task {task.name}{place}: {what} in the training split.")
+
+    def _warn_about_events(self, histories: Found) -> None:
+        if self.data.histories:
+            self.warnings.extend(self._try(lambda: warnings_of(self.data, self.base, self.tables), []))
+        for source in [s for s in self.data.events if s.table != "rows" and self.data.histories]:
+            double = self._try(partial(self._double_events, source), 0)
+            if double:
+                self.warnings.append(
+                    f"data.events `{source.table}`: {double:,} events equal another one in user, time and all that is read "
+                    "of them, and stay."
+                )
+        for name, about in histories.items():
+            if about["empty"] == 1:
+                self.warnings.append(
+                    f"History {name} has no event in any row: look at its `where`, and at users and times of the events."
+                )
+
+    def _double_events(self, source: Events) -> int:
+        """Events of a source that equal an earlier one, in what is read of them."""
+        alone = replace(self.data, events=(source,))
+        ((_, plan),) = event_plans(alone, self.base, self.tables, split=False)
+        joined = add_joins(plan, alone, self.base, self.tables)
+        have, where = joined.collect_schema(), f"data.events `{source.table}`"
+        times = [] if source.time == "none" else [source.time or self.data.time]
+        read = [expression(column, have, where) for column in (self.data.user, *times, *source.columns.values())]
+        events = joined.select(part.alias(str(place)) for place, part in enumerate(read))
+        return _count(events) - _count(events.unique())
 
     def _warn_about_ids(self, found: Found) -> None:
         nobody = (found["users"] or {}).get("rows without a user")
@@ -506,17 +543,6 @@ def _in_order(names: pl.Series) -> list[str]:
         return sorted(distinct, key=float)
     except ValueError:
         return sorted(distinct)
-
-
-def _iso(value: int | None, per_second: float) -> str | None:
-    """A time in words (UTC); the bare number when no calendar reaches so far."""
-    if value is None:
-        return None
-    try:
-        moment = dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(seconds=value / per_second)
-    except OverflowError:
-        return str(value)
-    return moment.isoformat(timespec="seconds")
 
 
 def _rate(task: Task, cells: pl.DataFrame) -> Found:

@@ -12,7 +12,7 @@ history of a row strictly before its time.  Two things follow.  Events of the ve
 event of an instant, in the order of the file, happens n nanoseconds later, and is history of the next one.
 
 How this differs: histories strictly before the row by time, not by place; the number of negatives, the places and what is
-rejected are parameters; two negatives of one row may be the same item.
+rejected are parameters; the negatives of one target are different items.
 
 What leaks, by the design of the paper: ``reject="ever"`` never draws an item that the user touched at any time, so an
 item's absence among negatives tells of the user's future; item frequencies count events of the test period.
@@ -180,8 +180,12 @@ def read(log: EventLog, base: Path | None = None, tables: Tables | None = None) 
     """
     plan, where = src.scan("", log.table, base or Path(), tables), f"Event log `{log.table}`"
     have = plan.collect_schema()
+    if src.is_empty(plan, where):
+        raise DataError(f"{where} holds no events.")
     if log.where:
         plan = plan.filter(src.expression(log.where, have, where))
+        if src.is_empty(plan, where):
+            raise DataError(f"{where}: `where` leaves none of its events. Found `{log.where}`.")
     columns = {}
     for name, source in {"user": log.user, "item": log.item, **log.fields}.items():
         expr, dtype = src.expression(source, have, where), src._dtype(source, have)
@@ -189,6 +193,10 @@ def read(log: EventLog, base: Path | None = None, tables: Tables | None = None) 
             raise DataError(f"{where}: `{source}` should hold one value per event. Found {dtype}.")
         columns[name] = canonical(expr, dtype)
     time, kind = src.expression(log.time, have, where), src._dtype(log.time, have)
+    if kind.is_float():
+        with src.reading(where):
+            nans = plan.select(time.is_nan().sum()).collect(engine="streaming").item()
+        src.refuse_float_time(time, kind, f"{where}: time `{log.time}`", nans, "where")
     columns["time"], per_second = src.to_time(time, kind, log.time_unit, f"{where}: time `{log.time}`")
     with src.reading(where):
         frame = plan.select(**columns).collect(engine="streaming")
@@ -196,6 +204,28 @@ def read(log: EventLog, base: Path | None = None, tables: Tables | None = None) 
         if nulls := frame[name].null_count():
             raise DataError(f"{where}: {nulls:,} events have no {name}. Leave them out with `where`.")
     return frame, per_second
+
+
+def read_notes(log: EventLog, frame: pl.DataFrame, per_second: float) -> list[str]:
+    """What a reader should know of the events of `read`."""
+    notes = []
+    times = frame["time"].to_numpy()
+    reach = [src.iso(int(time), per_second) for time in (times.min(), times.max())]
+    if odd := [time for time in reach if not src.plausible(time)]:
+        notes.append(f"Times reach to {odd[-1]}. Is `time_unit` right? Found {src.UNIT_OF[per_second]}.")
+    if double := len(frame) - frame.n_unique():
+        notes.append(
+            f"{double:,} of {len(frame):,} events equal another one in user, item, time and fields. They stay: each is a "
+            "target or history of its own."
+        )
+    for name in log.of_item:
+        changing = int((frame.group_by("item").agg(pl.col(name).n_unique())[name] > 1).sum())
+        if changing:
+            notes.append(
+                f"Item field `{name}` has several values for {changing:,} items, so a negative carries that of one event. "
+                f"If it belongs to the event, declare it with --field {name}={log.fields[name]} and not --item-field."
+            )
+    return notes
 
 
 def unique_times(events: Ordered, per_second: float) -> pl.DataFrame:
@@ -238,34 +268,53 @@ class Touched:
 def draw_negatives(
     item: np.ndarray, touched: Touched | None, user: np.ndarray, limit: np.ndarray, copies: int, seed: int
 ) -> np.ndarray:
-    """(n, copies) places of events whose items are negatives of n targets.
+    """(n, copies) places of events whose items, different ones, are negatives of n targets.
 
     A uniform event is an item in proportion to its frequency; drawing the rejected again leaves the proportions among
-    the items that are allowed.
+    the items that are allowed.  So does drawing again what the target already has: each negative is in proportion among the
+    items that are allowed and not yet taken.
 
     Args:
         item: (N,) item codes of the whole log.
         touched, user, limit: reject what the target's user ((n,) numbers) touched by the time ``limit`` ((n,)).
 
     Raises:
-        DataError: after `ROUNDS` draws some target still has no negative.
+        DataError: after `ROUNDS` draws some target still lacks a negative.
     """
     rng = np.random.default_rng(seed)
     shape = len(user), copies
     drawn = rng.integers(0, len(item), len(user) * copies)
-    if touched is None:
-        return drawn.reshape(shape)
     user, limit = np.repeat(user, copies), np.repeat(limit, copies)
     todo = np.arange(len(drawn))
     for _ in range(ROUNDS):
-        todo = todo[touched.by(user[todo], item[drawn[todo]], limit[todo])]
+        bad = _repeated(item[drawn].reshape(shape), todo)
+        if touched is not None:
+            bad |= touched.by(user[todo], item[drawn[todo]], limit[todo])
+        todo = todo[bad]
         if not len(todo):
             return drawn.reshape(shape)
         drawn[todo] = rng.integers(0, len(item), len(todo))
+    why = "their users touched almost every item, or there are fewer items than negatives"
     raise DataError(
-        f"{len(todo):,} negatives were rejected {ROUNDS:,} times: their users touched almost every item. "
-        f"Use `reject` before or none, or fewer negatives."
+        f"{len(todo):,} negatives were rejected {ROUNDS:,} times: {why}. Use `reject` before or none, or fewer negatives."
     )
+
+
+def _repeated(item: np.ndarray, todo: np.ndarray) -> np.ndarray:
+    """(t,) bool: which of the flat places ``todo`` (t,), ascending, hold an item that their row of ``item`` (n, copies) has
+    elsewhere: at a place that is not to do, or at an earlier one that is."""
+    copies = item.shape[1]
+    if copies < 2:
+        return np.zeros(len(todo), dtype=bool)
+    rows, place = np.unique(todo // copies, return_inverse=True)
+    new = np.zeros((len(rows), copies), dtype=bool)
+    new[place, todo % copies] = True
+    # of equal items, the settled ones stand first, then the earlier
+    order = np.argsort(2 * item[rows].astype(np.int64) + new, axis=1, kind="stable")
+    ranked = np.take_along_axis(item[rows], order, 1)
+    twice = np.zeros_like(new)
+    np.put_along_axis(twice, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], 1)
+    return twice[place, todo % copies]
 
 
 # --------------------------------------------------------------------------------------------------------- rows, events
@@ -287,6 +336,7 @@ def prepare_targets(
     """
     rule = rule or Targets()
     frame, per_second = read(log, base, tables)
+    about = read_notes(log, frame, per_second)
     events = Ordered(frame)
     del frame
     if rule.ties == "file_order":
@@ -310,7 +360,7 @@ def prepare_targets(
         declare(log, per_second, length),
         {"rows.parquet": rows, "events.parquet": events.events_of(keep)},
         np.repeat(events.instant[at] - user_start, copies),
-        notes=_notes(rule, events, keep, tied, len(at)),
+        notes=(*about, *_notes(rule, events, keep, tied, len(at))),
     )
 
 
@@ -351,7 +401,7 @@ def _notes(rule: Targets, events: Ordered, keep: np.ndarray, tied: int, targets:
 
 def declare(log: EventLog, per_second: float, length: int) -> Data:
     """How a run reads the rows and events of `prepare_targets`."""
-    unit: Any = {1.0: "s", 1e3: "ms", 1e6: "us", 1e9: "ns"}[per_second]
+    unit: Any = src.UNIT_OF[per_second]
     fields = ("item", *log.fields)
     return Data(
         rows="rows.parquet",

@@ -68,6 +68,26 @@ def write_events(
         columns.append(f"end.{history.name}", last.astype(index))
 
 
+def warnings_of(data: src.Data, base: Path = Path(), tables: src.Tables | None = None) -> list[str]:
+    """What looks wrong about the tables of events: none of them holds an event, or has a time that is not read.
+
+    Raises DataError when a table cannot be read.
+    """
+    found = []
+    for source, plan in src.event_plans(data, base, tables, split=False):
+        if source.table == "rows":
+            continue
+        where = f"data.events `{source.table}`"
+        if src.is_empty(plan, where):
+            found.append(f"{where} has no events" + (f" after where = `{source.where}`." if source.where else "."))
+        if source.time == "none" and data.time in plan.collect_schema():
+            found.append(
+                f'{where}: time = "none" although it has a column `{data.time}`: its events precede every row, later ones '
+                "included. Leave `time` away to read the column."
+            )
+    return found
+
+
 def _index_type(n: int) -> type:
     return np.int32 if n < 2**31 else np.int64
 

@@ -96,6 +96,10 @@ def taobao(path: str | Path, rule: Targets | None = None, *, length: int = 200) 
     path = path / "UserBehavior.csv" if path.is_dir() else path
     if not path.is_file():
         raise DataError(f"There is no {path}. Looked for UserBehavior.csv of Tianchi's data set 649.")
+    if len(first := _header(path, ",")) == 5 and not any(any(map(str.isdigit, word)) for word in first):
+        raise DataError(
+            f"{path} has a header, which Tianchi's file has not: `{','.join(first)}`. Delete its first line."
+        )
     plan = scan_text(path, ",", ("user", "item", "category", "behaviour", "time"))
     kinds = {name: pl.Int64 for name in ("user", "item", "category", "time")} | {"behaviour": pl.Enum(ACTIONS)}
     log = EventLog(
@@ -214,6 +218,8 @@ LOOKED_FOR = {
 
 def layout_of(folder: Path) -> Layout:
     """Which files the folder has.  Raises DataError that lists what was looked for, and for a folder that fits twice."""
+    if folder.is_file():
+        raise DataError(f"{folder} is a file. Name the folder of the data set's files: {folder.parent}.")
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}.")
     there = {path.name for path in folder.iterdir()}
@@ -254,15 +260,20 @@ def _lines(path: Path) -> pl.Series:
     return pl.Series("line", text.split("\n") if text else [], dtype=pl.String)
 
 
-def _split_lines(path: Path, separator: str, columns: int) -> pl.DataFrame:
-    """Columns ``0``, ``1``, ... of text.  Raises DataError for a line with another number of columns."""
+def _split_lines(path: Path, separator: str, columns: int, *, more: bool = False) -> pl.DataFrame:
+    """Columns ``0``, ``1``, ... of text.  Raises DataError for a line with another number of columns.
+
+    ``more``: the last but one, which nobody reads, may hold the separator: the last is found from the end.
+    """
     parts = _lines(path).str.split(separator)
-    if len(wrong := parts.filter(parts.list.len() != columns)):
-        line = separator.join(wrong[0])
+    wrong = parts.list.len() < columns if more else parts.list.len() != columns
+    if count := int(wrong.sum()):
+        place = int(wrong.arg_max() or 0)
         raise DataError(
-            f"{path}: a line should have {columns} columns. Found {len(wrong):,} other lines: `{line[:80]}`."
+            f"{path}: a line should have {columns} columns. Found {count:,} other lines; line {place + 1}: "
+            f"`{separator.join(parts[place])[:80]}`."
         )
-    return pl.DataFrame({str(i): parts.list.get(i) for i in range(columns)})
+    return pl.DataFrame({str(i): parts.list.get(i if i < columns - 1 else -1) for i in range(columns)})
 
 
 def _whole(column: pl.Series, path: Path) -> pl.Series:
@@ -282,7 +293,7 @@ def _read_dat(folder: Path) -> Read:
     path = folder / "ratings.dat"
     columns = ("user", "", "item", " ", "rating", "  ", "time")  # split at each colon of "::"
     plan = scan_text(path, ":", columns)
-    movies = _split_lines(folder / "movies.dat", "::", 3)
+    movies = _split_lines(folder / "movies.dat", "::", 3, more=True)
     return _ratings(plan, path), _items(_whole(movies["0"], folder / "movies.dat"), movies["2"].str.split("|"))
 
 
