@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from unbraid import config
 from unbraid.cli import app
-from unbraid.compare import MEAN, check, compare, difference, holm, same_rows, tabulate, with_means
+from unbraid.compare import MEAN, budget_of, check, compare, difference, holm, same_rows, tabulate, with_means
 from unbraid.data.source import Split
 from unbraid.evaluate import Drawn, Slice, evaluate, replicate
 from unbraid.job import JobError
-from unbraid.render import comparison_cells, render_comparison
+from unbraid.render import budget, comparison_cells, render_comparison
+from unbraid.schedules.online import Online
 from unbraid.train import Training
 from unbraid.types import Schema, Scores, Task
 
@@ -239,6 +240,7 @@ def test_replicates_are_those_of_the_published_intervals() -> None:
         ({"name": "target_encoding"}, "Found: target_encoding"),
         ({"name": "compare.json"}, "none of target_encoding, compare.json, compare.md. Found: compare.json"),
         ({"training": Training(batch_size=64, steps=30)}, "other training budgets: steps: 20 / 30.*--any-budget"),
+        ({"schedule": Online()}, "steps: 20 / not read; .*schedule.epochs: not read / 1; .*--any-budget"),
         (
             {"data": make_data(split=Split(kind="time", valid_from=1, test_from=2))},
             "other test rows or labels: split: ",
@@ -259,6 +261,22 @@ def test_runs_that_can_be_compared() -> None:
     fewer = make_data(tasks=(Task("buy"),), features=make_data().features[:1], histories=())
     check([make_run(), make_run(name="b", data=weighted), make_run(name="c", data=fewer)], 1, "", "gauc", False)
     check([make_run(), make_run(name="b", training=Training(batch_size=64, steps=30))], 1, "", "", True)
+    check([make_run(), make_run(name="b", schedule=Online())], 1, "", "", True)
+
+
+def test_streams_are_compared_by_their_own_passes() -> None:
+    one = make_run(schedule=Online(epochs=2))
+    more = make_run(name="b", schedule=Online(epochs=2), training=Training(batch_size=64, steps=99))
+    check([one, more], 1, "", "", False)  # a stream reads no `steps`
+    with pytest.raises(JobError, match="other training budgets: schedule.epochs: 2 / 3. Make"):
+        check([one, make_run(name="b", schedule=Online(epochs=3))], 1, "", "", False)
+    with pytest.raises(JobError, match="schedule.first_epochs: 1 / 5. Make"):
+        check([one, make_run(name="b", schedule=Online(epochs=2, first_epochs=5))], 1, "", "", False)
+    streams = {run.name: budget_of(run) for run in (one, more)}
+    assert budget({"budget": streams}) == "Equal budget: batch_size 64, schedule.epochs 2, schedule.first_epochs 1."
+    mixed = budget({"budget": {"toy": budget_of(make_run()), "b": streams["b"]}})
+    assert mixed.startswith("**Unequal budgets**: toy: ") and "b: epochs (not read), steps (not read)" in mixed
+    assert "schedule.epochs (not read)" in mixed and "schedule.epochs 2" in mixed
 
 
 def test_more_refusals(tmp_path: Path) -> None:

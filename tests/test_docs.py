@@ -195,6 +195,11 @@ def test_links_resolve(page: Path) -> None:
             assert anchor in anchors(other), f"{page.name} links to {target}"
 
 
+def test_no_page_holds_a_placeholder() -> None:
+    lone = {str(page.relative_to(ROOT)): re.findall(r"^[A-Z][A-Z_]+$", page.read_text(), re.M) for page in PAGES}
+    assert not {page: words for page, words in lone.items() if words}
+
+
 # -------------------------------------------------------------------------------------------------------------- members
 def tables_of_keys(text: str) -> list[list[tuple[str, str]]]:
     """The page's tables of keys: (key, default) of each line."""

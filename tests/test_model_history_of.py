@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.dare import DARE
+from unbraid.encoders.din import DIN
 from unbraid.encoders.eta import ETA
 from unbraid.encoders.pooling import Mean, MeanHistory
 from unbraid.encoders.table import Views
@@ -23,6 +25,7 @@ from unbraid.job import train
 from unbraid.losses.history import HistoryLoss
 from unbraid.losses.supervised import Supervised
 from unbraid.towers.stem import STEM
+from unbraid.types import History
 
 CHOICE = ModelChoice(history=DARE(keep=3, auxiliary=(8,)), history_of={"liked": Mean()})
 
@@ -76,7 +79,26 @@ def test_what_is_refused(encoded: Encoded) -> None:
     for encoder in (DARE(), ETA(auxiliary=(4,))):
         with pytest.raises(ValueError, match=f"History `liked` has `{encoder.kind}`"):
             build(make_run(model=ModelChoice(history_of={"liked": encoder})), encoded.schema)
+    with pytest.raises(ValueError, match=r"names all histories, \['seen', 'liked'\]: no history is left for `dare`"):
+        make_run(model=ModelChoice(history=DARE(keep=3), history_of={"seen": Mean(), "liked": Mean()}))
+    make_run(model=ModelChoice(history_of={"seen": TIN(time="gap"), "liked": Mean()}))
     changed = config.override(run, ["model.history_of.liked.kind=eta", "model.history_of.liked.keep=7"])
     assert changed.model.history_of == {"liked": ETA(keep=7)}, "another member with its own defaults"
     with pytest.raises(config.RunError, match="like"):
         config.override(run, ["model.history_of.like.kind=eta"])
+
+
+def test_what_needs_a_target_has_one_among_its_own_histories(tmp_path: Path) -> None:
+    histories = (History("seen", fields=("item", "gap"), length=10), History("acts", fields=("clicked",), length=5))
+    data = make_data(histories=histories, cache=str(tmp_path))
+    schema = Encoded(encode(data, tables={"log": make_log(rows=300)})).schema
+
+    def made(**choice: Any) -> Any:
+        return build(make_run(data=data, model=ModelChoice(**choice)), schema)
+
+    made(history=DARE(keep=3))
+    made(history=DARE(keep=3), history_of={"acts": Mean()})
+    with pytest.raises(ValueError, match=r"History encoder `dare` needs .* Found histories \[\('acts', 'clicked'\)\]"):
+        made(history=DARE(keep=3), history_of={"seen": DIN()})
+    with pytest.raises(ValueError, match=r"History encoder `din` needs .* Found histories \[\('acts', 'clicked'\)\]"):
+        made(history=DARE(keep=3), history_of={"acts": DIN()})

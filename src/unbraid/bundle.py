@@ -11,10 +11,10 @@ import dataclasses
 import json
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -25,6 +25,7 @@ from unbraid.data.encode import encode, encode_query
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import DataError, Tables, scan
 from unbraid.data.table import Encoded
+from unbraid.encoders.numeral import Digits, NumeralNumber
 from unbraid.model import Model
 from unbraid.train import predict
 from unbraid.types import Schema, Scores
@@ -79,6 +80,8 @@ class Bundle:
         store.write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         if self.uncertainty is not None:
             store.save(folder / UNCERTAINTY, self.uncertainty.state_dict())
+        else:  # of an earlier model
+            (folder / UNCERTAINTY).unlink(missing_ok=True)
         store.save(folder / "weights.safetensors", self.model.state_dict())
 
     @classmethod
@@ -236,7 +239,7 @@ def explained(
 def with_uncertainty(
     bundle: Bundle, folder: str | Path | None = None, *, tables: Tables | None = None, prior: float = 1.0
 ) -> Bundle:
-    """The bundle with the uncertainty of its last layer, from one pass over the training rows.
+    """The bundle with the uncertainty of its last layer, from one pass over the rows of `trained_splits`.
 
     Args:
         folder: where the run's tables are read from now; the run's own folder by default.
@@ -247,9 +250,15 @@ def with_uncertainty(
     """
     predictor = Predictor(bundle, folder)
     encoded = Encoded(encode(predictor.data, tables=tables, fitted=bundle.fitted))
-    batches = encoded.in_order(encoded.split("train"), 4 * bundle.run.training.batch_size)
+    rows = np.sort(np.concatenate([encoded.split(name) for name in trained_splits(bundle.run)]))
+    batches = encoded.in_order(rows, 4 * bundle.run.training.batch_size)
     scored = (predict(bundle.model, [batch], encoded.schema, hidden=True) for batch in batches)
     return dataclasses.replace(bundle, uncertainty=fit(bundle.model, scored, encoded.schema, prior))
+
+
+def trained_splits(run: config.Run) -> tuple[str, ...]:
+    """The splits whose rows the run's schedule trains on: its ``splits``, or the training split alone."""
+    return getattr(run.schedule, "splits", ("train",))
 
 
 # ----------------------------------------------------------------------------------------------------------- warm start
@@ -265,6 +274,7 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
     """
     counts = {"rows copied": 0, "rows new": 0, "tensors copied": 0, "tensors new": 0}
     theirs, ours = old.model.state_dict(), model.state_dict()
+    digits = _growing(model, old.model)
     for name, classes in fitted.schema.classes.items():
         if name in old.fitted.schema.classes and old.fitted.schema.classes[name] != classes:
             raise BundleError(
@@ -287,6 +297,9 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
                 table[here] = theirs[source][there]
                 counts["rows copied"] += len(here)
                 counts["rows new"] += len(table) - len(here)
+            elif key in digits and table.shape[1] == theirs[source].shape[1]:
+                digits[key].take(theirs[source])
+                counts["tensors copied"] += 1
             elif table.shape != theirs[source].shape:
                 raise BundleError(
                     f"{key} is {tuple(table.shape)}, in the bundle to start from {tuple(theirs[source].shape)}. "
@@ -298,10 +311,23 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
     return counts
 
 
+def _growing(model: Model, old: Model) -> dict[str, Digits]:
+    """Key of its table -> digits whose number of places follows the greatest number of training, in both models."""
+    found: dict[str, Digits] = {}
+    for name, module in model.numbers.items():
+        there = old.numbers[name] if name in old.numbers else None
+        if not (isinstance(module, NumeralNumber) and isinstance(there, NumeralNumber)):
+            continue
+        if module.config == there.config and module.config.scale == "integer":
+            systems = cast(Sequence[Digits], module.numerals.systems)
+            found |= {f"numbers.{name}.numerals.systems.{n}.weight": one for n, one in enumerate(systems)}
+    return found
+
+
 def _same_place(key: str, new: Schema, old: Schema) -> str:
     """A per-domain head's name in the old model: its domain may have had another code there."""
-    head, found, rest = key.partition(".linears.")
-    if not found:
+    head, _, rest = key.partition(".linears.")
+    if not key.startswith("heads."):
         return key
     code, _, part = rest.partition(".")
     name = new.domains[int(code)]  # one head for all domains is number 0 in both

@@ -199,16 +199,20 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Metrics of a bundle, per task and domain, with intervals."""
-    from unbraid.bundle import Bundle
+    from unbraid.bundle import Bundle, trained_splits
     from unbraid.data.source import SPLITS
     from unbraid.job import JobError, evaluate_bundle
 
     try:
         if split not in SPLITS:
             raise ValueError(f"--split should be one of {', '.join(SPLITS)}. Found {split}.")
-        metrics = evaluate_bundle(Bundle.load(bundle), split=split, rows=rows, folder=folder)
+        loaded = Bundle.load(bundle)
+        metrics = evaluate_bundle(loaded, split=split, rows=rows, folder=folder)
     except (ValueError, OSError, JobError) as error:
         fail(error)
+    if rows is None and split != "train" and split in trained_splits(loaded.run):
+        note = f"! schedule {loaded.run.schedule.kind} trained on the {split} rows, too: these metrics are not of unseen rows"
+        print(note, file=sys.stderr)
     if as_json:
         print(json.dumps({split if rows is None else "rows": metrics}))
         return
@@ -228,7 +232,9 @@ def predict(
     strength: Annotated[
         float | None, typer.Option(help="How many deviations ucb adds; factor of thompson's. [default: 2; 1]")
     ] = None,
-    share: Annotated[str, typer.Option(help="What has one draw of thompson: request, row or call.")] = "request",
+    share: Annotated[
+        str, typer.Option(help="What has one draw of thompson: request, row or call. [default: request]")
+    ] = "",
     seed: Annotated[
         int | None, typer.Option(help="Of thompson's draws. [default: another every time, printed]")
     ] = None,
@@ -261,10 +267,15 @@ def exploration(name: str, strength: float | None, share: str, seed: int | None)
 
     if name not in ("", "thompson", "ucb"):
         raise ValueError(f"--explore should be thompson or ucb. Found {name}.")
+    reads = {"": (), "ucb": ("strength",), "thompson": ("strength", "share", "seed")}[name]
+    given = {"strength": strength is not None, "share": bool(share), "seed": seed is not None}
+    if unread := [f"--{option}" for option, there in given.items() if there and option not in reads]:
+        what = f"--explore {name} does not read it" if name else "it is for --explore, which is not given"
+        raise ValueError(f"{', '.join(unread)}: {what}.")
     if name == "ucb":
         return UCB(2.0 if strength is None else strength), ""
     seed = randbelow(2**32) if seed is None else seed
-    policy = Thompson(seed, 1.0 if strength is None else strength, share)  # type: ignore[arg-type]
+    policy = Thompson(seed, 1.0 if strength is None else strength, share or "request")  # type: ignore[arg-type]
     return (policy, f", seed {seed}") if name else (None, "")
 
 

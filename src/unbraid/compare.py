@@ -130,7 +130,7 @@ def compare(
         watcher.note(f"no {BASELINE}: no run has an id feature, a user or a domain")
     comparison = {
         "reference": against or runs[0].name, "seeds": seeds, "replicates": replicates,
-        "budget": {run.name: {key: getattr(run.training, key) for key in SAME_BUDGET} for run in runs},
+        "budget": {run.name: budget_of(run) for run in runs},
         "cost": {name: _cost(each) for name, each in costs.items()},
         **tabulate(with_means(found, metric), against or runs[0].name, metric),
     }  # fmt: skip
@@ -167,12 +167,21 @@ def check(runs: Sequence[config.Run], seeds: int, against: str, metric: str, any
         if data or not set(here) & set(there):
             why = "; ".join(data) or f"tasks {list(here)} / {list(there)}"
             raise JobError(f"Runs `{runs[0].name}` and `{run.name}` have other test rows or labels: {why}.")
-        budget = _unequal(vars(runs[0].training), vars(run.training), SAME_BUDGET)
+        here_too, there_too = budget_of(runs[0]), budget_of(run)
+        absent = dict.fromkeys([*here_too, *there_too], "not read")
+        budget = _unequal(absent | here_too, absent | there_too, list(absent))
         if budget and not any_budget:
             raise JobError(
                 f"Runs `{runs[0].name}` and `{run.name}` have other training budgets: {'; '.join(budget)}. "
                 "Make them equal, or allow it with --any-budget; the table then says so."
             )
+
+
+def budget_of(run: config.Run) -> dict[str, Any]:
+    """What decides how long a run trains: keys of `training` that its schedule reads, and the schedule's own."""
+    schedule = run.schedule
+    found = {key: getattr(run.training, key) for key in SAME_BUDGET if key not in getattr(schedule, "unread", ())}
+    return found | {f"schedule.{key}": getattr(schedule, key) for key in getattr(schedule, "budget", ())}
 
 
 def _metrics(data: Data, task: Task) -> list[str]:

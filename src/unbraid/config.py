@@ -49,7 +49,7 @@ from unbraid.losses.focal import Focal
 from unbraid.losses.history import HistoryLoss
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads
+from unbraid.model import Heads, require_encoders
 from unbraid.optim.joint import Joint
 from unbraid.schedules.one_stage import OneStage
 from unbraid.schedules.online import Online
@@ -138,9 +138,7 @@ class Run:
         if self.seed < 0:
             raise ValueError(f"Parameter `seed` should not be negative. Found {self.seed}.")
         require_features(self.data.features, "number", self.model.numbers_of, "model.numbers_of")
-        if wrong := sorted(set(self.model.history_of) - {h.name for h in self.data.histories}):
-            names = [h.name for h in self.data.histories]
-            raise ValueError(f"`model.history_of` should name histories, among {names}. Found {wrong}.")
+        require_encoders(self.data.histories, self.model.history, self.model.history_of)
         paired = {name for pair in getattr(self.model.vectors, "pairs", ()) for name in pair}
         require_features(self.data.features, "vector", paired, "model.vectors.pairs")
         ids = [f.name for f in self.data.features if f.kind == "id"]

@@ -63,7 +63,8 @@ def evaluate(
     * multiclass: ``accuracy``, ``logloss``, ``ece`` (of the confidence in the top class).  real: ``rmse``, ``mae``.
 
     Args:
-        scores: N rows; ``group`` (N,) are the users.
+        scores: N rows; ``group`` (N,) are the users.  Of a log without users they are its requests (a row of no request is
+            alone): requests are then what is drawn, and what ``gauc`` averages over.
         schema: the tasks (in its order; those without logits are skipped) and the names of the domains.
         at: cut-offs of NDCG and recall.
         replicates: bootstrap replicates; 0 gives no intervals.
@@ -125,7 +126,8 @@ def replicate(
     if replicates < 0 or any(k < 1 for k in at):
         raise ValueError(f"`replicates` should be 0 or more and `at` positive. Found {replicates} and {tuple(at)}.")
     everyone, user = _dense(np.asarray(scores.group))
-    request = _requests(scores, user)
+    asked = scores.meta.get("request")
+    request = None if asked is None else request_codes(asked, user)
     names = tuple(scores.domains or schema.domains)
     found: dict[tuple[str, str], Slice] = {}
     for task in schema.tasks:
@@ -245,14 +247,16 @@ def _labels(y: Array, task: Task, z: Array) -> Array:
     return y
 
 
-def _requests(scores: Scores, user: Array) -> Array | None:
-    """(N,) dense codes of (user, request), so that requests nest in users; -1 where there is none."""
-    if "request" not in scores.meta:
-        return None
-    raw = np.asarray(scores.meta["request"])
-    values, code = _dense(raw)
-    pair = _dense(user * max(len(values), 1) + code)[1]
-    return np.where(raw >= 0, pair, -1)
+def request_codes(request: Array, user: Array | None) -> Array:
+    """(N,) dense codes of (user, request), so that requests nest in users; -1 where ``request`` is negative: there is none.
+
+    Args:
+        request: (N,) any numbers; user: (N,) any numbers, or None: all rows are one user's.
+    """
+    request = np.asarray(request)
+    values, code = _dense(request)
+    pair = code if user is None else _dense(_dense(np.asarray(user))[1] * max(len(values), 1) + code)[1]
+    return np.where(request >= 0, pair, -1)
 
 
 def _by_domain(rows: _Rows, names: Sequence[str]) -> Iterator[tuple[str, _Rows]]:

@@ -16,7 +16,7 @@ import torch
 
 from unbraid import config, store
 from unbraid.baseline import TargetEncoding
-from unbraid.bundle import Bundle, build, warm_start
+from unbraid.bundle import Bundle, build, trained_splits, warm_start
 from unbraid.data.encode import encode
 from unbraid.data.events import warnings_of
 from unbraid.data.source import Tables, scan
@@ -81,7 +81,10 @@ def _train(
     old = Bundle.load(run.init) if run.init else None
     encoded = Encoded(encode(run.data, tables=tables, grow=old.fitted if old else None, progress=watcher.stage))
     schema = encoded.schema
-    for warning in (*warnings_of(run.data, tables=tables), *one_class_domains(encoded), *empty_histories(encoded)):
+    for warning in (
+        *warnings_of(run.data, tables=tables), *one_class_domains(encoded), *empty_histories(encoded),
+        *unknown_domains(run, encoded),
+    ):  # fmt: skip
         watcher.note(f"! {warning}")
     model = build(run, schema)
     if old is not None:
@@ -186,11 +189,18 @@ def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
         if missing := sorted(set(term.needs) - set(model.gives)):
             kind = getattr(loss, "kind", type(loss).__name__)
             raise JobError(_not_given(kind, missing, run.model.history, sorted(model.gives)))
-    covered = {name for term in terms for name in getattr(term, "trains", [task.name for task in schema.tasks])}
+    trained = [(term, getattr(term, "trains", [task.name for task in schema.tasks])) for term in terms]
+    covered = {name for _, names in trained for name in names}
     if bare := [task.name for task in schema.tasks if task.name not in covered]:
         raise JobError(
             f"No loss trains the logits of task {', '.join(bare)}, which would be predicted at random. Add a loss that "
             "does, such as `[[losses]]` with kind `supervised`."
+        )
+    level = {name for term, names in trained for name in names if not getattr(term, "relative", False)}
+    if free := [task.name for task in schema.tasks if task.name not in level]:
+        raise JobError(
+            f"Task {', '.join(free)} has the loss `ranking` alone, which leaves the level of its logits free: they would be no "
+            "probabilities. It needs a loss of the probability beside it: supervised, focal or esmm."
         )
     unread = {name for name in model.gives if name.startswith("history.")} - {n for term in terms for n in term.needs}
     if unread:
@@ -252,6 +262,18 @@ def one_class_domains(encoded: Encoded) -> list[str]:
                     f"task {task.name}, domain {encoded.schema.domains[code]}: {what} in the training split"
                 )
     return warnings
+
+
+def unknown_domains(run: config.Run, encoded: Encoded) -> list[str]:
+    """A warning where heads per domain learn from rows of domains that the training split does not have."""
+    if run.model.heads.by != "domain" or "domain" not in encoded.columns:
+        return []
+    rows = np.concatenate([encoded.split(name) for name in trained_splits(run)])
+    count = int((encoded.columns["domain"][rows] == UNKNOWN).sum())
+    return [
+        f"{count:,} rows that schedule {run.schedule.kind} trains on are of domains that the training split does not have: "
+        "they share one head, which no prediction reads (rows of such domains get the mean of the others)"
+    ] * (count > 0)
 
 
 def empty_histories(encoded: Encoded) -> list[str]:

@@ -22,7 +22,7 @@ from unbraid.encoders.table import VALUE, Role, Table, Views
 from unbraid.encoders.vectors import Raw, VectorEncoder
 from unbraid.interactions.flat import Flat
 from unbraid.layers import initialise, mlp, mlp_width, task_key
-from unbraid.towers.domains import DomainTower, domain_names
+from unbraid.towers.domains import DomainTower, domain_names, of_domains
 from unbraid.types import (
     EXACT,
     FIRST_VALUE,
@@ -74,17 +74,15 @@ class Model(nn.Module):
         super().__init__()
         self.schema, config = schema, tables or Views()
         encoder, self._apart = history or Mean(), frozenset(history_of or ())
-        encoders: dict[str, Any] = {h.name: encoder for h in schema.histories}
-        encoders |= _value_encoders(history_of or {}, schema)
+        require_encoders(schema.histories, encoder, history_of or {})
+        encoders: dict[str, Any] = {h.name: encoder for h in schema.histories} | dict(history_of or {})
         tasks = [task.name for task in schema.tasks]
         owners = domain_names(schema) if config.by == "domain" else tasks
         plan = expert_plan(experts, interaction or Flat(), config, config.names(owners))
-        asking = [h for h in schema.histories if getattr(encoders[h.name], "needs_target", False)]
-        if asking and not any(self.targets(h) for h in asking):
-            raise ValueError(
-                f"History encoder `{encoders[asking[0].name].kind}` needs a history with an event field whose vocabulary is also "
-                f"an id feature of the row. Found histories {[(h.name, *h.fields) for h in asking]}."
-            )
+        self._require_targets(encoder, [h for h in schema.histories if h.name not in self._apart])
+        for history in schema.histories:
+            if history.name in self._apart:
+                self._require_targets(encoders[history.name], [history])
         self.vocabularies = {f.name: f.vocab for f in schema.features if f.kind in ("id", "bag")}
         self._wire(getattr(encoder, "roles", VALUE))
         needed = [vocabulary for vocabulary, _ in self._reads.values()]
@@ -144,6 +142,15 @@ class Model(nn.Module):
         vocabularies = {name: self.schema.field_vocabulary(name) for name in history.fields}
         return {name: ids[vocab] for name, vocab in vocabularies.items() if vocab in ids}
 
+    def _require_targets(self, encoder: Any, histories: Sequence[History]) -> None:
+        """Raise ValueError if the encoder asks for what the row itself has, and none of its histories has a field for that."""
+        asks = bool(histories) and getattr(encoder, "needs_target", False)
+        if asks and not any(self.targets(history) for history in histories):
+            raise ValueError(
+                f"History encoder `{encoder.kind}` needs a history with an event field whose vocabulary is also an id feature "
+                f"of the row. Found histories {[(h.name, *h.fields) for h in histories]}."
+            )
+
     def _build_given(
         self, view: str, width: int, std: float, numbers: Mapping[str, NumberEncoder], vectors: VectorEncoder
     ) -> None:
@@ -182,7 +189,7 @@ class Model(nn.Module):
         names = list(self.experts)
         widths = [cast(Any, self.interactions[view_key(name)]).width for name in names]
         if by == "domain":
-            return DomainTower(tower, tasks, owners, names, widths)
+            return DomainTower(of_domains(tower, self.schema), tasks, owners, names, widths)
         if not getattr(tower, "reads_roles", False):
             return tower.build(tasks, names, widths)
         return tower.build(tasks, names, widths, [task.name for task in self.schema.tasks if task.role == "target"])
@@ -341,19 +348,28 @@ class Model(nn.Module):
         return extras
 
 
-def _value_encoders(history_of: Mapping[str, Any], schema: Schema) -> Mapping[str, Any]:
-    """The same.  Raises ValueError for a history that is not there, tables beside the features' own, or second heads."""
-    names = [history.name for history in schema.histories]
+def require_encoders(histories: Sequence[History], encoder: Any, history_of: Mapping[str, Any]) -> None:
+    """Check the histories' own encoders.
+
+    Raises:
+        ValueError: of a history that is not there; with tables beside the features' own, or second heads; or every history
+            has one of its own, so that nothing reads ``encoder`` although it was set.
+    """
+    names = [history.name for history in histories]
     if wrong := sorted(set(history_of) - set(names)):
         raise ValueError(f"`model.history_of` should name histories, among {names}. Found {wrong}.")
-    for name, encoder in history_of.items():
-        own_tables = set(getattr(encoder, "roles", VALUE)) != {"value"}
-        if own_tables or getattr(encoder, "auxiliary", None):
+    for name, own in history_of.items():
+        own_tables = set(getattr(own, "roles", VALUE)) != {"value"}
+        if own_tables or getattr(own, "auxiliary", None):
             raise ValueError(
                 f"An encoder of `model.history_of` reads the features' own tables and has no second heads. History `{name}` has "
-                f"`{encoder.kind}`: make it `model.history`, and name the other histories in `model.history_of`."
+                f"`{own.kind}`: make it `model.history`, and name the other histories in `model.history_of`."
             )
-    return history_of
+    if history_of and set(history_of) == set(names) and encoder != Mean():
+        raise ValueError(
+            f"`model.history_of` names all histories, {names}: no history is left for `{encoder.kind}` of `model.history`. "
+            f"Leave one out, or leave out `model.history`."
+        )
 
 
 def view_key(name: str) -> str:

@@ -138,11 +138,12 @@ def _seeds(found: Metrics) -> str:
 def budget(found: Metrics) -> str:
     """One sentence on the training budgets."""
     each = list(found["budget"].values())
-    differ = [key for key in each[0] if any(one[key] != each[0][key] for one in each)]
+    keys = dict.fromkeys(key for one in each for key in one)
+    differ = [key for key in keys if any(key not in one or one[key] != each[0].get(key) for one in each)]
     if not differ:
-        shown = [key for key in each[0] if each[0][key] and not (key == "epochs" and each[0]["steps"])]
+        shown = [key for key in keys if each[0][key] and not (key == "epochs" and each[0]["steps"])]
         return "Equal budget: " + ", ".join(f"{key} {each[0][key]}" for key in shown) + "."
-    unequal = {n: ", ".join(f"{k} {v[k]}" for k in differ) for n, v in found["budget"].items()}
+    unequal = {n: ", ".join(f"{k} {v.get(k, '(not read)')}" for k in differ) for n, v in found["budget"].items()}
     return "**Unequal budgets**: " + "; ".join(f"{name}: {text}" for name, text in unequal.items()) + "."
 
 

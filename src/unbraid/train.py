@@ -116,7 +116,11 @@ def predict(
         raise ValueError("There are no rows to predict.")
     joined = {key: _join([part[key] for part in parts]) for key in parts[0]}
     meta = joined.pop("meta")
-    group = meta.pop("user", joined["row"])  # without users, every row is its own
+    group = meta.pop("user", None)
+    if group is None:  # requests nest in users, so without these each request is one, and every other row
+        group = joined["row"]
+        if "request" in meta:
+            group = np.where(meta["request"] >= 0, meta["request"], -1 - group)
     return Scores(group=group, meta=meta, domains=schema.domains, **joined)
 
 

@@ -143,6 +143,7 @@ class Schema:
         widths: vector feature -> D.
         numbers: number feature -> (mean, standard deviation) in the training split, after its transform.
         quantiles: number feature -> 256 of its values there at evenly spaced ranks, from the least to the greatest.
+        whole: number feature -> are all its values there whole, and at most 2^53 from 0?
         domains: names of the domain codes, ``domains[0]`` unknown, ``domains[1]`` missing.
         classes: multiclass task -> its classes as text, in code order.
     """
@@ -157,6 +158,7 @@ class Schema:
     numbers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     quantiles: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    whole: Mapping[str, bool] = field(default_factory=dict)
 
     def task(self, name: str) -> Task:
         """The task of that name.  Raises ValueError that lists the names."""
@@ -228,7 +230,8 @@ class Batch:
         row: (B,) int64, stable index of the row in the encoded table.
         view: (B,) int8, 0 plain or weak and 1 strong; rows of view 1 are unobserved and never count in metrics.
         pair: (B,) int64, position of the other view in this batch, -1 if none.
-        meta: user, time, request, exposure, ``sampling_rate.TASK`` ...: for metrics, schedules and weights, never for the model.
+        meta: user (0: none), time, request (negative: none), exposure, ``sampling_rate.TASK`` ...: for metrics, schedules and
+            weights, never for the model.
     """
 
     features: Mapping[str, Tensor | Ragged]
@@ -359,7 +362,7 @@ class Scores:
         hidden: task -> (N, H); empty unless asked for.
         labels: task -> (N,); observed: task -> (N,) bool.
         domain: (N,) codes; domains: their names.
-        weight: (N,) or None; group: (N,) user codes; row: (N,) stable row index.
+        weight: (N,) or None; group: (N,) users (without them requests, or rows); row: (N,) stable row index.
         meta: request, time, ``sampling_rate.TASK`` ...
     """
 
@@ -402,7 +405,8 @@ class Term(Protocol):
     method ``check(orphans)``: it is called once before training with `unbraid.data.table.Encoded.orphans` of the
     training rows, and raises ValueError where the loss would make no sense of them.  It may have ``reads``, what the data must
     declare of each row (``user``, ``request``), ``objectives``, the only names that its losses have, and ``trains``, the tasks
-    whose own logits it trains (all, without it): a run in which no term trains some task is an error.
+    whose own logits it trains (all, without it): a run in which no term trains some task is an error, and so is one in which
+    only terms with ``relative``, which see no more than differences between rows, do.
     """
 
     @property

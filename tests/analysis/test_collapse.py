@@ -18,6 +18,7 @@ from unbraid.config import Expert, ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.dare import DARE
+from unbraid.encoders.pooling import Mean
 from unbraid.encoders.table import Views
 from unbraid.encoders.twin import TWIN
 from unbraid.interactions.cross import Cross
@@ -228,6 +229,15 @@ def test_events_count_where_they_read_the_views_own_tables(encoded: Encoded) -> 
         tables = Collapse()(model, encoded.schema, batches).values["tables"]
         assert tables["shared/item"]["rows"] == sum(n > 0 for n in counts["item"][FIRST_VALUE:]), history
         assert all(name.count("/") == 1 for name in tables)
+
+
+def test_events_of_a_history_with_an_encoder_of_its_own_count(encoded: Encoded) -> None:
+    batches = train_batches(encoded, 8)[-2:]
+    model = model_of(encoded, history=TWIN(tables="four"), history_of={"liked": Mean()})
+    read = {i for batch in batches for i in batch.features["item"].tolist()}
+    liked = {i for batch in batches for i in batch.features["liked"].values["item"].tolist()}
+    rows = Collapse()(model, encoded.schema, batches).values["tables"]["shared/item"]["rows"]
+    assert rows == sum(i >= FIRST_VALUE for i in read | liked) > sum(i >= FIRST_VALUE for i in read)
 
 
 def test_settings_are_checked() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from scipy.stats import spearmanr
 from toylog import make_data, make_log, make_run
 
 from unbraid import config
-from unbraid.bundle import Bundle, Predictor, build
+from unbraid.bundle import Bundle, BundleError, Predictor, build, warm_start
 from unbraid.data.encode import encode
 from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
@@ -160,19 +161,54 @@ def test_scales():
     ranks = [min(1.0, max(0.0, v / 8)) for v in values]
     quantile = Numeral(levels=10).build(SPREAD, 2, 1.0)
     assert quantile.whole(value).tolist() == [min(int(r * 10), 9) for r in ranks]
+    assert torch.equal(quantile(*inputs([-5.0])), quantile(*inputs([0.0]))), "a rank has no sign"
     log = Numeral(scale="log", levels=10).build(SPREAD, 2, 1.0)
     want = [int(math.copysign(math.log1p(abs(v)) / math.log1p(8) * 9, v)) for v in values]
     assert log.whole(value).tolist() == want and log.whole(torch.tensor([[8.0]])).item() == 9
     assert torch.equal(log(*inputs([100.0])), log(*inputs([8.0]))), "beyond the greatest of training"
     assert log.numerals.largest == quantile.numerals.largest == 9
+    near, opposite = log(*inputs([0.05, -0.05]))
+    assert log.whole(torch.tensor([[-0.05]])).item() == 0
+    torch.testing.assert_close(opposite - near, log.sign[0], **CLOSE), "what is cut to 0 keeps its sign"
     zeros = Numeral(scale="log").build(Spread("x", 0.0, 1.0, (0.0, 0.0)), 2, 1.0)
     assert zeros.whole(torch.tensor([[0.0]])).item() == 0
 
 
 def test_integers_must_be_whole():
     for bad in (0.5, 2.0**54):
-        with pytest.raises(ValueError, match="`price`"):
+        with pytest.raises(ValueError, match=re.escape(f"`price` has {bad:g}.")):
             Numeral(scale="integer").build(Spread("price", 0.0, 1.0, (0.0, bad)), 2, 0.01)
+    with pytest.raises(ValueError, match="`price` has others. Use scale"):
+        Numeral(scale="integer").build(Spread("price", 0.0, 1.0, (0.0, 3.0), whole=False), 2, 0.01)
+
+
+@pytest.mark.parametrize(("odd", "whole"), [(7.5, False), (2.0**54, False), (-(2.0**53), True), (None, True)])
+def test_one_fraction_between_the_quantiles_is_seen(tmp_path, odd, whole):
+    values = [float(i) for i in range(4000)]
+    values[7] = odd
+    schema = Encoded(encode(exact_data(cache=str(tmp_path)), tables={"log": exact_log(values)})).schema
+    assert schema.whole == {"x": whole} and Spread.of(schema, "x").whole == whole
+    if odd == 7.5:
+        assert 7.5 not in schema.quantiles["x"]
+
+
+def test_what_is_fitted_is_one_scan_of_a_number(tmp_path, monkeypatch):
+    scans, whole = [], pl.LazyFrame.collect
+    monkeypatch.setattr(
+        pl.LazyFrame, "collect", lambda frame, *a, **k: scans.append(frame.explain()) or whole(frame, *a, **k)
+    )
+    encode(exact_data(cache=str(tmp_path)), tables={"log": exact_log(list(range(50)))})
+    assert sum("sort" in plan.lower() and "group" not in plan.lower() for plan in scans) == 1
+
+
+def test_near_values_far_from_zero_stay_apart(tmp_path):
+    values = [1.7e9 + i for i in range(1000)]
+    table = Encoded(encode(exact_data(cache=str(tmp_path)), tables={"log": exact_log(values)}))
+    number = table.batch(np.arange(1000)).features["x"][:, 0]
+    assert len(number.unique()) == 1000
+    mean, std = table.schema.numbers["x"]
+    want = (np.array(values) - mean) / std
+    np.testing.assert_allclose(number.numpy(), want, rtol=1e-6)
 
 
 def test_neighbours_are_near_after_regression():
@@ -200,8 +236,9 @@ def test_neighbours_are_near_after_regression():
 def test_rank_is_interpolated_and_ties_have_one():
     rank = Rank(Spread("x", 0.0, 1.0, (0.0, 0.0, 0.0, 1.0, 3.0)))
     x = torch.tensor([[-1.0], [-1e-9], [0.0], [0.5], [1.0], [2.0], [3.0], [4.0]])
-    assert rank(x).tolist() == [0.0, 0.0, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0]
-    assert rank.bucket(x, 4).tolist() == [0, 0, 2, 2, 3, 3, 3, 3]
+    assert rank(x).tolist() == [0.5, 0.5, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0], "less than the least reads as the least"
+    assert rank.bucket(x, 4).tolist() == [2, 2, 2, 2, 3, 3, 3, 3]
+    assert Rank(Spread("x", 0.0, 1.0, (5.0,)))(torch.tensor([[4.0], [5.0], [6.0]])).tolist() == [1.0, 1.0, 1.0]
     many = np.sort(np.random.default_rng(0).lognormal(size=200))
     xs = np.random.default_rng(1).lognormal(size=500)
     mine = Rank(Spread("x", 0.0, 1.0, tuple(many)))(torch.tensor(xs).unsqueeze(1))
@@ -368,9 +405,10 @@ def test_the_schema_survives_and_older_ones_load(tmp_path):
     )
     assert type(table.fitted).load(table.folder).schema == table.schema
     document = json.loads((table.folder / "schema.json").read_text())
-    del document["schema"]["quantiles"]
+    del document["schema"]["quantiles"], document["schema"]["whole"]
     (table.folder / "schema.json").write_text(json.dumps(document))
-    assert type(table.fitted).load(table.folder).schema == replace(table.schema, quantiles={})
+    older = type(table.fitted).load(table.folder).schema
+    assert older == replace(table.schema, quantiles={}, whole={}) and Spread.of(older, "x").whole
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -443,6 +481,45 @@ def test_a_bundle_serves_rows_as_training_read_them(single, member, tmp_path: Pa
     np.testing.assert_allclose(served, here.numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize(("before", "after"), [(60, 70), (60, 700), (700, 60), (60, 61)])
+@pytest.mark.parametrize("combine", ["sum", "concat"])
+def test_a_warm_start_keeps_old_numbers_when_the_greatest_moves(single, tmp_path, before, after, combine):
+    def made(largest, grow=None):
+        log = make_log(400).with_columns(price=pl.int_range(0, pl.len()) % largest)
+        member = Numeral(scale="integer", combine=combine)
+        run = make_run(data=make_data(cache=str(tmp_path)), model=config.ModelChoice(numbers=member))
+        log = log.with_columns(price=pl.when(pl.int_range(0, pl.len()) == 3).then(largest).otherwise(pl.col("price")))
+        table = Encoded(encode(run.data, tables={"log": log}, grow=grow))
+        return run, table.fitted, build(run, table.schema)
+
+    run, fitted, old = made(before)
+    _, newer, model = made(after, fitted)
+    warm_start(model, newer, Bundle(run, fitted, old, {}, None))
+    mine, theirs = (m.numbers["view/shared/price"] for m in (model, old))
+    x = torch.arange(float(min(before, after) + 1)).unsqueeze(1)
+    number = torch.cat([x, torch.zeros_like(x)], 1)
+    torch.testing.assert_close(mine(number, x.double()), theirs(number, x.double()), rtol=1e-5, atol=1e-6)
+    if after == 700:
+        assert len(mine.numerals.systems[0].weight) == 20 > len(theirs.numerals.systems[0].weight)
+        assert mine.numerals.systems[0].weight[13::2].any(1).all(), "digits of new places are new"
+
+
+def test_a_warm_start_of_other_levels_is_refused(single, encoded):
+    made = {n: make_run(model=config.ModelChoice(numbers=Numeral(levels=n, scale="log"))) for n in (50, 500)}
+    old, new = (build(run, encoded.schema) for run in made.values())
+    with pytest.raises(BundleError, match="A warm start needs the same model"):
+        warm_start(new, encoded.fitted, Bundle(made[50], encoded.fitted, old, {}, None))
+
+
+@pytest.mark.parametrize("member", MEMBERS[:-1], ids=lambda m: f"{m.kind}-{getattr(m, 'scale', '')}")
+def test_a_warm_start_of_every_member(single, encoded, member):
+    run = make_run(model=config.ModelChoice(numbers=member))
+    old, new = build(run, encoded.schema), build(replace(run, seed=5), encoded.schema)
+    counts = warm_start(new, encoded.fitted, Bundle(run, encoded.fitted, old, {}, None))
+    assert counts["tensors new"] == counts["rows new"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values(), strict=True))
+
+
 # -------------------------------------------------------------------------------------------------------------- planted
 def planted(period: int, rows: int = 24_000, seed: int = 0) -> pl.DataFrame:
     """A lognormal whole number whose label has a wave over its logarithm, one of a period, and a step."""
@@ -452,6 +529,15 @@ def planted(period: int, rows: int = 24_000, seed: int = 0) -> pl.DataFrame:
     parts = rng.choice(["train", "valid", "test"], rows, p=[0.6, 0.15, 0.25])
     y = (rng.random(rows) < 1 / (1 + np.exp(-logit))).astype(int)
     return pl.DataFrame({"x": x.astype(int), "y": y, "part": parts, "truth": logit})
+
+
+# what docs/methods/numeral.md measured, less three of the largest deviations between seeds that it names (.005)
+MEASURED_LEAST = {
+    8: {"quantile": 0.757, "piecewise": 0.770, "periodic": 0.747, "periodic, log1p": 0.770, "numeral, quantile": 0.779,
+        "numeral, log": 0.778, "numeral, integer": 0.787, "numeral, integer, bases 2 3 5 7": 0.783},
+    11: {"quantile": 0.764, "piecewise": 0.776, "periodic": 0.756, "periodic, log1p": 0.777, "numeral, quantile": 0.780,
+         "numeral, log": 0.780, "numeral, integer": 0.777, "numeral, integer, bases 2 3 5 7": 0.779},
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -483,4 +569,6 @@ def test_planted_number(single, period):
             )
         found[name] = float(np.mean(aucs))
         print(f"{name}: {found[name]:.4f}  {[round(a, 4) for a in aucs]}")
+    least = MEASURED_LEAST[period]
+    assert {name: found[name] for name in least if found[name] < least[name]} == {}
     assert found["numeral, integer"] > found["standardise"] + 0.02

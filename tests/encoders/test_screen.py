@@ -82,6 +82,12 @@ def test_vectors_that_cannot_be_rounded_well_have_no_integers(bad: str) -> None:
     assert screen.Screen.of(vectors, query) is None
 
 
+def test_vectors_of_one_number_have_no_integers() -> None:
+    assert screen.Screen.of(randn(5_000, 2), randn(4, 2)) is not None
+    with mock.patch.object(screen, "COARSE", 100):
+        assert screen.Screen.of(randn(5_000, 1), randn(4, 1)) is None
+
+
 def test_an_entry_above_those_looked_at_first_is_not_cut() -> None:
     vectors, query = randn(5_000, 16), randn(4, 16)
     vectors[4_001, 3] = 9.0  # 4,001 is not among every second vector
@@ -187,6 +193,11 @@ def test_machines_without_integer_products_are_told() -> None:
         with mock.patch.object(torch, "_int_mm", lambda a, b: (a.float() @ b.float()).int() + 1):
             assert not screen.has_integers()
         screen.has_integers.cache_clear()
+        for wrong in (2, 40):  # at one width alone
+            fails = lambda a, b, wrong=wrong: (a.float() @ b.float()).int() + (a.shape[1] == wrong)  # noqa: E731
+            with mock.patch.object(torch, "_int_mm", fails):
+                assert not screen.has_integers()
+            screen.has_integers.cache_clear()
         with mock.patch.object(torch, "_int_mm", side_effect=RuntimeError("not here")):
             assert not screen.has_integers()
     screen.has_integers.cache_clear()

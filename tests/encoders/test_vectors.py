@@ -13,7 +13,7 @@ import torch
 from toylog import make_data, make_log, make_run
 
 from unbraid import config
-from unbraid.bundle import Bundle, Predictor, build
+from unbraid.bundle import Bundle, Predictor, build, warm_start
 from unbraid.data.encode import encode
 from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
@@ -57,7 +57,7 @@ def test_raw_and_projected():
     module = Projected().build(WIDTHS, 4, 0.01)
     out = module(given)
     assert module.widths == dict.fromkeys(WIDTHS, 4) and list(out) == list(WIDTHS)
-    for (name, x), linear in zip(given.items(), module.linears, strict=True):
+    for (name, x), linear in zip(given.items(), module.linears.values(), strict=True):
         torch.testing.assert_close(out[name], x @ linear.weight.T + linear.bias, **CLOSE)
 
 
@@ -235,6 +235,23 @@ def test_a_bundle_serves_rows_as_training_read_them(single, member, tmp_path):
     np.testing.assert_allclose(served, here.numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize("domain", ["", "site"])
+@pytest.mark.parametrize("member", [Raw(), Projected(), Hashed(bits=7), Similarity(pairs=(("v0", "v5"),))],
+                         ids=lambda m: m.kind)  # fmt: skip
+def test_a_warm_start_of_every_member(single, tmp_path, member, domain):
+    """Six vectors and three domains, which have other codes in the new model."""
+    given = tuple(Feature(name, column="text_vector", kind="vector") for name in ("v0", "v1", "v2", "v3", "type", "v5"))
+    data = make_data(cache=str(tmp_path), domain=domain, features=(Feature("item"), *given))
+    table = Encoded(encode(data, tables={"log": make_log(300)}))
+    run = make_run(data=data, model=config.ModelChoice(vectors=member))
+    old, new = build(run, table.schema), build(replace(run, seed=5), table.schema)
+    domains = table.schema.domains
+    turned = replace(table.schema, domains=(*domains[:2], *domains[:1:-1]))
+    counts = warm_start(new, replace(table.fitted, schema=turned), Bundle(run, table.fitted, old, {}, None))
+    assert counts["tensors new"] == counts["rows new"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values(), strict=True))
+
+
 def test_a_missing_vector_reads_the_missing_row(single, tmp_path):
     log = make_log().with_columns(text_vector=pl.when(pl.col("user") == 3).then(None).otherwise(pl.col("text_vector")))
     table = Encoded(encode(make_data(cache=str(tmp_path)), tables={"log": log}))
@@ -286,4 +303,5 @@ def test_planted_cosine(single):
             )
         found[name] = float(np.mean(aucs))
         print(f"{name}: {found[name]:.4f}  {[round(a, 4) for a in aucs]}")
-    assert found["similarity"] > 0.6
+    assert found["similarity"] > found["raw"] + 0.01 and found["similarity"] > found["hashed"] + 0.02
+    assert found["raw"] > 0.8 and found["projected"] > 0.8 and found["hashed"] > 0.8, "of .843, .838 and .819 measured"

@@ -62,12 +62,23 @@ def test_value_and_gradient(groups, pooled, flat):
 def test_groups_pairs_and_shapes():
     module = GwPFM(groups=GROUPS, pooled="pairs", flat=False).build(WIDTHS)
     assert module.groups == {**GROUPS, "": ("hour",)} and module.k == 2
-    whole = [("who", "who"), ("who", "what"), ("who", ""), ("what", "what"), ("what", "")]
+    assert list(module.groups) == ["what", "who", ""], "by name, and the rest at last"
+    whole = [("what", "what"), ("what", "who"), ("what", ""), ("who", "who"), ("who", "")]
     assert module.pairs == whole, "a group of one field has no pair with itself"
     assert module.width == 10 and module.weights.tolist() == [1] * 5
     assert GwPFM(groups=GROUPS, flat=False).build(WIDTHS).width == 2
     everything = GwPFM(groups={"a": ("user", "item"), "b": ("price", "shop", "hour")}).build(WIDTHS)
     assert list(everything.groups) == ["a", "b"] and everything.k == 3
+
+
+@pytest.mark.parametrize("pooled", ["vector", "pairs"])
+def test_equal_groups_are_equal_models_in_any_order(pooled):
+    one, other = GwPFM(groups=GROUPS, pooled=pooled), GwPFM(groups=dict(reversed(GROUPS.items())), pooled=pooled)
+    assert one == other and list(one.groups) != list(other.groups)
+    mine, theirs, view = one.build(WIDTHS), other.build(WIDTHS), view_of(WIDTHS)
+    mine.weights.data.normal_()
+    theirs.load_state_dict(mine.state_dict())
+    assert torch.equal(mine(view), theirs(view))
 
 
 def test_one_group_is_fm():
@@ -80,7 +91,7 @@ def test_as_many_groups_as_fields_is_ffm():
     widths = dict.fromkeys("abcde", 10)
     view = view_of(widths)
     module = GwPFM(groups={n.upper(): (n,) for n in "cadbe"}, pooled="scalar", flat=False).build(widths)
-    sub = {(i, j): view[i][:, 2 * g : 2 * g + 2] for i in widths for g, j in enumerate("cadbe")}
+    sub = {(i, j): view[i][:, 2 * g : 2 * g + 2] for i in widths for g, j in enumerate("abcde")}
     ffm = sum((sub[i, j] * sub[j, i]).sum(1, keepdim=True) for i, j in combinations(widths, 2))
     torch.testing.assert_close(module(view), ffm, **EXACT)
     assert module.weights.shape == (10,)
@@ -88,7 +99,7 @@ def test_as_many_groups_as_fields_is_ffm():
 
 def test_a_part_hears_only_of_its_partner_group():
     module, view = GwPFM(groups=GROUPS, flat=False, pooled="pairs").build(WIDTHS), view_of(WIDTHS, grads=True)
-    for pair, mine in ((("who", "what"), [2, 3]), (("who", "who"), [0, 1]), (("who", ""), [4, 5])):
+    for pair, mine in ((("what", "who"), [0, 1]), (("who", "who"), [2, 3]), (("who", ""), [4, 5])):
         out = module(view).view(7, 5, 2)[:, module.pairs.index(pair)]
         (grad,) = torch.autograd.grad(out.sum(), view["user"])
         assert sorted(set(grad.nonzero()[:, 1].tolist())) == mine

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.job import JobError, bound_terms, train
-from unbraid.losses.ranking import Ranking
+from unbraid.losses.ranking import Ranking, lists_of
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads, Model
 from unbraid.optim.joint import Joint
@@ -71,7 +72,7 @@ def random_batch(seed: int = 3) -> Batch:
     y[~observed] = math.nan
     meta = {
         "sampling_rate.click": rate,
-        "user": torch.randint(3, (B,), generator=g) * 10**15,
+        "user": torch.randint(3, (B,), generator=g) * 10**15,  # 0: no user
         "request": torch.randint(-1, 2, (B,), generator=g),
     }
     domain = torch.randint(2, 4, (B,), generator=g)
@@ -82,7 +83,7 @@ def key_of(batch: Batch, within: str, i: int) -> Any:
     user, request = int(batch.meta["user"][i]), int(batch.meta["request"][i])
     if within == "request":
         return None if request < 0 else (user, request)
-    return {"batch": 0, "user": user, "domain": int(batch.domain[i])}[within]
+    return {"batch": 0, "user": user or None, "domain": int(batch.domain[i])}[within]
 
 
 def in_loops(form: str, z: Tensor, batch: Batch, within: str) -> Tensor:
@@ -141,6 +142,24 @@ def test_requests_without_users_are_their_own_contexts() -> None:
     torch.testing.assert_close(
         value("pair", z, nobody, within="request"), in_loops("pair", z, want, "request"), **EXACT
     )
+
+
+def test_rows_without_a_user_or_a_request_are_in_no_context(tmp_path: Any) -> None:
+    log = make_log().with_columns(user=None, request=None).with_columns(pl.col("user", "request").cast(pl.Int64))
+    data = make_data(request="request", histories=(), events=(), fields=(), cache=str(tmp_path))
+    encoded = Encoded(encode(data, tables={"log": log}))
+    batch = encoded.batch(np.arange(50))
+    for within in ("user", "request"):
+        assert lists_of(Task("click"), batch, within) is None
+    assert lists_of(Task("click"), batch, "batch") is not None
+
+
+def test_pairs_of_tiny_weights_are_finite() -> None:
+    batch = make_batch([1, 0, 1, 0, 0], weight=torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert batch.weight is not None
+    z = torch.tensor([0.1, -2.0, 1.0, 0.5, 3.0])
+    tiny = replace(batch, weight=batch.weight * 1e-25)  # of a context the product is 0 in float32
+    torch.testing.assert_close(value("pair", z, tiny), value("pair", z, batch))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -397,8 +416,18 @@ def test_a_run_adds_it_to_the_tasks_own_loss(form: Any, within: Any) -> None:
     losses = (Supervised(weight=0.9), Ranking(form=form, within=within, weight=0.1))
     run = run_of(*losses, two=form == "jrc", data=data)
     result = train(run, tables={"log": make_log()}, baseline=False)
-    assert result.metrics["test"]["click"]["auc"]["value"] > 0
+    alone = train(
+        replace(run_of(Supervised(weight=0.9), data=data), seed=run.seed), tables={"log": make_log()}, baseline=False
+    )
+    heads = [r.bundle.model.state_dict()["heads.task/click.linears.0.weight"] for r in (result, alone)]
+    assert heads[0].isfinite().all() and not torch.equal(heads[0][-1], heads[1][-1]), "it moved the model"
     assert len(bound_terms(run, result.bundle.model.schema, result.bundle.model)) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ranking_alone_is_refused(form: Any) -> None:
+    with pytest.raises(JobError, match="Task click, buy has the loss `ranking` alone, .* supervised, focal or esmm"):
+        train(run_of(Ranking(form=form), two=form == "jrc"), tables={"log": make_log()}, baseline=False)
 
 
 def test_resumed_runs_draw_the_same_pairs(tmp_path: Any) -> None:

@@ -23,12 +23,13 @@ from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded, order, steps_per_epoch
 from unbraid.encoders.table import Views
 from unbraid.job import JobError, bound_terms, train
+from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.schedules import online
 from unbraid.schedules.online import Online, plot
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.stem import STEM
-from unbraid.train import Local, Training
+from unbraid.train import Local, Training, Watcher
 from unbraid.types import Feature, Task
 
 DAY, HOUR = 86_400, 3_600
@@ -415,8 +416,44 @@ def test_metrics_report_and_figure(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         orange.get_ydata(), np.array([p["frozen"]["click"]["pcoc"] for p in found["periods"]], float)
     )
-    with pytest.raises(KeyError):
-        plot(found, "nothing")
+    for wrong in ("nothing", "spend", "size"):
+        with pytest.raises(ValueError, match=r"should be a binary task, among \['click', 'buy'\]. Found " + wrong):
+            plot(found, wrong)
+
+
+def test_the_report_tells_predicted_rows_from_trained_ones() -> None:
+    schedule = Online(period=DAY, first=4, wait=2.0 * DAY)
+    result = train(toy(schedule), tables=TABLES, baseline=False)
+    found, rows = result.metrics["schedule"], result.metrics["rows"]
+    predicted = sum(period["rows"] for period in found["periods"])
+    assert found["trained"] + found["waiting"] == rows["train"] + rows["valid"] == found["first"] + predicted
+    assert found["waiting"] > 0 and found["first"] > 0
+    text = schedule.report(found)
+    assert f"Rows predicted: {predicted}. Rows trained on: {found['first']} of the first periods, " in text
+    rest = (
+        f"{predicted - found['waiting']} of those predicted. Rows that still wait for their labels: {found['waiting']}."
+    )
+    assert rest in text
+
+
+class Notes(Watcher):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(
+    ("by", "late", "warned"), [("domain", True, True), ("domain", False, False), ("task", True, False)]
+)
+def test_heads_per_domain_and_a_domain_that_training_never_had(by: Any, late: bool, warned: bool) -> None:
+    site = pl.when(pl.lit(late) & (pl.col("time") > 600 * 10**6)).then(pl.lit("new")).otherwise(pl.col("site"))
+    run = toy(Online(first=2))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, heads=Heads(by=by)))
+    notes = Notes()
+    train(run, tables={"log": TABLES["log"].with_columns(site=site)}, baseline=False, watcher=notes)
+    assert warned == any("domains that the training split does not have: they share one head" in n for n in notes.said)
 
 
 def test_the_metrics_of_a_period_are_those_of_the_formulas() -> None:

@@ -135,6 +135,29 @@ def test_rows_without_a_known_domain_do_not_write_domains(config, kind):
     assert len(own) >= 6 and all(p.grad is None for p in own)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("config", "kind"), TOWERS)
+@pytest.mark.parametrize("codes", [(0, 1, 0), (4, 4), ()])
+def test_gates_have_their_shape_and_type_in_any_batch(config, kind, codes):
+    tower, count = domain_tower(config, kind)
+    n = len(codes)
+    out = tower(hidden_of(n, count), torch.tensor(codes, dtype=torch.int64), torch.ones(n).bool())
+    pool = {"stem": 4, "ple": 4, "stem_al": 3}.get(config.kind, 0) + getattr(config, "task_experts", 1) - 1
+    assert out.trunk.shape == (n, 6) and all(out.tasks[task].shape == (n, 5) for task in TASKS)
+    for name in tower.gives:
+        whole = tower(hidden_of(3, count), torch.tensor(KNOWN), torch.ones(3).bool()).extras[name]
+        assert out.extras[name].shape == (n, whole.shape[1]) and out.extras[name].dtype == torch.float64
+        assert whole.shape[1] > 2 or not pool
+        assert (4 in codes and config.kind != "stem_al") == bool(out.extras[name].any())
+
+
+@pytest.mark.parametrize(("config", "kind"), TOWERS)
+def test_an_empty_batch(encoded, config, kind):
+    model = model_of(encoded, config, kind)
+    for training in (True, False):
+        assert model.train(training)(some(encoded, n=0)).logits["click"].shape == (0,)
+
+
 # --------------------------------------------------------------------------------------------------------------- absence
 def of_domain(model, at):
     """Names of what belongs to one domain: tables, encoders, interaction, experts, gate."""
@@ -255,6 +278,20 @@ def test_by_domain_needs_views_of_owners(kind):
 def test_towers_that_have_no_state_per_owner_are_refused(encoded, tower):
     with pytest.raises(ValueError, match=f"Tower `{tower.kind}` reads"):
         model_of(encoded, tower, "per_task")
+
+
+def test_main_names_domains(encoded):
+    home, other = "home", STEMAL(main=("search", "home"), **LAYERED)
+    names = {f"domain{n}": name for n, name in enumerate(encoded.schema.domains[2:])}
+    model = model_of(encoded, other, "separate")
+    assert [names[name] for name in model.tower.inner.auxiliary] == ["mail"]
+    view = next(view for view, name in names.items() if name == home)
+    one, same = (model_of(encoded, STEMAL(main=(name,)), "separate").tower.inner.auxiliary for name in (home, view))
+    assert one == same and view not in one and len(one) == 2
+    with pytest.raises(ValueError) as error:
+        model_of(encoded, STEMAL(main=("home", "post")), "separate")
+    domains = list(encoded.schema.domains[2:])
+    assert str(error.value) == f"Parameter `main` should name domains, among {domains}. Found ['post']."
 
 
 def test_second_heads_are_refused(encoded):

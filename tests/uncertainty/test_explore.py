@@ -186,9 +186,24 @@ def test_requests_share_their_draw(tmp_path: Path) -> None:
     made = with_uncertainty(
         train(run(request="request"), tables={"log": log}, baseline=False).bundle, tables={"log": log}
     )
-    twice = pl.concat([log.tail(1), log.tail(1), log.tail(1).with_columns(request=pl.lit(99999, pl.Int64))])
-    chosen = Predictor(made).predict(twice, {"log": log}, explore=Thompson(0))["click_explore"].to_list()
-    assert chosen[0] == chosen[1] != chosen[2]
+    row, numbers = log.tail(1), pl.Series([5, 5, 99999, None, None])
+    several = pl.concat([row] * 5).with_columns(request=numbers)
+    chosen = Predictor(made).predict(several, {"log": log}, explore=Thompson(0))["click_explore"].to_list()
+    assert chosen[0] == chosen[1] and len(set(chosen)) == 4, "rows of no request are alone"
+    other = pl.concat([row] * 2).with_columns(request=5, user=pl.Series([1, 2]))
+    assert len(set(requests(Predictor(made).scores(other, {"log": log})))) == 2, "requests nest in users"
+
+
+def test_requests_without_users() -> None:
+    log = make_log().with_columns(request=pl.int_range(pl.len()) // 4)
+    nobody = run(request="request", user="", histories=(), events=(), fields=())
+    done = train(nobody, tables={"log": log}, baseline=False)
+    assert done.metrics["test"]["click"]["ndcg@5"]["value"] is not None
+    assert done.metrics["test"]["click"]["ndcg@5"]["low"] < done.metrics["test"]["click"]["ndcg@5"]["high"]
+    made = with_uncertainty(done.bundle, tables={"log": log})
+    several = pl.concat([log.tail(1)] * 5).with_columns(request=pl.Series([5, 5, 6, None, None]))
+    chosen = Predictor(made).predict(several, {"log": log}, explore=Thompson(0))["click_explore"].to_list()
+    assert chosen[0] == chosen[1] and len(set(chosen)) == 4
 
 
 def test_without_uncertainty_the_command_is_named() -> None:
@@ -232,6 +247,12 @@ def test_ensembles_that_make_no_sense_are_refused() -> None:
     other = train(run(tasks=TASKS[:2]), tables=LOG, baseline=False).bundle
     with pytest.raises(UncertaintyError, match="the same tasks. Number 0 has .* number 2 "):
         Ensemble([one, one, other])
+    swapped = run(tasks=(Task("click", column="buy"), Task("buy", column="click")))
+    given = run(tasks=(Task("click"), Task("buy", given="click")))
+    plain = train(run(tasks=TASKS[:2]), tables=LOG, baseline=False).bundle
+    for strange, what in ((swapped, "label buy"), (given, "given click")):
+        with pytest.raises(UncertaintyError, match=f"the same tasks. .* number 1 .*{what}"):
+            Ensemble([plain, train(strange, tables=LOG, baseline=False).bundle])
     made = replace(run(tasks=(replace(TASKS[3], role="target"),)), training=Training(steps=2, metric="accuracy"))
     classes = train(made, tables=LOG, baseline=False).bundle
     with pytest.raises(UncertaintyError, match="for binary and real tasks"):
@@ -289,8 +310,18 @@ def test_the_commands(here: Path) -> None:
     assert both.columns == unsure.columns and not both.equals(unsure)
     assert "--explore should be thompson or ucb. Found greedy" in fails("--explore", "greedy")
     assert "`share` should be" in fails("--explore", "thompson", "--share", "user")
+    for option, value in (("--strength", 1), ("--seed", 1), ("--share", "row")):
+        assert f"{option}: it is for --explore, which is not given" in fails(option, value)
+        if option != "--strength":
+            assert f"{option}: --explore ucb does not read it" in fails("--explore", "ucb", option, value)
     assert "`beta` should be" in fails("--explore", "ucb", "--strength", -1)
     bad = call("uncertainty", here / "a", "--prior", 0)
     assert bad.exit_code == 2 and "`prior` should be positive" in bad.stderr
+    assert "trained on" not in call("evaluate", here / "b", "--split", "valid").stderr
+    stream = (here / "run.toml", "--out", here / "c", "--no-baseline", "--set", "schedule.kind=online")
+    assert (done := call("train", *stream)).exit_code == 0, done.output
+    said = {split: call("evaluate", here / "c", "--split", split).stderr for split in ("train", "valid", "test")}
+    assert "! schedule online trained on the valid rows, too" in said["valid"]
+    assert "trained on" not in said["train"] + said["test"]
     again = call("train", here / "run.toml", "--out", here / "a", "--overwrite", "--no-baseline")
     assert again.exit_code == 0 and not (here / "a" / "uncertainty.safetensors").exists()

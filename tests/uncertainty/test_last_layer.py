@@ -11,11 +11,14 @@ import torch
 from toylog import make_data, make_log, make_run
 
 from unbraid import store
-from unbraid.bundle import Bundle, BundleError, Predictor, build, with_uncertainty
+from unbraid.bundle import Bundle, BundleError, Predictor, build, trained_splits, with_uncertainty
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.job import clear, train
+from unbraid.losses.ranking import Ranking
+from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads
+from unbraid.schedules.online import Online
 from unbraid.train import Training, predict
 from unbraid.types import Schema, Task
 from unbraid.uncertainty.last_layer import LastLayer, Linear, Logistic, UncertaintyError, fit, posterior
@@ -230,14 +233,26 @@ def test_the_training_rows_of_a_model_are_summed(by: str) -> None:
 
 def test_weights_and_rates_of_rows_count() -> None:
     log = make_log()
-    half = with_uncertainty(trained(tasks=(Task("click", sampling_rate=0.5),)), tables={"log": log}).uncertainty
+    sampled = trained(tasks=(Task("click", sampling_rate=0.5),))
+    half = with_uncertainty(sampled, tables={"log": log}).uncertainty
+    encoded = Encoded(encode(sampled.run.data, tables={"log": log}, fitted=sampled.fitted))
+    scores = predict(sampled.model, encoded.in_order(encoded.split("train"), 1000), encoded.schema, hidden=True)
+    z = scores.logits["click"].astype(float) - np.log(0.5)
+    x = np.c_[scores.hidden["click"].astype(float), np.ones(len(z))]
+    assert half is not None
+    np.testing.assert_allclose(
+        half.tasks["click"].information[0], np.einsum("n,ni,nj->ij", np.exp(z) / (1 + np.exp(z)) ** 2, x, x), rtol=1e-6
+    )
     encoded = Encoded(encode(make_data(tasks=(Task("click"),), weight="shop + 0.0"), tables={"log": log}))
     model = build(make_run(), encoded.schema)
     scores = predict(model, encoded.in_order(encoded.split("train"), 1000), encoded.schema, hidden=True)
     got = fit(model, [scores], encoded.schema).tasks["click"]
     z, x = scores.logits["click"].astype(float), np.c_[scores.hidden["click"].astype(float), np.ones(len(scores.row))]
     count = scores.weight * np.exp(z) / (1 + np.exp(z)) ** 2
-    close(got.information[0], np.einsum("n,ni,nj->ij", count, x, x))
+    close(
+        got.information[0],
+        np.einsum("n,ni,nj->ij", count, x, x) / scores.weight[scores.weight > 0].astype(float).mean(),
+    )
     assert got.rows[0] == (scores.weight > 0).sum() < len(z)
     rated = replace(scores, meta={**scores.meta, "sampling_rate.click": np.full(len(z), 0.25)}, weight=None)
     moved = replace(scores, logits={"click": scores.logits["click"].astype(float) + np.log(4.0)}, weight=None)
@@ -245,7 +260,64 @@ def test_weights_and_rates_of_rows_count() -> None:
         fit(model, [rated], encoded.schema).tasks["click"].information,
         fit(model, [moved], encoded.schema).tasks["click"].information,
     )
-    assert half is not None
+
+
+def test_the_unit_of_weights_does_not_matter() -> None:
+    tasks = (Task("click"), Task("spend", kind="real"))
+    encoded = Encoded(encode(make_data(tasks=tasks, weight="shop + 0.0"), tables=LOG))
+    model = build(make_run(), encoded.schema)
+    parts = [predict(model, [b], encoded.schema, hidden=True) for b in encoded.in_order(encoded.split("train"), 100)]
+    heavy = [replace(s, weight=s.weight * 1000.0) for s in parts]
+    one, other = (fit(model, each, encoded.schema) for each in (parts, heavy))
+    for name in ("click", "spend"):
+        a, b = one.tasks[name], other.tasks[name]
+        hidden = parts[0].hidden[name]
+        np.testing.assert_allclose(a.variance(hidden), b.variance(hidden), rtol=1e-6)
+        assert abs(a.mass - a.rows.sum()) < 1e-6 and abs(b.unit / a.unit - 1000) < 1e-3
+        label = parts[0].labels[name] if name == "spend" else np.full(len(hidden), 0.3)
+        plain, weighted = (posterior({**b.state_dict(), "information": b.information.copy()}) for _ in range(2))
+        weighted.rows, plain.rows = b.rows.copy(), b.rows.copy()
+        weighted.update(hidden, label, np.full(len(hidden), b.unit))
+        plain.update(hidden, label)
+        np.testing.assert_allclose(plain.variance(hidden), weighted.variance(hidden), rtol=1e-9)
+    one.update(parts[0])
+    other.update(heavy[0])
+    np.testing.assert_allclose(one.tasks["click"].information, other.tasks["click"].information, rtol=1e-6)
+
+
+def test_several_heads_need_the_rows_domain() -> None:
+    hidden, p, _ = rows()
+    for kind in (Logistic, Linear):
+        got = kind(np.zeros((3, 4)))
+        for call in (got.variance, got.roots, lambda h, got=got: got.update(h, p)):
+            with pytest.raises(ValueError, match="There are 3 heads, one per domain: say which one each row has"):
+                call(hidden)
+        assert got.rows.sum() == 0 and not got.information.any() and got.mass == 0
+
+
+@pytest.mark.parametrize("by", ["task", "domain"])
+def test_of_two_logits_the_difference_has_the_posterior(by: Any) -> None:
+    run = make_run(losses=(Supervised(), Ranking(form="jrc")))
+    run = replace(run, model=replace(run.model, heads=Heads(by=by, two=True)))
+    found = with_uncertainty(train(run, tables=LOG, baseline=False).bundle, tables=LOG)
+    scores, beliefs = Predictor(found).beliefs(LOG["log"], LOG)
+    assert found.uncertainty is not None
+    for name in ("click", "buy"):
+        x = np.c_[scores.hidden[name].astype(float), np.ones(len(scores.row))]
+        w = found.uncertainty.tasks[name].weights
+        assert w.shape[0] == (1 if by == "task" else 5)
+        np.testing.assert_allclose((x * w[beliefs[name].head]).sum(1), scores.logits[name], atol=1e-5)
+
+
+def test_after_a_stream_its_validation_rows_count_too() -> None:
+    plain = make_run()
+    streamed = replace(plain, schedule=Online(first=2))
+    for run, splits in ((plain, ["train"]), (streamed, ["train", "valid"])):
+        bundle = train(run, tables=LOG, baseline=False).bundle
+        found = with_uncertainty(bundle, tables=LOG).uncertainty
+        assert found is not None and trained_splits(run) == tuple(splits)
+        encoded = Encoded(encode(run.data, tables=LOG, fitted=bundle.fitted))
+        assert found.tasks["click"].rows.sum() == sum(len(encoded.split(name)) for name in splits)
 
 
 def test_it_is_saved_with_the_bundle(tmp_path: Any) -> None:
@@ -264,6 +336,9 @@ def test_it_is_saved_with_the_bundle(tmp_path: Any) -> None:
     (tmp_path / "b" / "uncertainty.safetensors").write_bytes(b"damaged")
     with pytest.raises(BundleError, match="uncertainty.safetensors"):
         Bundle.load(tmp_path / "b")
+    replace(unsure, uncertainty=None).save(tmp_path / "b")
+    assert Bundle.load(tmp_path / "b").uncertainty is None, "none is left of another model"
+    (tmp_path / "b" / "uncertainty.safetensors").write_bytes(b"damaged")
     clear(tmp_path / "b")
     assert not list((tmp_path / "b").iterdir()), "`--overwrite` knows the file"
 
@@ -284,11 +359,15 @@ def test_a_state_comes_back(tmp_path: Any) -> None:
 def test_other_weights_are_refused() -> None:
     unsure = with_uncertainty(trained(), tables=LOG)
     Predictor(unsure).predict(LOG["log"], LOG, uncertainty=True)
-    with torch.no_grad():
-        unsure.model.heads["task/buy"].linears[0].bias += 1e-3  # type: ignore[index,union-attr]
-    Predictor(unsure).predict(LOG["log"], LOG)
-    with pytest.raises(UncertaintyError, match="other weights than the model's .task `buy`"):
+    for name, weight in unsure.model.named_parameters():
+        with torch.no_grad():
+            weight[0] += 1e-3
+        Predictor(unsure).predict(LOG["log"], LOG)
+        with pytest.raises(UncertaintyError, match="belongs to other weights than the model's. Make it again"):
+            Predictor(unsure).predict(LOG["log"], LOG, uncertainty=True)
+        unsure = replace(unsure, uncertainty=LastLayer.of(unsure.model, unsure.fitted.schema))
         Predictor(unsure).predict(LOG["log"], LOG, uncertainty=True)
+        assert name
 
 
 def test_a_model_of_classes_alone_has_none() -> None:

@@ -157,7 +157,6 @@ class Collapse:
     def _reads(model: Model, schema: Schema, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """vocabulary -> (V,) how often each row was read by features, and by events where they read the view's tables."""
         of_features = {f.name: f.vocab for f in schema.features if f.kind in ("id", "bag")}
-        events = model.embeddings.roles["value"].reads != "target"
         sizes = model.embeddings.sizes
         counts = {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
 
@@ -168,10 +167,12 @@ class Collapse:
             for name, vocabulary in of_features.items():
                 value = batch.features[name]
                 count(vocabulary, value.values[name] if isinstance(value, Ragged) else value)
-            for history in schema.histories if events else ():
+            for history in schema.histories:
                 packed = cast(Ragged, batch.features[history.name])
                 for name in history.fields:
-                    count(schema.field_vocabulary(name), packed.values[name])
+                    vocabulary, roles = model._reads[f"{history.name}.{name}"]
+                    if "value" in roles:
+                        count(vocabulary, packed.values[name])
         return counts
 
     def _measured(self, product: Tensor, rows: int) -> dict[str, Any]:

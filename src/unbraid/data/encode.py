@@ -51,7 +51,7 @@ from unbraid.data.vocabulary import canonical, canonical_type
 from unbraid.store import atomic_folder
 from unbraid.types import Feature, Schema
 
-FORMAT = 3  # raise it when the folder's layout or the meaning of a column changes
+FORMAT = 4  # raise it when the folder's layout or the meaning of a column changes
 CHUNK = 200_000
 
 
@@ -301,9 +301,10 @@ def write_rows(
         columns.append("domain", codes_of(fitted, "domain ", frame["domain"], "data.domain"))
     for role in ("user", "request"):
         if role in frame.columns:
-            hashes = vocabulary.stable_hash(frame[role])
-            # a request below 0 would mean none; half the bits of a user would be lost for nothing
-            columns.append(role, (hashes >> np.uint64(1) if role == "request" else hashes).view(np.int64))
+            hashes = vocabulary.stable_hash(frame[role])  # a user of 0 is none
+            if role == "request":  # below 0 is none
+                hashes = np.where(frame[role].is_null().to_numpy(), ~np.uint64(0), hashes >> np.uint64(1))
+            columns.append(role, hashes.view(np.int64))
     if "time" in frame.columns:
         if frame["time"].null_count():
             raise DataError(f"Column `{data.time}`: {frame['time'].null_count():,} rows have no time.")

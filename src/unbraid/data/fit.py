@@ -52,8 +52,10 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
     train = plan.filter(pl.col(SPLIT) == 0)
     progress("fitting vocabularies", 0, 0)
     vocabularies = _fit_vocabularies(data, base, tables, train, schema, grow)
-    numbers = {f.name: _fit_number(f, train, schema) for f in data.features if f.kind == "number"}
-    quantiles = {name: _fit_quantiles(f, train, schema) for f in data.features if (name := f.name) in numbers}
+    learnt = {f.name: _fit_number(f, train, schema) for f in data.features if f.kind == "number"}
+    numbers = {name: found for name, (found, _, _) in learnt.items()}
+    quantiles = {name: found for name, (_, found, _) in learnt.items()}
+    whole = {name: found for name, (_, _, found) in learnt.items()}
     widths = {f.name: _fit_width(f, train, schema) for f in data.features if f.kind == "vector"}
     classes = {t.name: _fit_classes(t.source, t.name, train, schema) for t in data.tasks if t.kind == "multiclass"}
     domains = tuple(vocabularies["domain "].names()) if data.domain else ("(unknown)", "(missing)", "all")
@@ -62,12 +64,8 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
         sizes[GAP] = GAP_BUCKETS
     if ranked := [history.length for history in data.histories if POSITION in history.fields]:
         sizes[POSITION] = FIRST_VALUE + max(ranked)
-    return Fitted(
-        Schema(
-            data.features, data.tasks, data.histories, data.fields, domains, sizes, widths, numbers, classes, quantiles
-        ),
-        vocabularies,
-    )
+    declared = data.features, data.tasks, data.histories, data.fields
+    return Fitted(Schema(*declared, domains, sizes, widths, numbers, classes, quantiles, whole), vocabularies)
 
 
 def _check_split(data: Data, plan: pl.LazyFrame) -> None:
@@ -224,24 +222,26 @@ def number_expression(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
     return expr.sign() * expr.abs().log1p() if feature.transform == "log1p" else expr
 
 
-def _fit_number(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[float, float]:
-    expr = number_expression(feature, schema)
-    mean, std, bad = train.select(
-        expr.mean().alias("m"), expr.std(ddof=0).alias("s"), (~expr.is_finite()).sum().alias("bad")
-    ).collect(engine="streaming").row(0)  # fmt: skip
-    refuse_bad_numbers(feature, bad)
-    if mean is None or std is None or std <= 2.0**-23 * abs(mean):
-        return (mean or 0.0, 1.0)  # an empty or (in single precision) constant column becomes 0
-    # threads sum in any order: single precision hides it, so that every run learns the same numbers
-    return (float(np.float32(mean)) if abs(mean) > 1e-9 * std else 0.0, float(np.float32(std)))
+def _fit_number(
+    feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]
+) -> tuple[tuple[float, float], tuple[float, ...], bool]:
+    """(mean, deviation), values at evenly spaced ranks, () of an empty column, and: are all whole, and exact as they are?
 
-
-def _fit_quantiles(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[float, ...]:
-    """Values at evenly spaced ranks, which no order of threads changes; () of an empty column.  One column is held in memory."""
+    One column is held in memory, sorted, so that no order of threads changes what is learnt.
+    """
     found = train.select(number_expression(feature, schema).drop_nulls().sort().alias("x"))
     values = found.collect(engine="streaming")["x"].to_numpy()
-    at = np.arange(QUANTILES) * max(len(values) - 1, 0) // (QUANTILES - 1)
-    return tuple(values[at].tolist()) if len(values) else ()
+    refuse_bad_numbers(feature, int((~np.isfinite(values)).sum()))
+    if not len(values):
+        return (0.0, 1.0), (), True
+    quantiles = tuple(values[np.arange(QUANTILES) * (len(values) - 1) // (QUANTILES - 1)].tolist())
+    whole = bool((values == np.trunc(values)).all() and max(-values[0], values[-1]) <= 2**53)
+    mean, std = float(values.mean()), float(values.std())
+    if std <= 2.0**-23 * abs(mean):
+        return (mean, 1.0), quantiles, whole  # a (in single precision) constant column becomes 0
+    # single precision, so that a sum in another order teaches the same numbers
+    scale = float(np.float32(mean)) if abs(mean) > 1e-9 * std else 0.0, float(np.float32(std))
+    return scale, quantiles, whole
 
 
 def refuse_bad_numbers(feature: Feature, bad: int | None) -> None:

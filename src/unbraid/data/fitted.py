@@ -74,4 +74,5 @@ def _schema(plain: dict) -> Schema:
         numbers={name: (mean, std) for name, (mean, std) in plain["numbers"].items()},
         classes={name: tuple(values) for name, values in plain["classes"].items()},
         quantiles={name: tuple(values) for name, values in plain.get("quantiles", {}).items()},  # older ones have none
+        whole=plain.get("whole", {}),
     )

@@ -99,7 +99,7 @@ class Encoded:
             elif f.kind == "number":
                 mean, std = self.schema.numbers[f.name]
                 exact = column[rows]
-                value = (exact.astype(np.float32) - np.float32(mean)) / np.float32(std)
+                value = ((exact.astype(np.float64) - mean) / std).astype(np.float32)  # near values stay apart
                 missing = np.isnan(value)
                 out[f.name + EXACT] = _tensor(np.where(missing, 0.0, exact)[:, None])
                 out[f.name] = _tensor(

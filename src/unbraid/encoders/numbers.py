@@ -26,18 +26,21 @@ class Spread:
         name: the feature, for messages.
         mean, std: as it is standardised.
         quantiles: its values at evenly spaced ranks, the least first and the greatest last.
+        whole: all its values are whole and exact in double precision, as far as is known.
     """
 
     name: str = ""
     mean: float = 0.0
     std: float = 1.0
     quantiles: tuple[float, ...] = (0.0, 1.0)
+    whole: bool = True
 
     @classmethod
     def of(cls, schema: Schema, name: str) -> Spread:
         """Of a feature.  A schema that knows nothing of it (written by hand, or older) gives the defaults."""
         mean, std = schema.numbers.get(name, (0.0, 1.0))
-        return cls(name, mean, std, tuple(schema.quantiles.get(name, ())) or (0.0, 1.0))
+        quantiles = tuple(schema.quantiles.get(name, ())) or (0.0, 1.0)
+        return cls(name, mean, std, quantiles, schema.whole.get(name, True))
 
     @property
     def largest(self) -> float:
@@ -76,6 +79,8 @@ class StandardisedNumber(nn.Module):
 class Rank(nn.Module):
     """A value's rank in training, in [0, 1]: linear between the quantiles, the upper end of ties.
 
+    What is less than the least of training reads as the least, what is more than the greatest as the greatest.
+
     The quantiles are saved with the model, so that a warm start keeps the ranks that its tables were trained on.
     """
 
@@ -87,13 +92,14 @@ class Rank(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """(B, 1) float64 becomes (B,) float64."""
-        known, x = self.quantiles, value[:, 0].double()
+        known = self.quantiles
+        x = value[:, 0].double().clamp(known[0], known[-1])
         last = len(known) - 1
         above = torch.searchsorted(known, x, right=True)  # known[above - 1] <= x < known[above]
         low, high = known[(above - 1).clamp(0, last)], known[above.clamp(0, last)]
         between = (x - low) / torch.where(high > low, high - low, 1.0)
         rank = (above - 1 + between) / max(last, 1)
-        return torch.where(above == 0, 0.0, torch.where(above > last, 1.0, rank))
+        return torch.where(above > last, 1.0, rank)
 
     def bucket(self, value: Tensor, count: int) -> Tensor:
         """(B,) int64 in [0, count): buckets of equal shares of the training rows, up to ties."""

@@ -72,6 +72,14 @@ class Digits(nn.Module):
         """(B, K) digits become (B, K) rows of the table: ``base * place + digit``."""
         return digits + self.first
 
+    @torch.no_grad()
+    def take(self, old: Tensor) -> None:
+        """Copy the table (b K', D) of as many places as another model needed: numbers of both keep their vectors."""
+        both = min(len(old), len(self.weight))
+        self.weight[:both] = old[:both]
+        self.weight[both :: self.base] = 0.0  # they have a 0 at every new place ..
+        self.weight[: self.base] += old[both :: self.base].sum(0)  # .. and had one at every place that fell away
+
     def forward(self, digits: Tensor) -> Tensor:
         """(B, K) int64 becomes (B, D)."""
         return nn.functional.embedding_bag(self.rows(digits), self.weight, mode="sum")
@@ -138,11 +146,11 @@ class Numeral:
         Raises ValueError for ``integer`` if training values are not whole, or too large to be exact.
         """
         if self.scale == "integer":
-            broken = [x for x in spread.quantiles if x != int(x) or abs(x) > EXACT]
-            if broken:
+            broken = [f"{x:g}" for x in spread.quantiles if x != int(x) or abs(x) > EXACT]
+            if broken or not spread.whole:
                 raise ValueError(
                     f'Number encoder `numeral` with scale = "integer" needs whole numbers up to 2^53. Feature `{spread.name}` '
-                    f'has {broken[0]:g}. Use scale = "quantile" or "log".'
+                    f'has {[*broken, "others"][0]}. Use scale = "quantile" or "log".'
                 )
         return NumeralNumber(self, spread, width, std)
 
@@ -167,7 +175,7 @@ class NumeralNumber(nn.Module):
             self.register_buffer("span", torch.tensor(spread.largest or 1.0, dtype=torch.float64))
 
     def whole(self, value: Tensor) -> Tensor:
-        """(B, 1) becomes (B,) int64: its whole number, negative where it is."""
+        """(B, 1) becomes (B,) int64: its whole number, negative where it is and not 0."""
         x = value[:, 0].double()
         if self.config.scale == "quantile":
             return self.rank.bucket(value, self.config.levels)
@@ -179,5 +187,7 @@ class NumeralNumber(nn.Module):
         """((B, 2), (B, 1)) becomes (B, width)."""
         whole = self.whole(value)
         vectors = self.numerals(whole.abs())
-        vectors = torch.where((whole < 0).unsqueeze(1), vectors + self.sign, vectors)
+        # a logarithm that is cut to 0 keeps its sign
+        negative = value < 0 if self.config.scale == "log" else (whole < 0).unsqueeze(1)
+        vectors = torch.where(negative, vectors + self.sign, vectors)
         return torch.where(number[:, 1:] > 0, self.missing, vectors)

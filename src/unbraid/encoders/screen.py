@@ -32,7 +32,13 @@ def has_integers() -> bool:
     """Does this machine multiply 8-bit integers faster than floats, and does this build of PyTorch give it, right?"""
     if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
         return False
-    a, b = (torch.arange(n * 40, dtype=torch.int32).mul_(37).remainder_(255).sub_(127).view(n, 40) for n in (5, 7))
+    return all(map(_right, (2, 40)))
+
+
+def _right(width: int) -> bool:
+    """Is a product of integers (5, D) and (7, D) right?"""
+    numbers = torch.arange(12 * width, dtype=torch.int32).mul_(37).remainder_(255).sub_(127).view(12, width)
+    a, b = numbers.split((5, 7))
     try:
         found = torch._int_mm(a.to(torch.int8), b.to(torch.int8).T)
     except (AttributeError, RuntimeError):
@@ -75,10 +81,13 @@ class Screen:
 
     @classmethod
     def of(cls, vectors: Tensor, query: Tensor, number: int = 0) -> Screen | None:
-        """(U, D) and (B, D) float32; None if rounding would be too coarse, or some number is not finite.
+        """(U, D) and (B, D) float32; None if D is 1 (`torch._int_mm` may be wrong then), rounding would be too coarse, or some
+        number is not finite.
 
         Valid until the thread makes another one of the same ``number``, whose memory it takes.
         """
+        if query.shape[1] == 1:
+            return None
         most, width = query.abs().amax(1).clamp_(min=torch.finfo(query.dtype).tiny), query.shape[1]
         some = vectors[:: max(1, len(vectors) // CHUNK)]
         # a second pass over all vectors to find their largest entry is rarely needed

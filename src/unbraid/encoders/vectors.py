@@ -63,8 +63,8 @@ class ProjectedVectors(nn.Module):
     def __init__(self, widths: Mapping[str, int], width: int) -> None:
         super().__init__()
         self.widths = dict.fromkeys(widths, width)
-        self.linears = nn.ModuleList(nn.Linear(d, width) for d in widths.values())
+        self.linears = nn.ModuleDict({f"vector/{name}": nn.Linear(d, width) for name, d in widths.items()})
 
     def forward(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """feature -> (B, width)."""
-        return {name: linear(vectors[name]) for name, linear in zip(self.widths, self.linears, strict=True)}
+        return {name: self.linears[f"vector/{name}"](vectors[name]) for name in self.widths}

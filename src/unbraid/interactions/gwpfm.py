@@ -15,7 +15,7 @@ No loop over pairs of fields: with S_(g,h) = sum of e_(i,h) over the fields i of
 within a group (S_(g,g)^2 - sum of e_(i,g)^2) / 2.  One group and r = 1 is FM; as many groups as fields and r = 1 is FFM.
 
 How this differs: the paper's body was not at hand, so the sum above is from descriptions of it, and the rest is our design.
-One table of width G k is read as G tables of width k: the G parts of a vector, in the order of the groups.  Fields of other
+One table of width G k is read as G tables of width k: the G parts of a vector, by the groups' names in order.  Fields of other
 widths are brought to that of the tables by a linear map.  r starts at 1.  The products stay vectors, or come apart by pair of
 groups, or are added up to the one number of the formula (``pooled``).  Without groups, all fields are one.
 """
@@ -50,7 +50,8 @@ class GwPFMModule(PairwiseModule):
     """Module of `GwPFM`; ``weights`` (pairs,) holds r in the order of ``pairs``, (group, group) names.
 
     Attributes:
-        groups: group -> its fields; fields that no group names are those of group ``""``, the last.
+        groups: group -> its fields, by name, as equal configs are equal models; fields that no group names are those of
+            group ``""``, the last.
         pairs: pairs of groups that have a pair of fields.
         width: k, 1 or pairs times k, and the sum of the fields' widths where ``flat``.
     """
@@ -127,12 +128,12 @@ class GwPFM(Pairwise):
             raise ValueError(f"A field should be in one group of `groups`. Found several times: {', '.join(twice)}.")
 
     def of(self, widths: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-        """Group -> its fields, the rest under ``""``.  Raises ValueError for a field that the view does not have."""
+        """Group -> its fields by name, then the rest under ``""``.  Raises ValueError for fields that the view does not have."""
         named = [name for fields in self.groups.values() for name in fields]
         if unknown := [name for name in named if name not in widths]:
             raise ValueError(f"`groups` names {', '.join(unknown)}. Fields of the view: {', '.join(widths)}.")
         rest = tuple(name for name in widths if name not in named)
-        return {**self.groups, **({"": rest} if rest else {})}
+        return {**dict(sorted(self.groups.items())), **({"": rest} if rest else {})}
 
     def build(self, widths: Mapping[str, int]) -> GwPFMModule:
         """The module for fields of the given widths.

@@ -27,7 +27,9 @@ Means are weighted by m.  The loss of a task is the mean over its contexts: each
 context is; `weight`, with that of the loss beside it, makes the mixture ``alpha * supervised + (1 - alpha) * ranking``.
 
 - *pair* and *list* do not change when a constant is added to the logits of a context: calibration rests on the other loss.
-- *listce* has its minimum where sigmoid(z) is the rate of positives, so that it agrees with the cross-entropy.
+- *listce* is least where sigmoid(z) is *proportional* to the rate of positives within a context, as it is for the
+  cross-entropy; the factor, and so the level, rests on the other loss.
+- *jrc* leaves free a constant in all z^1 and one in all z^0.  So each form stands beside a loss of the probability.
 - *jrc* adds to the cross-entropy of z^1 - z^0 what it is missing: how large z^1 is among the rows of the context.  It needs
   heads with two logits, ``Heads(two=True)``.
 - Above `Ranking.pairs` pairs, so many are drawn with replacement: a context uniformly, its positive and its negative by their
@@ -54,6 +56,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unbraid.evaluate import request_codes
 from unbraid.losses.supervised import require_weight
 from unbraid.types import FORBID, Batch, Losses, Output, Schema, Task
 
@@ -139,6 +142,7 @@ class BoundRanking:
 
     config: Ranking
     tasks: tuple[Task, ...]
+    relative: ClassVar[bool] = True
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -225,15 +229,12 @@ def _keys(batch: Batch, within: str) -> Tensor:
         return batch.domain
     if within not in batch.meta:
         raise ValueError(f"Loss `ranking` within each {within} needs `data.{within}`, which the data do not declare.")
-    user = (
-        torch.unique(batch.meta["user"], return_inverse=True)[1]
-        if "user" in batch.meta
-        else torch.zeros_like(batch.row)
-    )
+    user = batch.meta.get("user")
     if within == "user":
-        return user
-    request = torch.unique(batch.meta["request"], return_inverse=True)[1] * (len(batch) + 1) + user
-    return torch.where(batch.meta["request"] < 0, -1, request)
+        assert user is not None
+        return torch.where(user == 0, -1, torch.unique(user, return_inverse=True)[1])  # 0: a row of no user
+    codes = request_codes(batch.meta["request"].cpu().numpy(), None if user is None else user.cpu().numpy())
+    return torch.from_numpy(codes).to(batch.row.device)
 
 
 def sums(values: Tensor, lists: Lists) -> Tensor:
@@ -274,8 +275,9 @@ def pair_loss(z: Tensor, lists: Lists, cap: int, seed: tuple[int, ...]) -> Tenso
     within = torch.arange(len(i), device=i.device) - (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
     j = sides[1][first + within]
     mass = lists.mass.to(z.dtype)
-    of_context = sums(mass * lists.positive, lists) * sums(mass * ~lists.positive, lists)
-    return (softplus_of(z, i, j) * mass[i] * mass[j] / of_context[lists.context[i]]).sum() / lists.count
+    ones, zeros = (sums(mass * side, lists)[lists.context] for side in (lists.positive, ~lists.positive))
+    share = mass / torch.where(lists.positive, ones, zeros)  # of its side; the product of two masses could round to 0
+    return (softplus_of(z, i, j) * share[i] * share[j]).sum() / lists.count
 
 
 def softplus_of(z: Tensor, i: Tensor, j: Tensor) -> Tensor:

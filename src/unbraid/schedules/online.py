@@ -75,6 +75,10 @@ class Online:
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+    splits: ClassVar[tuple[str, ...]] = ("train", "valid")  # whose rows are trained on
+    # keys of `training`
+    unread: ClassVar[tuple[str, ...]] = ("epochs", "steps", "evaluate_every", "metric", "patience")
+    budget: ClassVar[tuple[str, ...]] = ("epochs", "first_epochs")  # what counts instead
     kind: Literal["online"] = field(default="online", kw_only=True)
     period: Literal["day", "hour"] | int = "day"
     offset: float = 0.0
@@ -146,9 +150,11 @@ class Online:
 
     def report(self, record: Mapping[str, Any]) -> str:
         """The record as Markdown: what was done, and one table per task."""
-        streamed = sum(period["rows"] for period in record["periods"])
-        lines = ["", f"Online: {len(record['periods'])} periods, {streamed:,} rows predicted and then trained on; "
-                     f"{record['waiting']:,} rows still wait for their labels. Scoring took {record['seconds']['live']:.1f} s"
+        predicted = sum(period["rows"] for period in record["periods"])
+        lines = ["", f"Online: {len(record['periods'])} periods. Rows predicted: {predicted:,}. Rows trained on: "
+                     f"{record['first']:,} of the first periods, {record['trained'] - record['first']:,} of those predicted. "
+                     f"Rows that still wait for their labels: {record['waiting']:,}. Scoring took "
+                     + f"{record['seconds']['live']:.1f} s"
                      + (f", the frozen model {record['seconds']['frozen']:.1f} s more" if self.frozen else "") + "."]  # fmt: skip
         for task in record["periods"][0]["live"]:
             lines += [
@@ -233,7 +239,9 @@ class _Stream:
     def record(self) -> dict[str, Any]:
         """What ``metrics.json`` holds under ``schedule``."""
         waiting = len(self.plan.trained) - self.trained
-        return {"kind": self.config.kind, "periods": self.lines, "waiting": waiting, "seconds": self.seconds}
+        first = int(((self.plan.scored < self.plan.start) & (self.plan.trained <= self.plan.end)).sum())
+        found = {"kind": self.config.kind, "periods": self.lines, "first": first, "trained": self.trained}
+        return found | {"waiting": waiting, "seconds": self.seconds}
 
     # ------------------------------------------------------------------------------------------------------ resumption
     def _checkpoint(self) -> None:
@@ -298,8 +306,11 @@ def plot(record: Mapping[str, Any], task: str, path: str | Path | None = None) -
         record: ``metrics.json``'s ``schedule``; path: where to write it, if anywhere.
 
     Raises:
-        KeyError: no such task; ImportError: there is no matplotlib.
+        ValueError: no such task, or no binary one; ImportError: there is no matplotlib.
     """
+    possible = [name for name, found in record["periods"][0]["live"].items() if "auc" in found]
+    if task not in possible:
+        raise ValueError(f"`task` should be a binary task, among {possible}. Found {task}.")
     drawn, axes = figure(11, 3.6, panels=2)
     ticks = np.arange(len(record["periods"]))
     for axis, metric in zip(axes, ("auc", "pcoc"), strict=True):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from unbraid.layers import average, mlp_width
 from unbraid.towers.mlp import task_towers
-from unbraid.types import FIRST_VALUE, Schema, TowerOutput
+from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, TowerOutput
 
 
 def domain_names(schema: Schema) -> tuple[str, ...]:
@@ -38,6 +38,18 @@ def domain_names(schema: Schema) -> tuple[str, ...]:
     if not names:
         raise ValueError("Tables per domain need a known domain. Found none in the training split.")
     return names
+
+
+def of_domains(config: Any, schema: Schema) -> Any:
+    """The tower with names of views, ``domain0``, for the domains that its key ``main`` names, if it has one.
+
+    Raises ValueError for other names.
+    """
+    main = getattr(config, "main", ())
+    views = dict(zip(schema.domains[FIRST_VALUE:], domain_names(schema), strict=True))
+    if unknown := [name for name in main if name not in views and name not in views.values()]:
+        raise ValueError(f"Parameter `main` should name domains, among {list(views)}. Found {unknown}.")
+    return replace(config, main=tuple(views.get(name, name) for name in main)) if main else config
 
 
 class DomainTower(nn.Module):
@@ -82,14 +94,14 @@ class DomainTower(nn.Module):
             gates.append(extras)
         place = torch.cat(rows).argsort()
         z = torch.cat(states)[place]
-        extras = {name: self._joined(name, gates, rows, place) for name in self.gives}
+        extras = {name: torch.cat([found[name] for found in gates])[place] for name in self.gives}
         return TowerOutput({task: t(z) for task, t in zip(self.widths, self.towers.values(), strict=True)}, z, extras)
 
     def _by_domain(
         self, hidden: Sequence[Tensor], domain: Tensor, counted: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-        """Rows (n,) of each domain that occurs, their states (n, D) and the gates of that domain by name."""
-        for code in domain.unique().tolist():
+        """Rows (n,) of each domain that occurs, their states (n, D) and the gates of that domain by name, or zeros."""
+        for code in domain.unique().tolist() or [UNKNOWN]:
             mine = (domain == code).nonzero().squeeze(1)
             out = self.inner([x[mine] for x in hidden])
             own = self.domains[code - FIRST_VALUE] if code >= FIRST_VALUE else ""
@@ -99,11 +111,6 @@ class DomainTower(nn.Module):
                 state = out.trunk if self.falls_back else average([out.tasks[name] for name in self.domains]).detach()
             if self.training and not bool(counted[mine].any()):
                 state = state.detach()  # a gradient of zeros would move them by their momentum
-            yield mine, state, {n.removesuffix(f".{own}"): v for n, v in out.extras.items() if n.endswith(f".{own}")}
-
-    @staticmethod
-    def _joined(name: str, gates: Sequence[dict[str, Tensor]], rows: Sequence[Tensor], place: Tensor) -> Tensor:
-        """(B, pool) every row's own gate."""
-        pool = max((found[name].shape[1] for found in gates if name in found), default=1)
-        like = next((found[name] for found in gates if name in found), torch.zeros(0, 1))
-        return torch.cat([g.get(name, like.new_zeros(len(r), pool)) for g, r in zip(gates, rows, strict=True)])[place]
+            gates = {n.rpartition("."): gate for n, gate in out.extras.items()}
+            none = {name: torch.zeros_like(gate) for (name, _, _), gate in gates.items()}
+            yield mine, state, none | {name: gate for (name, _, of), gate in gates.items() if of == own}

@@ -39,7 +39,7 @@ class Ensemble:
     """Several bundles as one predictor, with the interface of `unbraid.bundle.Predictor`.
 
     Args:
-        members: at least two predictors, bundles or their folders, of one set of tasks.
+        members: at least two predictors, bundles or their folders, of one set of tasks: with equal labels and ``given``.
         folder: where the runs' tables are read from now, for members that are no predictors yet.
 
     Raises:
@@ -52,7 +52,10 @@ class Ensemble:
             raise UncertaintyError(f"An ensemble needs at least two models. Found {len(self.members)}.")
         self.schema = self.members[0].bundle.fitted.schema
         tasks = [
-            [(t.name, t.kind, s.classes.get(t.name)) for t in s.tasks]
+            [
+                (t.name, t.kind, s.classes.get(t.name), f"label {t.source}", f"given {t.given or 'nothing'}")
+                for t in s.tasks
+            ]
             for s in (m.bundle.fitted.schema for m in self.members)
         ]
         if different := [i for i, found in enumerate(tasks) if found != tasks[0]]:

@@ -28,6 +28,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from unbraid.evaluate import request_codes
 from unbraid.types import Scores
 
 Array = np.ndarray
@@ -137,9 +138,8 @@ def requests(scores: Scores) -> Array:
     rows = np.arange(len(scores.row))
     if "request" not in scores.meta:
         return np.zeros_like(rows)
-    request = np.asarray(scores.meta["request"])
-    _, codes = np.unique(np.stack([np.asarray(scores.group), request]), axis=1, return_inverse=True)
-    return np.where(request < 0, len(rows) + rows, codes.reshape(-1))
+    codes = request_codes(scores.meta["request"], scores.group)
+    return np.where(codes < 0, len(rows) + rows, codes)
 
 
 def sigmoid(logits: Array) -> Array:

@@ -13,6 +13,7 @@ posterior is that of a (logistic) regression, normal around the trained w, with 
 over the observed training rows of weight omega.  A new row's logit is ``N(z, s^2)`` with ``s^2 = h~^T A^-1 h~``.
 
 - One pass over the rows, memory O(H^2) per head, all sums in float64.
+- omega is the row's weight over the mean weight of the task's counted rows: the unit of ``data.weight`` does not matter.
 - Only the sum is kept.  Eigenvalues of it below 0 are rounding and count as 0, lambda is added to them, and
   ``A^-1/2 h~`` is a row's root: no variance is ever negative, however singular the sum is.
 - With a head per domain each has its own A.  A domain without rows has lambda alone: it is as unsure as it can be.
@@ -27,6 +28,7 @@ Multiclass tasks have no such posterior here.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -59,19 +61,22 @@ class Posterior:
     Args:
         weights: (K, H + 1) trained weights and biases; prior: lambda.
         information: (K, H + 1, H + 1) the sum in A; rows: (K,) how many rows are in it; None: nothing was seen.
+        mass: sum of omega; unit: the given weight that counts as 1.
     """
 
     kind = ""
 
     def __init__(
-        self, weights: Array, prior: float = 1.0, information: Array | None = None, rows: Array | None = None
-    ) -> None:
+        self, weights: Array, prior: float = 1.0, information: Array | None = None, rows: Array | None = None,
+        mass: float = 0.0, unit: float = 1.0,
+    ) -> None:  # fmt: skip
         if not 0 < prior < np.inf:
             raise ValueError(f"Parameter `prior` should be positive and finite. Found {prior}.")
         self.weights, self.prior = np.asarray(weights, np.float64), float(prior)
         heads, width = self.weights.shape
         self.information = np.zeros((heads, width, width)) if information is None else information
         self.rows = np.zeros(heads, np.int64) if rows is None else rows
+        self.mass, self.unit = float(mass), float(unit)
         self._whitening: dict[int, Array] = {}
 
     @property
@@ -84,27 +89,51 @@ class Posterior:
         return self.gain * self.information + self.prior * np.eye(self.weights.shape[1])
 
     def variance(self, hidden: Array, head: Array | None = None) -> Array:
-        """(N,) s^2 of rows with hidden vectors (N, H) and heads (N,); None: all have the first."""
+        """(N,) s^2 of rows with hidden vectors (N, H) and heads (N,); None where there is one."""
         return np.square(self.roots(hidden, head)).sum(1)
 
     def roots(self, hidden: Array, head: Array | None = None) -> Array:
         """(N, H + 1) ``A^-1/2 h~``."""
-        x, head = self._extended(hidden), _heads(head, len(hidden))
+        x, head = self._extended(hidden), self._heads(head, len(hidden))
         roots = np.empty_like(x)
         for k in np.unique(head):
             rows = head == k
             roots[rows] = x[rows] @ self._inverse_root(int(k))
         return roots
 
-    def _add(self, hidden: Array, counts: Array, head: Array | None) -> None:
-        x, head = self._extended(hidden), _heads(head, len(hidden))
+    def normalise(self) -> None:
+        """Make the mean weight of all rows so far the unit of weights."""
+        if not self.mass > 0:
+            return
+        mean = self.mass / self.rows.sum()
+        self.unit *= mean
+        self._divide(mean)
+        self._whitening.clear()
+
+    def _divide(self, mean: float) -> None:
+        self.information, self.mass = self.information / mean, self.mass / mean
+
+    def _add(self, hidden: Array, omega: Array, head: Array | None, factor: Array | float = 1.0) -> None:
+        x, head, counts = self._extended(hidden), self._heads(head, len(hidden)), omega * factor
         if not (np.isfinite(x).all() and np.isfinite(counts).all() and (counts >= 0).all()):
             raise ValueError("Hidden vectors should be finite, and weights finite and not negative.")
         for k in np.unique(head):
             rows = head == k
             self.information[k] += (x[rows] * counts[rows, None]).T @ x[rows]
             self.rows[k] += rows.sum()
+        self.mass += float(omega.sum())
         self._whitening.clear()
+
+    def _weights(self, weight: Array | None, count: int) -> Array:
+        return np.ones(count) if weight is None else np.asarray(weight, np.float64) / self.unit
+
+    def _heads(self, head: Array | None, count: int) -> Array:
+        if head is None and len(self.weights) > 1:
+            raise ValueError(
+                f"There are {len(self.weights)} heads, one per domain: say which one each row has (`head`, the code of its "
+                "domain: `scores.domain`)."
+            )
+        return np.zeros(count, np.int64) if head is None else np.asarray(head)
 
     def _inverse_root(self, k: int) -> Array:
         """(H + 1, H + 1) U with ``U U^T = A^-1``, kept until the next update."""
@@ -121,7 +150,7 @@ class Posterior:
 
     def state_dict(self) -> State:
         """What `posterior` reads."""
-        parts = ("kind", "weights", "prior", "information", "rows")
+        parts = ("kind", "weights", "prior", "information", "rows", "mass", "unit")
         return {name: getattr(self, name) for name in parts}
 
 
@@ -131,36 +160,40 @@ class Logistic(Posterior):
     kind = "binary"
 
     def update(self, hidden: Array, p: Array, weight: Array | None = None, head: Array | None = None) -> None:
-        """Add observed rows: hidden vectors (N, H), what the model predicts for them (N,), weights (N,) or None for 1.
+        """Add observed rows: hidden vectors (N, H), what the model predicts for them (N,), weights (N,).
 
         Their labels do not matter: p (1 - p) is how much one more label tells.
 
+        Args:
+            weight: as in the log; None: each counts as much as a row of mean weight.
+            head: (N,) codes of the rows' domains, where each has a head of its own; else None.
+
         Raises:
-            ValueError: shapes differ, p is not in [0, 1], something is not finite.
+            ValueError: shapes differ, p is not in [0, 1], something is not finite; several heads and no ``head``.
         """
         p = np.asarray(p, np.float64)
         if p.shape != (len(hidden),) or not ((p >= 0) & (p <= 1)).all():
             raise ValueError(f"Probabilities should be ({len(hidden)},) and within 0 and 1. Found {p.shape}.")
-        self._add(hidden, p * (1 - p) * _weights(weight, len(hidden)), head)
+        self._add(hidden, self._weights(weight, len(hidden)), head, p * (1 - p))
 
     def update_scored(
         self, hidden: Array, logits: Array, labels: Array, weight: Array | None, head: Array | None
     ) -> None:
         """As `update`, from logits (N,): exact where p rounds to 1."""
-        self._add(hidden, expit(logits) * expit(-logits) * _weights(weight, len(hidden)), head)
+        self._add(hidden, self._weights(weight, len(hidden)), head, expit(logits) * expit(-logits))
 
 
 class Linear(Posterior):
-    """Of a real task; ``squares`` and ``mass`` are the sums of omega r^2 and of omega."""
+    """Of a real task; ``squares`` is the sum of omega r^2."""
 
     kind = "real"
 
     def __init__(
         self, weights: Array, prior: float = 1.0, information: Array | None = None, rows: Array | None = None,
-        squares: float = 0.0, mass: float = 0.0,
+        mass: float = 0.0, unit: float = 1.0, squares: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(weights, prior, information, rows)
-        self.squares, self.mass = float(squares), float(mass)
+        super().__init__(weights, prior, information, rows, mass, unit)
+        self.squares = float(squares)
 
     @property
     def noise(self) -> float:
@@ -173,13 +206,16 @@ class Linear(Posterior):
         return 1.0 / self.noise
 
     def update(self, hidden: Array, residual: Array, weight: Array | None = None, head: Array | None = None) -> None:
-        """Add observed rows: hidden vectors (N, H), label minus prediction (N,), weights (N,) or None for 1."""
-        residual, omega = np.asarray(residual, np.float64), _weights(weight, len(hidden))
+        """Add observed rows: hidden vectors (N, H), label minus prediction (N,); the rest as of `Logistic.update`."""
+        residual, omega = np.asarray(residual, np.float64), self._weights(weight, len(hidden))
         if residual.shape != omega.shape or not np.isfinite(residual).all():
             raise ValueError(f"Residuals should be ({len(hidden)},) and finite. Found {residual.shape}.")
         self._add(hidden, omega, head)
         self.squares += float(omega @ residual**2)
-        self.mass += float(omega.sum())
+
+    def _divide(self, mean: float) -> None:
+        super()._divide(mean)
+        self.squares /= mean
 
     def update_scored(
         self, hidden: Array, logits: Array, labels: Array, weight: Array | None, head: Array | None
@@ -189,17 +225,22 @@ class Linear(Posterior):
 
     def state_dict(self) -> State:
         """What `posterior` reads."""
-        return super().state_dict() | {"squares": self.squares, "mass": self.mass}
+        return super().state_dict() | {"squares": self.squares}
 
 
 KINDS: dict[str, type[Logistic] | type[Linear]] = {"binary": Logistic, "real": Linear}
 
 
 class LastLayer:
-    """The posteriors of a model's tasks; ``tasks``: name -> `Logistic` or `Linear`."""
+    """The posteriors of a model's tasks.
 
-    def __init__(self, tasks: Mapping[str, Logistic | Linear]) -> None:
-        self.tasks = dict(tasks)
+    Args:
+        tasks: name -> `Logistic` or `Linear`; digest: `digest_of` the model whose they are.
+    """
+
+    def __init__(self, tasks: Mapping[str, Logistic | Linear], digest: str) -> None:
+        self.tasks, self.digest = dict(tasks), digest
+        self._checked: list[tuple[int, int]] = []
 
     @classmethod
     def of(cls, model: nn.Module, schema: Schema, prior: float = 1.0) -> LastLayer:
@@ -213,7 +254,7 @@ class LastLayer:
             raise UncertaintyError(
                 "Uncertainty of the last layer is for binary and real tasks; the model has multiclass ones."
             )
-        return cls(found)
+        return cls(found, digest_of(model))
 
     def update(self, scores: Scores) -> None:
         """Add scored rows with their hidden vectors: of each task those that are observed and weigh more than 0."""
@@ -239,11 +280,12 @@ class LastLayer:
 
     def check(self, model: nn.Module) -> None:
         """Raises UncertaintyError when these are posteriors of other weights than the model's."""
-        for name, posterior in self.tasks.items():
-            if not np.array_equal(posterior.weights, head_weights(model, name)):
-                raise UncertaintyError(
-                    f"The uncertainty belongs to other weights than the model's (task `{name}`). Make it again: {FITS}."
-                )
+        now = [(part.data_ptr(), part._version) for part in model.state_dict().values()]
+        if now == self._checked:  # not written to since: large tables are read once, not at each prediction
+            return
+        if digest_of(model) != self.digest:
+            raise UncertaintyError(f"The uncertainty belongs to other weights than the model's. Make it again: {FITS}.")
+        self._checked = now
 
     @staticmethod
     def _head(posterior: Posterior, scores: Scores) -> Array:
@@ -251,12 +293,14 @@ class LastLayer:
 
     def state_dict(self) -> State:
         """What `load` reads."""
-        return {name: posterior.state_dict() for name, posterior in self.tasks.items()}
+        return {
+            "digest": self.digest, "tasks": {name: posterior.state_dict() for name, posterior in self.tasks.items()}
+        }  # fmt: skip
 
     @classmethod
     def load(cls, state: State) -> LastLayer:
         """From what `state_dict` gave."""
-        return cls({name: posterior(part) for name, part in state.items()})
+        return cls({name: posterior(part) for name, part in state["tasks"].items()}, state["digest"])
 
 
 def posterior(state: State) -> Logistic | Linear:
@@ -270,22 +314,23 @@ def fit(model: nn.Module, batches: Iterable[Scores], schema: Schema, prior: floa
     found = LastLayer.of(model, schema, prior)
     for scores in batches:
         found.update(scores)
+    for posterior in found.tasks.values():
+        posterior.normalise()
     return found
 
 
+def digest_of(model: nn.Module) -> str:
+    """Of all weights, the same on every device."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, part in model.state_dict().items():
+        found.update(name.encode())
+        found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def head_weights(model: Any, task: str) -> Array:
-    """(K, H + 1) float64 weights and biases of a task's heads; raises UncertaintyError if it has several logits."""
-    linears = model.heads[f"task/{task}"].linears
-    if linears[0].weight.shape[0] != 1:
-        raise UncertaintyError(f"Task `{task}` has several logits; uncertainty is for binary and real tasks.")
+    """(K, H + 1) float64 weights and biases of the logit of a binary or real task's heads; of two numbers, their difference."""
+    head = model.heads[f"task/{task}"]
     with torch.no_grad():
-        rows = [torch.cat([linear.weight[0], linear.bias]).double().cpu().numpy() for linear in linears]
-    return np.stack(rows)
-
-
-def _weights(weight: Array | None, count: int) -> Array:
-    return np.ones(count) if weight is None else np.asarray(weight, np.float64)
-
-
-def _heads(head: Array | None, count: int) -> Array:
-    return np.zeros(count, np.int64) if head is None else np.asarray(head)
+        both = [torch.cat([linear.weight, linear.bias[:, None]], 1).double().cpu().numpy() for linear in head.linears]
+    return np.stack([each[1] - each[0] if head.gives else each[0] for each in both])
