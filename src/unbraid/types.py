@@ -414,8 +414,38 @@ class Term(Protocol):
     def __call__(self, output: Output, batch: Batch, step: int) -> Losses: ...
 
 
+class Rehearsal(Protocol):
+    """More forward passes for an update that asks for them.  They leave random states and buffers as they found them."""
+
+    def again(self) -> tuple[Losses, Output]:
+        """Losses of the current training batch by the model as it is now; each call of a step draws the same numbers."""
+
+    def valid(self, step: int) -> tuple[Losses, Output]:
+        """Losses of a batch of the validation split, which one is a function of ``step``."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What an update may know of the training that it is built for.
+
+    Args:
+        per_epoch: steps of one pass over the training rows; 0: unknown.
+        seed: of whatever the update draws.
+        targets: names of the tasks of role ``target``.
+        rehearse: see `Rehearsal`; None: there are no more forward passes.
+    """
+
+    per_epoch: int = 0
+    seed: int = 0
+    targets: tuple[str, ...] = ()
+    rehearse: Rehearsal | None = None
+
+
 class Update(Protocol):
-    """Several losses become one parameter change."""
+    """Several losses become one parameter change.
+
+    An update with weights of its own may have a method ``told()``: objective -> its weight now, for the log and the report.
+    """
 
     def __call__(self, losses: Losses, output: Output) -> None: ...
     def settle(self) -> None:

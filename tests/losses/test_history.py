@@ -20,6 +20,7 @@ from unbraid.encoders.din import DIN
 from unbraid.encoders.table import Views
 from unbraid.encoders.twin import TWIN
 from unbraid.job import JobError, bound_terms, train
+from unbraid.losses.focal import Focal
 from unbraid.losses.history import HistoryLoss
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
@@ -207,7 +208,9 @@ def test_a_task_without_a_loss_of_its_own_is_refused() -> None:
     for losses, bare in (((HistoryLoss(),), "click, buy"), ((only_click, HistoryLoss()), "buy")):
         with pytest.raises(JobError, match=f"No loss trains the logits of task {bare}, .* kind `supervised`"):
             train(run_of(history, *losses), tables={"log": make_log()}, baseline=False)
-    train(run_of(history, Ranking(), HistoryLoss()), tables={"log": make_log()}, baseline=False)
+    with pytest.raises(JobError, match="Task click, buy has the loss `ranking` alone"):
+        train(run_of(history, Ranking(), HistoryLoss()), tables={"log": make_log()}, baseline=False)
+    train(run_of(history, Focal(), Ranking(), HistoryLoss()), tables={"log": make_log()}, baseline=False)
 
 
 @pytest.mark.parametrize("history", [DARE(auxiliary=(4,)), TWIN(auxiliary=(4,))])

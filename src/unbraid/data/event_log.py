@@ -115,28 +115,34 @@ class Prepared:
     Args:
         data: the declaration; its folder is that of the tables.
         tables: file name -> frame.
-        lengths: (R,) for each row, how many events of its user are strictly before it.
+        lengths: (R,) for each row, how many events of its user are strictly before it; None: rows without users and events.
         notes: what a reader should know.
     """
 
     data: Data
     tables: Mapping[str, pl.DataFrame]
-    lengths: np.ndarray
+    lengths: np.ndarray | None
     notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
-        """Users, events, rows and positives per split, history lengths."""
-        rows = self.tables["rows.parquet"]
-        per_split = dict(rows.group_by("split").agg(pl.len(), pl.col("label").sum().alias("ones")).rows_by_key("split"))
-        counts = {name: per_split.get(name, [(0, 0)])[0] for name in src.SPLITS}
-        return {
-            "users": rows["user"].n_unique(),
-            "events": len(self.tables["events.parquet"]),
-            "rows": {name: int(n) for name, (n, _) in counts.items()},
-            "positives": {name: int(ones) for name, (_, ones) in counts.items()},
-            "history": {"median": float(np.median(self.lengths)), "max": int(self.lengths.max())},
+        """Users, events, rows and positives per split (of several tasks by task), history lengths; what there is of these."""
+        rows, tasks = self.tables["rows.parquet"], self.data.tasks
+        per_split = rows.group_by("split").agg(
+            pl.len(), *(pl.col(task.source).sum().alias(task.name) for task in tasks)
+        )
+        found = {row["split"]: row for row in per_split.rows(named=True)}
+        counts = {name: found.get(name, {"len": 0, **{task.name: 0 for task in tasks}}) for name in src.SPLITS}
+        ones = {name: {task.name: int(each[task.name] or 0) for task in tasks} for name, each in counts.items()}
+        facts: dict[str, Any] = {
+            "rows": {name: int(each["len"]) for name, each in counts.items()},
+            "positives": ones if len(tasks) > 1 else {name: each[tasks[0].name] for name, each in ones.items()},
             "notes": list(self.notes),
         }
+        if self.lengths is None:
+            return facts
+        history = {"median": float(np.median(self.lengths)), "max": int(self.lengths.max())}
+        events = len(self.tables["events.parquet"])
+        return {"users": rows["user"].n_unique(), "events": events, "history": history, **facts}
 
 
 # --------------------------------------------------------------------------------------------------- events in order
@@ -444,7 +450,7 @@ def write(prepared: Prepared, out: Path, name: str, *, overwrite: bool = False) 
         name=name,
         data=prepared.data,
         baseline=ids,
-        model=config.ModelChoice(history=TargetAttention()),
+        model=config.ModelChoice(history=TargetAttention()) if prepared.data.histories else config.ModelChoice(),
         training=Training(batch_size=2048, epochs=2.0),
     )
     for file, frame in prepared.tables.items():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.optim.rows import Decay, LazyTable, RowAdam
-from unbraid.types import FORBID, Lookup, Losses, Output, State
+from unbraid.types import FORBID, Course, Lookup, Losses, Output, State
 
 BIBTEX = """
 @inproceedings{kingma2015adam,
@@ -91,6 +91,7 @@ class Joint:
 
     def build(
         self, model: nn.Module, *, steps: int, weights: Mapping[str, float], objectives: Collection[str] | None = None,
+        course: Course | None = None,
     ) -> JointUpdate:  # fmt: skip
         """The update of a model.
 
@@ -100,6 +101,7 @@ class Joint:
             steps: length of the run, for the learning rate.
             weights: objective or task -> weight of its loss.
             objectives: all that the losses may name; a weight of anything else is then an error.
+            course: what else a kind of update may need to know; this one needs nothing.
 
         Raises:
             ValueError: a weight is negative or not finite, or matches no objective.
