@@ -10,8 +10,8 @@ reads the same histories, and has the same budget: the learning rate is the best
 have second heads and their loss, keep 20 events, and are given all fields.  ``compare`` then pairs predictions on the test
 split: AUC, GAUC and log-loss with intervals over users and seeds, against TWIN of the same width.
 
-Retrieval NDCG@20 is `unbraid.analysis.retrieval`: of the scores that category and position alone give, against mutual
-information counted on training rows; only encoders whose scores are sums over fields have one, and the log needs a category.
+Retrieval NDCG@20 is `unbraid.analysis.retrieval`: of the scores that category (film genres, video topic) and position alone
+give, against mutual information counted on training rows; only of encoders whose scores are sums over fields and choose events.
 
 Finished trainings are kept in FOLDER: the command continues where it was stopped.  The last line is JSON.
 """
@@ -58,7 +58,7 @@ from unbraid.losses.supervised import Supervised
 from unbraid.optim.joint import Joint
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training, predict
-from unbraid.types import History
+from unbraid.types import Feature, Field, History
 
 RATES, TUNING_SEED, KEEP, HEADS = (1e-3, 3e-3, 1e-2), 100, 20, (200,)
 SECOND = {"keep": KEEP, "auxiliary": HEADS}
@@ -67,9 +67,9 @@ QUICK = replace(BUDGET, steps=4, evaluate_every=2)
 
 
 def encoders(dim: int, category: str) -> dict[str, Any]:
-    """Name -> the history encoder; ``category``: the event field for hard searches, empty if the log has none."""
+    """Name -> the history encoder; ``category``: the event field for hard searches."""
     hard = {"search": "hard", "category": category}
-    found = {
+    return {
         "mean": Mean(),
         "din": DIN(hidden=(36,), activation="relu", softmax=True, keep=KEEP, scale=True),
         "tin": TIN(),
@@ -84,15 +84,14 @@ def encoders(dim: int, category: str) -> dict[str, Any]:
         "dare": DARE(**SECOND),
         "dare_half": DARE(attention_width=dim // 2, **SECOND),
         "dare_quarter": DARE(attention_width=dim // 4, **SECOND),
+        "sim_hard": SIM(keep=KEEP, **hard),
+        "twin_hard": TWIN(**hard, **SECOND),
     }
-    if category:
-        found |= {"sim_hard": SIM(keep=KEEP, **hard), "twin_hard": TWIN(**hard, **SECOND)}
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs
 def log_of(args: argparse.Namespace) -> tuple[Data, str]:
-    """The data and the event field that is a category."""
+    """The data and the event field that is a category (of films; the topic of videos)."""
     cache = str(args.out / "cache")
     if args.log == "movielens":
         made = args.out / "movielens"
@@ -102,10 +101,17 @@ def log_of(args: argparse.Namespace) -> tuple[Data, str]:
             write(movielens(folder, Ratings(per_user=19, valid=0.025, test=0.05)), made, "movielens", overwrite=True)
         return replace(config.load(made / "run.toml").data, cache=cache), "category"
     data = recipes.kuairand()
+    topic = "split_part(tag, ',', 1)"  # the first tag; videos watched before the window have none
+    *earlier, impressions = data.events
     seen = History(
-        "seen", fields=("video_id", "author_id", "gap", "position"), where=data.histories[0].where, length=200
+        "seen", fields=("video_id", "author_id", "topic", "gap", "position"), where=data.histories[0].where, length=200
     )
-    return replace(data, domain="", histories=(seen,), cache=cache), ""
+    data = replace(
+        data, domain="", histories=(seen,), cache=cache, features=(*data.features, Feature("topic", column=topic)),
+        fields=(*data.fields, Field("topic")),
+        events=(*earlier, replace(impressions, columns={**impressions.columns, "topic": topic})),
+    )  # fmt: skip
+    return data, "topic"
 
 
 def run_of(data: Data, name: str, encoder: Any, dim: int, rate: float, quick: bool) -> Run:
@@ -143,7 +149,7 @@ def tuned(runs: Mapping[str, Mapping[float, Run]], out: Path, pool: Any) -> dict
 
 # ------------------------------------------------------------------------------------------------------------- retrieval
 def retrieval(folders: Sequence[Path], data: Data, category: str) -> list[Mapping[str, Any]]:
-    """The finding's values of each seed; empty where it does not apply."""
+    """The finding's values of each seed; empty where no scores that are sums over fields choose the events."""
     encoded = Encoded(encode(data))
     history = data.histories[0].name
     truth = Correlation(data.tasks[0].name, history, category).count(
@@ -152,7 +158,8 @@ def retrieval(folders: Sequence[Path], data: Data, category: str) -> list[Mappin
     found = []
     for folder in folders:
         model = Bundle.load(folder).model
-        if not hasattr(next(iter(model.histories.values())), "scores"):
+        encoder = next(iter(model.histories.values()))
+        if not hasattr(encoder, "scores") or getattr(getattr(encoder, "config", None), "search", "") == "hard":
             return []
         batches = encoded.in_order(encoded.split("test"), EVALUATION_ROWS)
         found.append(Retrieval(truth)(model, encoded.schema, batches).values)
@@ -202,7 +209,7 @@ def width(
     )  # fmt: skip
     print(f"\n# {args.log}, width {dim}\n\n{(out / 'compare.md').read_text()}")
     scores = {}
-    for name in runs if category else ():
+    for name in runs:
         scores[name] = found = retrieval([out / name / f"seed-{seed}" for seed in seeds], data, category)
         if found:
             ndcg = [values["learned_ndcg"][0] for values in found]
