@@ -106,7 +106,7 @@ def _prepared(name: str, source: str, asked: dict[str, Any]) -> Prepared:
     if name == "census":
         from unbraid.data.census import People, census
 
-        chosen = {"tasks": tuple(asked.pop("task"))} if "task" in asked else {}
+        chosen: dict[str, Any] = {"tasks": tuple(asked.pop("task"))} if "task" in asked else {}
         return census(source, People(**chosen, **asked))
     length = asked.pop("length", 200)
     if length < 1:

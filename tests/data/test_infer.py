@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from unbraid import cli, config
 from unbraid.data import guess
-from unbraid.data.guess import single_auc
+from unbraid.data.guess import EACH, single_auc
 from unbraid.data.infer import infer
 from unbraid.data.source import bundled
 from unbraid.types import Feature
@@ -358,3 +358,24 @@ def test_single_auc_of_numbers_and_ids() -> None:
     assert single_auc(pl.Series(["n", "n", "y", "y"] * 50), yes, False) == 1.0
     # values that occur once cannot tell their own label
     assert single_auc(pl.Series([str(i) for i in range(200)]), yes, False) == 0.5
+
+
+# ------------------------------------------------------------------------------------------------- what is no user
+def test_a_column_of_its_own_in_every_row_is_no_user_and_no_feature(tmp_path: Path) -> None:
+    """As Avazu's ``id`` and ``hour``, in text."""
+    rng = np.random.default_rng(0)
+    n = 480
+    frame = pl.DataFrame({
+        "id": [str(10**19 + 7 * i) for i in range(n)], "click": rng.integers(0, 2, n),
+        "hour": [14102100 + 100 * (i // 48) + i % 24 for i in range(n)], "site": rng.choice(["12e84091", "85f751fd"], n),
+        "price": rng.random(n),
+    })  # fmt: skip
+    run, features, text = guessed(write_csv(frame, tmp_path / "t.csv"), "click")
+    assert not run.data.user and EACH in left_out(text, "id") and set(features) == {"site", "price"}
+    assert run.data.split.kind == "time" and "hours written as YYMMDDHH" in text
+    assert run.data.split.test_from == "2014-10-29T23:00:00"
+    run, features, text = guessed(write_csv(frame.drop("hour").rename({"id": "user_id"}), tmp_path / "u.csv"), "click")
+    assert run.data.user.startswith("CONCAT_WS") and "user_id" not in run.data.user
+    assert "`user_id` has another value in every row, which names rows and no users" in text
+    assert EACH in left_out(text, "user_id") and set(features) == {"site", "price"}
+    train(text, tmp_path)

@@ -11,7 +11,19 @@ import pytest
 
 from unbraid import config
 from unbraid.data.encode import encode
-from unbraid.data.source import SPLITS, Data, DataError, Events, Join, Negatives, Split, instant, scan
+from unbraid.data.source import (
+    SPLITS,
+    Data,
+    DataError,
+    Events,
+    Join,
+    Negatives,
+    Split,
+    Text,
+    instant,
+    scan,
+    scan_given,
+)
 from unbraid.data.table import Encoded
 from unbraid.types import Feature, Field, History, Task
 
@@ -97,8 +109,12 @@ def test_files_and_values_that_do_not_fit_together(tmp_path):
     many = pl.concat([LOG.select("item", "label", "split")] * 200)
     text = many.write_csv().replace("i0,", "1,").replace("i1,", "1,").replace("i2,", "1,").replace("i3,", "1,")
     (tmp_path / "late.csv").write_text(text + "word,1,train\n")
-    with pytest.raises(DataError, match="late.csv.*word"):
-        encode(replace(DATA, rows="late.csv"), tmp_path)
+    late = replace(DATA, rows="late.csv", features=(Feature("item", "number"),))
+    with pytest.raises(
+        DataError, match="late.csv: column `item` is read as a number, and `word` in line 2,402 is none"
+    ):
+        encode(late, tmp_path)
+    assert Encoded(encode(replace(DATA, rows="late.csv"), tmp_path)).schema.sizes["item"] == 4, "an id may be a word"
 
 
 def test_keep_and_duplicates(tmp_path):
@@ -313,3 +329,138 @@ def test_bad_declarations(change, words):
 def test_bad_split_declarations(arguments, words):
     with pytest.raises(ValueError, match=words):
         Split(**arguments)
+
+
+# ------------------------------------------------------------------------------------------------- text without a header
+TEXT = Text("log.txt", tuple(LOG.columns), "\t")
+
+
+def as_text(path, frame=LOG, header=False):
+    frame.write_csv(path, separator="\t", include_header=header)
+
+
+def test_declared_text_reads_as_its_parquet_file_does(tmp_path):
+    LOG.write_parquet(tmp_path / "log.parquet")
+    as_text(tmp_path / "log.txt")
+    as_text(tmp_path / "log.data", header=True)
+    as_text(tmp_path / "1.tsv", LOG[:7])
+    as_text(tmp_path / "2.tsv", LOG[7:])
+    want = Encoded(encode(DATA, tmp_path))
+    for text in (TEXT, Text("log.data", separator="\t"), replace(TEXT, table="?.tsv")):
+        got = Encoded(encode(replace(DATA, rows=text.table, text=(text,)), tmp_path))
+        assert (codes(got), splits(got)) == (codes(want), splits(want))
+        assert got.columns["label.label"].tolist() == LOG["label"].to_list()
+
+
+def test_joins_and_events_may_be_text(tmp_path):
+    log = LOG.with_columns(user=pl.lit("u"), time=pl.int_range(pl.len()) * 1000)
+    events = pl.DataFrame({"user": ["u"] * 5, "time": [500, 2500, 2600, 4000, 9500], "what": ["a", "b", "a", "a", "b"]})
+    keys = pl.DataFrame({"key": [0, 1, 2], "colour": ["red", "blue", "red"]})
+    data = replace(
+        DATA, rows="log", user="user", time="time", features=(Feature("colour"),), fields=(Field("what"),),
+        joins=(Join("keys.txt", "key"),), events=(Events({"what": "what"}, "events.txt"),),
+        histories=(History("seen", ("what",)),),
+    )  # fmt: skip
+    want = Encoded(encode(data, tables={"log": log, "keys.txt": keys, "events.txt": events}))
+    as_text(tmp_path / "keys.txt", keys)
+    as_text(tmp_path / "events.txt", events)
+    text = (Text("keys.txt", ("key", "colour"), "\t"), Text("events.txt", ("user", "time", "what"), "\t"))
+    got = Encoded(encode(replace(data, text=text), tmp_path, tables={"log": log}))
+    assert codes(got, "colour") == codes(want, "colour") and len(set(codes(got, "colour"))) == 2
+    ours, theirs = (t.batch(np.arange(N)).features["seen"] for t in (got, want))
+    assert ours.values["what"].tolist() == theirs.values["what"].tolist()
+    assert ours.offsets.tolist() == theirs.offsets.tolist() and ours.offsets[-1] > N
+
+
+def test_a_file_to_predict_is_read_like_the_rows(tmp_path):
+    as_text(tmp_path / "new.txt", LOG[:3])
+    LOG[:3].write_csv(tmp_path / "new.csv")
+    data = replace(DATA, rows="log.txt", text=(TEXT,))
+    for name in ("new.txt", "new.csv"):
+        assert scan_given(tmp_path / name, data).collect()["item"].to_list() == ["i0", "i1", "i2"]
+    with pytest.raises(DataError, match="Parquet or CSV.*txt"):
+        scan_given(tmp_path / "new.txt")
+
+
+def test_text_of_other_columns_is_refused(tmp_path):
+    as_text(tmp_path / "log.txt")
+    data = replace(DATA, rows="log.txt")
+    for change, columns in (
+        ({"names": TEXT.names[:4]}, 5),
+        ({"names": (*TEXT.names, "more")}, 5),
+        ({"separator": ","}, 1),
+    ):
+        text = replace(TEXT, **change)
+        with pytest.raises(DataError) as error:
+            encode(replace(data, text=(text,)), tmp_path)
+        assert str(error.value) == (
+            f"{tmp_path / 'log.txt'} has {columns} columns between separators {text.separator!r}; `data.text` names "
+            f"{len(text.names)}, item to {text.names[-1]}."
+        )
+    with pytest.raises(DataError, match="Parquet or CSV"):
+        encode(data, tmp_path)
+    (tmp_path / "log.txt").write_text("")
+    with pytest.raises(DataError, match=r"log.txt cannot be read as text \(0 bytes\)"):
+        encode(replace(data, text=(TEXT,)), tmp_path)
+    (tmp_path / "log.txt").write_text("item\tlabel\n")
+    with pytest.raises(DataError, match="`log.txt` has a header and no rows"):
+        encode(replace(data, text=(Text("log.txt", separator="\t"),)), tmp_path)
+    LOG.write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(DataError, match="`log.parquet` is Parquet, which `data.text` does not describe"):
+        encode(replace(DATA, text=(replace(TEXT, table="log.parquet"),)), tmp_path)
+
+
+def test_long_and_short_lines(tmp_path):
+    line = "i0\t0\t0\ttrain\t2022-05-01\n"
+    data = replace(DATA, rows="log.txt", text=(TEXT,))
+    (tmp_path / "log.txt").write_text(line * 12_000 + line.replace("\n", "\tmore\n"))
+    with pytest.raises(
+        DataError, match="log.txt cannot be read as declared: a line has more values than the 5 columns"
+    ):
+        scan("", "log.txt", tmp_path, None, data.text)
+    (tmp_path / "log.txt").write_text(line * 3 + "i0\t0\t0\n")
+    assert scan("", "log.txt", tmp_path, None, data.text).collect()["split"].to_list() == ["train"] * 3 + [None]
+
+
+def test_declarations_of_text_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match=r"Text `a`: `names` should differ and not be empty. Found \['', 'x'\]"):
+        Text("a", ("x", "y", "x", ""))
+    for separator in ("", "::", "é"):
+        with pytest.raises(ValueError, match="Text `a`: `separator` should be one character. Found"):
+            Text("a", separator=separator)
+    for tables in (("log.txt",), ("log.parquet", "log.parquet")):
+        with pytest.raises(ValueError, match=r"`data.text` should describe tables among \['log.parquet'\], each once"):
+            replace(DATA, text=tuple(map(Text, tables)))
+
+
+# --------------------------------------------------------------------------------------------------------- split by order
+def test_a_split_by_order_takes_the_last_rows(tmp_path):
+    data = replace(DATA, split=Split(kind="order", valid=0.2, test=0.3))
+    log = pl.concat([LOG] * 5)  # 60 rows, of which `keep` leaves 50
+    log = log.with_columns(n=pl.int_range(pl.len()))
+    log[:17].write_parquet(tmp_path / "a.parquet")
+    log[17:].write_parquet(tmp_path / "b.parquet")
+    data = replace(data, rows="?.parquet", keep="n >= 10", features=(Feature("n"),))
+    table = Encoded(encode(data, tmp_path))
+    assert splits(table) == ["train"] * 25 + ["valid"] * 10 + ["test"] * 15
+    known = table.fitted.vocabularies["n"].values
+    assert sorted(known) == list(range(10, 35)), "the last rows are not in the vocabulary"
+    assert codes(table, "n")[25:] == [0] * 25
+
+
+def test_rows_that_are_events_have_the_split_of_the_rows():
+    log = LOG.with_columns(user=pl.lit("u"), time=pl.int_range(pl.len()), item=pl.int_range(pl.len()).cast(pl.String))
+    data = replace(
+        DATA, rows="log", user="user", time="time", fields=(Field("item"),), events=(Events({"item": "item"}),),
+        histories=(History("seen", ("item",)),), split=Split(kind="order", valid=0.25, test=0.25),
+    )  # fmt: skip
+    table = Encoded(encode(data, tables={"log": log}))
+    assert splits(table) == ["train"] * 6 + ["valid"] * 3 + ["test"] * 3
+    assert set(table.fitted.vocabularies["item"].values) == set(map(str, range(6)))
+
+
+def test_shares_of_a_split_by_order():
+    with pytest.raises(ValueError, match="Shares should be positive"):
+        Split(kind="order", valid=0.0)
+    with pytest.raises(DataError, match="The valid split is empty"):
+        encode(replace(DATA, rows="log", split=Split(kind="order", valid=0.01, test=0.1)), tables={"log": LOG})

@@ -36,9 +36,9 @@ from unbraid.data.source import (
     kept_rows,
     plausible,
     refuse_float_time,
-    scan,
-    split_expression,
+    scan_of,
     to_time,
+    with_split,
 )  # fmt: skip
 from unbraid.data.table import Encoded
 from unbraid.data.vocabulary import canonical
@@ -87,7 +87,7 @@ class _Look:
 
     def __init__(self, data: Data, base: Path, tables: Tables | None) -> None:
         self.base, self.tables, self.warnings = base, tables, list[str]()
-        whole = scan(data.folder, data.rows, base, tables)
+        whole = scan_of(data, data.rows, base, tables)
         try:
             self.read = _count(whole)
         except PolarsError as error:  # a CSV whose later lines are of another type
@@ -125,7 +125,7 @@ class _Look:
 
     def _with_split(self, plan: pl.LazyFrame) -> pl.LazyFrame:
         def split() -> pl.LazyFrame:
-            out = plan.with_columns(split_expression(self.data, plan.collect_schema()).alias(SPLIT))
+            out = with_split(plan, self.data)
             out.select(SPLIT).head(1).collect()  # a wrong type shows only when it runs
             return out
 
@@ -144,7 +144,8 @@ class _Look:
 
         def unmatched() -> int:
             check_joins(alone, self.base, self.tables)
-            have, right = plan.collect_schema(), scan(self.data.folder, join.table, self.base, self.tables)
+            have = plan.collect_schema()
+            right = scan_of(self.data, join.table, self.base, self.tables)
             if join.on not in have:
                 names = ", ".join(have)
                 raise DataError(f"Join of `{join.table}`: the rows have no column `{join.on}`. Columns: {names}.")

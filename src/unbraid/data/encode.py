@@ -47,11 +47,12 @@ from unbraid.data.source import (
     rows_plan,
     to_time,
 )  # fmt: skip
+from unbraid.data.text import holds_whole_numbers, whole_numbers
 from unbraid.data.vocabulary import canonical, canonical_type
 from unbraid.store import atomic_folder
 from unbraid.types import Feature, Schema
 
-FORMAT = 4  # raise it when the folder's layout or the meaning of a column changes
+FORMAT = 5  # raise it when the folder's layout or the meaning of a column changes
 CHUNK = 200_000
 
 
@@ -68,9 +69,8 @@ def fingerprint(
 ) -> str:
     """Names the encoded folder: declaration, files (name, size, time of change), in-memory tables, fitted state."""
     declared = dataclasses.asdict(dataclasses.replace(data, cache=""))
-    names = {data.rows, *(j.table for j in data.joins), *(e.table for e in data.events if e.table != "rows")}
     sources: list[Any] = []
-    for name in sorted(names):
+    for name in data.tables():
         if tables and name in tables:
             frame = tables[name].lazy().collect()
             rows = hashlib.sha256(frame.hash_rows(0).to_numpy().tobytes()).hexdigest()
@@ -289,7 +289,8 @@ def write_rows(
         if f.kind == "id":
             columns.append(f"feature.{f.name}", codes_of(fitted, f.vocab, column, f"Feature `{f.name}`"))
         elif f.kind == "number":
-            refuse_bad_numbers(f, int((~column.drop_nulls().cast(pl.Float32).is_finite()).sum()))
+            single = column.drop_nulls().cast(pl.Float32)
+            refuse_bad_numbers(f, int(single.is_nan().sum()), int(single.is_infinite().sum()))
             columns.append(f"feature.{f.name}", column.to_numpy())  # a null becomes NaN
         elif f.kind == "vector":
             columns.append(f"feature.{f.name}", _vectors(f, column, fitted.schema.widths[f.name]))
@@ -329,6 +330,10 @@ def codes_of(fitted: Fitted, name: str, values: pl.Series, where: str) -> np.nda
     known = fitted.vocabularies[name]
     if values.null_count() == len(values):
         values = values.cast(known.values.dtype)
+    if values.dtype == pl.Int64 and holds_whole_numbers(known.values):  # numbers are what they are as text
+        values = values.cast(pl.String)
+    if values.dtype == pl.String and known.values.dtype == pl.Int64 and len(known.values):
+        values = whole_numbers(values)  # of a file that has words among them now: they are unknown
     if values.dtype != known.values.dtype and len(known.values):
         raise DataError(
             f"{where}: its values are {values.dtype}; those of the training split are {known.values.dtype}."
@@ -348,7 +353,12 @@ def _vectors(feature: Feature, column: pl.Series, width: int) -> np.ndarray:
     out = np.zeros((len(column), width), dtype=np.float32)  # a null vector is zeros
     flat = column.drop_nulls().explode()
     if flat.null_count() or not np.isfinite(flat.to_numpy()).all():
-        raise DataError(f"Feature `{feature.name}`: vectors should hold finite numbers. Found nulls, NaN or infinity.")
+        finite = np.isfinite(flat.fill_null(float("nan")).to_numpy()).reshape(-1, width).all(1)
+        raise DataError(
+            f"Feature `{feature.name}`: vectors should hold finite numbers. Found nulls, NaN or infinity in "
+            f"{int((~finite).sum()):,} rows. Write null for the whole vector where there is none, which reads as zeros, or leave "
+            "those rows out with `data.keep`."
+        )
     out[~column.is_null().to_numpy()] = flat.to_numpy().reshape(-1, width)
     return out
 

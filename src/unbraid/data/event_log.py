@@ -31,6 +31,7 @@ import polars as pl
 
 from unbraid.data import source as src
 from unbraid.data.source import Data, DataError, Events, Split, Tables
+from unbraid.data.text import Reads
 from unbraid.data.vocabulary import canonical
 from unbraid.types import BUILT_IN, Feature, Field, History, Task
 
@@ -184,7 +185,9 @@ def read(log: EventLog, base: Path | None = None, tables: Tables | None = None) 
     Raises:
         DataError: the table or a column is not there, or an event has no user, item or time.
     """
-    plan, where = src.scan("", log.table, base or Path(), tables), f"Event log `{log.table}`"
+    where = f"Event log `{log.table}`"
+    reads = Reads(ids=frozenset({log.user, log.item, *log.fields.values()}), numbers=frozenset({log.time}))
+    plan = src.scan("", log.table, base or Path(), tables, reads=reads)
     have = plan.collect_schema()
     if src.is_empty(plan, where):
         raise DataError(f"{where} holds no events.")

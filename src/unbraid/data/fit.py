@@ -28,10 +28,11 @@ from unbraid.data.source import (
     kept_rows,
     reading,
     rows_plan,
-    split_expression,
     to_time,
     users_of_events,
+    with_split,
 )
+from unbraid.data.text import holds_whole_numbers
 from unbraid.data.vocabulary import Vocabulary, canonical, canonical_type
 from unbraid.types import FIRST_VALUE, GAP, POSITION, Feature, Schema
 
@@ -69,8 +70,7 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
 
 
 def _check_split(data: Data, plan: pl.LazyFrame) -> None:
-    split = split_expression(data, plan.collect_schema()).alias(SPLIT)
-    counts = dict(plan.group_by(split).len().collect(engine="streaming").rows())
+    counts = dict(with_split(plan, data).group_by(SPLIT).len().collect(engine="streaming").rows())
     if None in counts:
         what = {"column": data.split.column, "time": data.time, "user": data.user}[data.split.kind]
         raise DataError(
@@ -119,10 +119,14 @@ def _fit_vocabularies(
     for name, frames in counts.items():
         old = grow.vocabularies.get(name) if grow else None
         kinds = [f.schema["value"] for f in frames if len(f)] + ([old.values.dtype] if old and len(old.values) else [])
+        if old and set(kinds) == {pl.Int64, pl.String} and holds_whole_numbers(old.values):
+            kinds = [pl.String()]  # the earlier log had numbers and words, as text
         if len(set(kinds)) > 1:
             found = ", ".join(sorted({str(kind) for kind in kinds}))
+            words = " Read the numbers as text: `CAST(COLUMN AS VARCHAR)` in the place of the column."
             raise DataError(
                 f"Vocabulary `{name}` is read from columns (or an earlier model) of different types: {found}."
+                + words * (set(kinds) == {pl.Int64, pl.String})
             )
         for frame in frames:
             if frame.schema["value"] == pl.Float64 and frame["value"].is_nan().any():
@@ -231,7 +235,7 @@ def _fit_number(
     """
     found = train.select(number_expression(feature, schema).drop_nulls().sort().alias("x"))
     values = found.collect(engine="streaming")["x"].to_numpy()
-    refuse_bad_numbers(feature, int((~np.isfinite(values)).sum()))
+    refuse_bad_numbers(feature, int(np.isnan(values).sum()), int(np.isinf(values).sum()))
     if not len(values):
         return (0.0, 1.0), (), True
     quantiles = tuple(values[np.arange(QUANTILES) * (len(values) - 1) // (QUANTILES - 1)].tolist())
@@ -244,12 +248,19 @@ def _fit_number(
     return scale, quantiles, whole
 
 
-def refuse_bad_numbers(feature: Feature, bad: int | None) -> None:
-    """Raises DataError when there are any."""
-    if bad:
+def refuse_bad_numbers(feature: Feature, nans: int, infinite: int) -> None:
+    """Raises DataError when there are any: so many rows."""
+    where = f"Feature `{feature.name}`: `{feature.source}` holds"
+    if nans:
         raise DataError(
-            f"Feature `{feature.name}`: `{feature.source}` holds NaN or infinity in {bad:,} rows. A null is missing; "
-            f'to read a NaN as missing too, set nan = "missing" on the feature.'
+            f'{where} NaN in {nans:,} rows. A null is missing; to read a NaN as missing too, set nan = "missing" on the '
+            "feature."
+        )
+    if infinite:
+        name = feature.source if feature.source.isidentifier() else f"({feature.source})"
+        raise DataError(
+            f"{where} infinity, or numbers beyond single precision, in {infinite:,} rows, which `nan` is not about. Read them as "
+            f'missing, with column = "CASE WHEN ABS({name}) < 1e38 THEN {name} END", or as a number of your choice.'
         )
 
 

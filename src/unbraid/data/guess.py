@@ -36,7 +36,7 @@ ITEMS = set(
     post photo listing game app recipe show asin
     """.split()
 )
-TIMES = set("time timestamp ts datetime date day created at dt unix".split())
+TIMES = set("time timestamp ts datetime date day hour created at dt unix".split())
 DAYS = set("date day dt datetime month week year".split())
 DOMAINS = set("domain scenario scene tab site country channel page surface market region source".split())
 IDS = set("id ids type code category cat class brand city gender level zip key".split())
@@ -134,6 +134,8 @@ class Column:
         self.nested = self.dtype.is_nested()
         self.exact = not self.nested and not self.dtype.is_float()  # so that values can name things
         self.unique = self.distinct > UNIQUE * self.rows
+        # it names rows, and nothing else; of a large table distinct values are counted to within a few per cent
+        self.names_rows = self.distinct > (0.97 * self.rows if self.rows > len(self.values) else self.rows - 1)
 
     def named(self, words: set[str]) -> bool:
         return bool(words & set(self.words))
@@ -154,6 +156,7 @@ class Look:
         columns: name -> `Column`; tasks: label -> (kind, why); features: a `Guess` for every other column.
         joins: (table, key); unused: (table, why).
         user, time: column names, "" for none; user_sql, time_sql, time_unit: how the run file reads them.
+        no_user: why there is no user.
         item: the feature that names what is recommended.
         train, test: (n,) bool, rows of the sample by the split.
     """
@@ -170,6 +173,7 @@ class Look:
                 _require(name, f"--{role}", self.frame.columns if role == "domain" else self.own)
         self.columns = self._columns()
         self.tasks = {name: _task(self.columns[name]) for name in labels}
+        self.no_user = "no column looks like a user"
         self.user = roles["user"] or self._guess_user()
         self._time(roles["time"])
         self._split()
@@ -274,11 +278,14 @@ class Look:
 
     # --------------------------------------------------------------------------------------------------- user and time
     def _guess_user(self) -> str:
-        """The column named like a user; among equals the one with the most values."""
+        """The column named like a user; among equals the one with the most values, but not one of its own in every row."""
         best: tuple[int, int, str] = (0, 0, "")
         for c in self._candidates():
             name = c.name.lower()
             if (c.named(USERS) or name.startswith(("user", "uid"))) and c.distinct > 10 and c.exact:
+                if c.names_rows:
+                    self.no_user = f"`{c.name}` has another value in every row, which names rows and no users"
+                    continue
                 simple = "".join(c.words) in {"user", "userid", "uid", "member", "memberid", "customerid", "visitorid"}
                 ends = name.endswith(("id", "key", "hash"))
                 best = max(best, (3 if simple else 2 if ends else 1, c.distinct, c.name))
@@ -372,6 +379,7 @@ class Look:
     def _identity(self) -> str:
         """Something that tells rows apart, where there is no user: a column, else all columns as one text."""
         flat = [c for c in self._candidates() if not c.nested]
+        flat = [c for c in flat if not (c.names_rows and c.exact)] or flat  # such a column is no user
         if not flat:
             raise ValueError("There is no column besides the labels.")
         best = max(flat, key=lambda c: c.distinct)
@@ -619,6 +627,8 @@ def _read_time(c: Column, given: bool) -> tuple[str, str, str] | None:
         return c.name, "us", "a date" if c.dtype == pl.Date else "a date-time"
     if c.dtype.is_numeric():
         unit, whole = unit_of(c.values), c.dtype.is_integer()
+        if whole and c.named({"hour"}) and _is_hour(c.values):
+            return f"STRPTIME(CONCAT('20', {sql_name(c.name)}, '00'), '%Y%m%d%H%M')", "us", "hours written as YYMMDDHH"
         if not unit and not (whole and (given or c.words in (["time"], ["timestamp"], ["ts"]))):
             return None
         text = f"integers of the size of {unit} since 1970" if unit else "integers of an unknown unit, read as seconds"
@@ -634,6 +644,15 @@ def _read_time(c: Column, given: bool) -> tuple[str, str, str] | None:
 def _misread(texts: pl.Series, form: str) -> int:
     """How many of the first hundred texts are no times of that form."""
     return texts.head(100).str.to_datetime(form, strict=False).null_count()
+
+
+def _is_hour(values: pl.Series) -> bool:
+    """Are these hours as 14102123, of 21 October 2014?"""
+    known = values.drop_nulls()
+    if not len(known) or _is_day(values):
+        return False
+    text = ("20" + known.unique().cast(pl.String) + "00").str
+    return not text.to_datetime("%Y%m%d%H%M", strict=False).null_count()
 
 
 def _is_day(values: pl.Series) -> bool:

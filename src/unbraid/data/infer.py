@@ -108,8 +108,8 @@ def _data(look: Look) -> Iterable[str]:
 
 def _user(look: Look) -> str:
     if not look.user_sql:
-        return '# user = ""  # no column looks like a user: intervals are then over rows, and there are no histories'
-    why = "what tells rows apart"
+        return f'# user = ""  {_comment(look.no_user)}: intervals are then over rows, and there are no histories'
+    why = f"what tells rows apart; {look.no_user}"
     if look.user:
         why = "given" if look.roles["user"] else f"named like a user, {look.columns[look.user].distinct:,} distinct"
     return f"user = {_toml(look.user_sql)}  {_comment(why)}"

@@ -10,14 +10,15 @@ import contextlib
 import datetime as dt
 import glob
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import polars as pl
 
+from unbraid.data.text import DataError, Reads, plan_text
 from unbraid.data.vocabulary import canonical, canonical_type, stable_hash
 from unbraid.types import BUILT_IN, FORBID, GAP, POSITION, Feature, Field, History, Task
 
@@ -33,10 +34,6 @@ TIMES = "an integer, a date or a date-time"
 UNIT_OF = {1.0: "s", 1e3: "ms", 1e6: "us", 1e9: "ns"}
 
 
-class DataError(ValueError):
-    """The data are not what the run says.  The message names the file, the column, the number of rows and the fix."""
-
-
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
     """Polars' own errors (a value that is not of its column's type, files whose columns differ) as `DataError`."""
@@ -44,6 +41,31 @@ def reading(what: str) -> Iterator[None]:
         yield
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{what} cannot be read as declared: {error}") from error
+
+
+@dataclass(frozen=True)
+class Text:
+    """How a table of text is written that is not CSV with a header.
+
+    Args:
+        table: its name, as in ``data.rows``, a join or an event source; a file of any suffix, or a glob.
+        names: of its columns, in order, where the first line is data; empty: the first line names them.
+        separator: one character between columns.
+
+    Raises:
+        ValueError: a name is empty or there twice, or ``separator`` is not one character.
+    """
+
+    __pydantic_config__: ClassVar[dict] = FORBID
+    table: str
+    names: tuple[str, ...] = ()
+    separator: str = ","
+
+    def __post_init__(self) -> None:
+        if bad := sorted({n for n in self.names if not n or self.names.count(n) > 1}):
+            raise ValueError(f"Text `{self.table}`: `names` should differ and not be empty. Found {bad}.")
+        if len(self.separator.encode()) != 1:
+            raise ValueError(f"Text `{self.table}`: `separator` should be one character. Found {self.separator!r}.")
 
 
 @dataclass(frozen=True)
@@ -86,15 +108,16 @@ class Split:
 
     Args:
         kind: ``time`` (before ``valid_from``, before ``test_from``, the rest), ``column`` (a column that says train,
-            valid or test) or ``user`` (whole users by a seeded hash of their id).
+            valid or test), ``user`` (whole users by a seeded hash of their id) or ``order`` (the last rows test, those before
+            them validate: for a log in order of time that has no time; files of a table in order of their names).
         valid_from, test_from: ISO dates or date-times (UTC unless they carry an offset), or numbers in the column's
             unit.
         column: for kind ``column``.
-        valid, test: shares of users, for kind ``user``; seed: of the hash.
+        valid, test: shares of users, or of rows for kind ``order``; seed: of the hash.
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
-    kind: Literal["time", "column", "user"] = "user"
+    kind: Literal["time", "column", "user", "order"] = "user"
     valid_from: str | int = ""
     test_from: str | int = ""
     column: str = ""
@@ -107,7 +130,7 @@ class Split:
             raise ValueError("A split by time needs `valid_from` and `test_from`.")
         if self.kind == "column" and not self.column:
             raise ValueError("A split by column needs `column`.")
-        if self.kind == "user" and not (0 < self.valid and 0 < self.test and self.valid + self.test < 1):
+        if self.kind in ("user", "order") and not (0 < self.valid and 0 < self.test and self.valid + self.test < 1):
             raise ValueError(f"Shares should be positive and leave rows to train on. Found {self.valid}, {self.test}.")
 
 
@@ -151,7 +174,7 @@ class Data:
         exposure: columns (or SQL expressions) that say what was shown to whom (user and item): rows know how many rows before
             them, in order of time, agree in all of these.
         time_unit: of an integer time column.
-        joins, features, fields, events, histories, tasks, split, negatives: see their classes.
+        text, joins, features, fields, events, histories, tasks, split, negatives: see their classes.
         cache: folder of encoded data; empty for the user's cache folder.
     """
 
@@ -169,6 +192,7 @@ class Data:
     weight: str = ""
     request: str = ""
     exposure: tuple[str, ...] = ()
+    text: tuple[Text, ...] = ()
     joins: tuple[Join, ...] = ()
     fields: tuple[Field, ...] = ()
     events: tuple[Events, ...] = ()
@@ -243,6 +267,27 @@ class Data:
             raise ValueError("A split by time needs `data.time`.")
         if self.split.kind == "user" and not self.user:
             raise ValueError("A split by user needs `data.user`. Use kind `column` for rows without users.")
+        texts, named = [text.table for text in self.text], self.tables()
+        if wrong := sorted({table for table in texts if table not in named or texts.count(table) > 1}):
+            raise ValueError(f"`data.text` should describe tables among {named}, each once. Found {wrong}.")
+
+    def tables(self) -> list[str]:
+        """Names of the tables that it reads, sorted."""
+        return sorted({self.rows, *(j.table for j in self.joins), *(e.table for e in self.events if e.table != "rows")})
+
+    @property
+    def reads(self) -> Reads:
+        """How it reads columns of text, by name; columns inside SQL alone are what they seem to be."""
+        bags = [f.source for f in self.features if f.kind == "bag"]
+        ids = [f.source for f in self.features if f.kind == "id"]
+        ids += [t.source for t in self.tasks if t.kind == "multiclass"]
+        ids += [self.user, self.domain, self.request, *self.exposure, *(join.on for join in self.joins)]
+        fields = {f.name for f in self.fields}
+        ids += [source for e in self.events for name, source in e.columns.items() if name in fields]
+        numbers = [f.source for f in self.features if f.kind == "number"] + [self.time, self.weight]
+        numbers += [t.source for t in self.tasks if t.kind != "multiclass"] + [e.time for e in self.events]
+        numbers += [t.sampling_rate for t in self.tasks if isinstance(t.sampling_rate, str)]
+        return Reads(frozenset(ids) - {""}, frozenset(bags), frozenset(numbers) - {""})
 
 
 # ------------------------------------------------------------------------------------------------------- reading tables
@@ -266,16 +311,22 @@ def files_of(folder: str, table: str, base: Path) -> list[Path]:
     return found
 
 
-def scan(folder: str, table: str, base: Path, tables: Tables | None = None) -> pl.LazyFrame:
-    """A lazy plan over a table.  Raises DataError for files that are missing, truncated, of an unknown type, or CSV without
-    rows."""
+def scan(
+    folder: str, table: str, base: Path, tables: Tables | None = None, text: Sequence[Text] = (), reads: Reads | None = None
+) -> pl.LazyFrame:  # fmt: skip
+    """A lazy plan over a table; ``text`` says how some are written, ``reads`` how columns of text are read (a pass over the
+    file finds their types).  Raises DataError for files that are missing, truncated, of an unknown type, CSV without rows, of
+    other columns than named, or with words among numbers."""
+    reads = reads or Reads()
     if tables and table in tables:
         return tables[table].lazy()
     files = files_of(folder, table, base)
     kinds = {p.suffix for p in files}
+    if written := [one for one in text if one.table == table]:
+        return _scan_text(written[0], files, reads)
     if len(kinds) > 1 or not kinds <= {".parquet", ".csv"}:
         raise DataError(f"Table `{table}` should be Parquet or CSV files of one kind. Found {sorted(kinds)}.")
-    plan = partial(pl.scan_parquet if kinds == {".parquet"} else pl.scan_csv, glob=False)  # type: ignore[call-arg]
+    plan = partial(pl.scan_parquet if kinds == {".parquet"} else _header, glob=False)  # type: ignore[call-arg]
     for path in files:  # a truncated file shows in its footer, before hours of work
         try:
             plan(path).collect_schema()
@@ -285,7 +336,78 @@ def scan(folder: str, table: str, base: Path, tables: Tables | None = None) -> p
             ) from error
     if kinds == {".csv"} and all(map(_header_alone, files)):
         raise DataError(f"Table `{table}` has a header and no rows. Found {', '.join(p.name for p in files[:5])}.")
-    return plan(files)
+    return plan(files) if kinds == {".parquet"} else plan_text(files, reads)
+
+
+def _header(path: Path, **options: Any) -> pl.LazyFrame:
+    """A lazy plan over one file of text, whose columns are named by its first line unless options say otherwise."""
+    return pl.scan_csv(path, infer_schema=False, **options)
+
+
+def _scan_text(text: Text, files: list[Path], reads: Reads, more: str = "") -> pl.LazyFrame:
+    """A lazy plan over files of declared text.  ``more``: what else to say of another number of columns."""
+    if any(p.suffix == ".parquet" for p in files):
+        raise DataError(f"Table `{text.table}` is Parquet, which `data.text` does not describe. Take it out there.")
+    plan = partial(_header, glob=False, separator=text.separator, has_header=not text.names)
+    for path in files:
+        try:
+            found = plan(path).collect_schema().names()
+        except Exception as error:
+            raise DataError(f"{path} cannot be read as text ({path.stat().st_size:,} bytes): {error}.") from error
+        if text.names and len(found) != len(text.names):
+            raise DataError(
+                f"{path} has {len(found)} columns between separators {text.separator!r}; `data.text` names "
+                f"{len(text.names)}, {text.names[0]} to {text.names[-1]}.{more}"
+            )
+    if not text.names and all(map(_header_alone, files)):
+        raise DataError(f"Table `{text.table}` has a header and no rows. Found {', '.join(p.name for p in files[:5])}.")
+    return plan_text(files, reads, separator=text.separator, names=text.names, header=not text.names)
+
+
+def scan_given(
+    rows: str | Path, data: Data | None = None, known: Callable[[], Mapping[str, Any]] | None = None
+) -> pl.LazyFrame:  # fmt: skip
+    """A plan over a file or folder that stands in the place of the rows: text of their suffix is read as they are.
+
+    Args:
+        data: what reads them, from which follow the types of text; known: makes the types of ids that a model knows, for
+            text.  Files without the declared labels are read, too.
+    """
+    path = Path(rows).resolve()
+    like = [t for t in data.text if t.table == data.rows and Path(t.table).suffix == path.suffix] if data else []
+    reads = data.reads if data else Reads()
+    if known is not None and any(file.suffix != ".parquet" for file in files_of("", str(path), Path("/"))):
+        reads = reads.given(known())
+    if not like or data is None:
+        return scan("", str(path), Path("/"), None, (), reads)
+    text, files = like[0], files_of("", str(path), Path("/"))
+    rest = tuple(name for name in text.names if name not in {task.source for task in data.tasks})
+    with contextlib.suppress(pl.exceptions.PolarsError):  # `_scan_text` says what is wrong with it
+        if len(rest) == len(_header(files[0], glob=False, separator=text.separator, has_header=False).collect_schema()):
+            text = replace(text, names=rest)
+    more = f" Rows to predict may come without the labels, with {len(rest)}." * (len(rest) < len(text.names))
+    return _scan_text(replace(text, table=str(path)), files, reads, more)
+
+
+def known_types(data: Data, values: Mapping[str, Any], base: Path, tables: Tables | None = None) -> dict[str, Any]:
+    """Column of the rows -> type of ids in it, as a trained model's vocabularies, the joined tables and the events have them.
+
+    Args:
+        values: vocabulary -> type of its values; ``domain`` with a space behind it is that of the domains.
+    """
+    found = {join.on: scan_of(data, join.table, base, tables).collect_schema()[join.on] for join in data.joins}
+    if data.histories:
+        _, plan = event_plans(data, base, tables, split=False)[0]
+        have = plan.collect_schema()
+        found |= {data.user: _dtype(data.user, have)} if data.user in have else {}
+    found = {column: canonical_type(kind) for column, kind in found.items()}
+    found |= {data.domain: values["domain "]} if data.domain else {}
+    return found | {f.source: values[f.vocab] for f in data.features if f.kind == "id"}
+
+
+def scan_of(data: Data, table: str, base: Path, tables: Tables | None) -> pl.LazyFrame:
+    """A lazy plan over one of the run's tables.  Raises DataError as `scan` does."""
+    return scan(data.folder, table, base, tables, data.text, data.reads)
 
 
 def _header_alone(path: Path) -> bool:
@@ -333,7 +455,7 @@ def add_joins(
                     f"Join of `{join.table}`: the rows have no column `{join.on}`. Columns: {listed(have)}."
                 )
             continue
-        right = scan(data.folder, join.table, base, tables)
+        right = scan_of(data, join.table, base, tables)
         columns = right.collect_schema()
         if join.on not in columns:
             raise DataError(f"Join of `{join.table}`: there is no column `{join.on}`. Columns: {', '.join(columns)}.")
@@ -351,7 +473,7 @@ def add_joins(
 def check_joins(data: Data, base: Path, tables: Tables | None) -> None:
     """Raises DataError when the key of a joined table is not unique: rows would multiply."""
     for join in data.joins:
-        plan = scan(data.folder, join.table, base, tables)
+        plan = scan_of(data, join.table, base, tables)
         if join.on not in plan.collect_schema():
             raise DataError(f"Join of `{join.table}`: there is no column `{join.on}`.")
         rows, keys = plan.select(pl.len(), pl.col(join.on).n_unique().alias("keys")).collect().row(0)
@@ -417,8 +539,21 @@ def instant(value: str | int, per_second: float) -> int:
     return microseconds * int(per_second) // 10**6  # exact for nanoseconds too
 
 
-def split_expression(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
-    """0, 1 or 2 for train, valid and test; null where a split column says something else."""
+def with_split(plan: pl.LazyFrame, data: Data) -> pl.LazyFrame:
+    """The kept rows with a column `SPLIT`: 0, 1 or 2 for train, valid and test; null where a split column says something else.
+
+    A split by order counts the rows first: another pass over the file.
+    """
+    if data.split.kind != "order":
+        return plan.with_columns(_split_expression(data, plan.collect_schema()).alias(SPLIT))
+    rows = plan.select(pl.len()).collect(engine="streaming").item()
+    test = rows - round(rows * data.split.test)
+    valid = test - round(rows * data.split.valid)
+    split = (pl.col(ROW_KEY) >= valid).cast(pl.Int8) + (pl.col(ROW_KEY) >= test).cast(pl.Int8)
+    return plan.with_row_index(ROW_KEY).with_columns(split.alias(SPLIT)).drop(ROW_KEY)
+
+
+def _split_expression(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
     split = data.split
     if split.kind == "time":
         time, per_second = to_time(
@@ -461,7 +596,7 @@ def _dtype(source: str, schema: Mapping[str, Any]) -> Any:
 
 def kept_rows(data: Data, base: Path, tables: Tables | None) -> pl.LazyFrame:
     """The rows after ``keep`` and ``drop_duplicates``, in file order."""
-    plan = scan(data.folder, data.rows, base, tables)
+    plan = scan_of(data, data.rows, base, tables)
     if data.keep:
         plan = plan.filter(expression(data.keep, plan.collect_schema(), "data.keep"))
     return plan.unique(maintain_order=True, keep="first") if data.drop_duplicates else plan
@@ -471,8 +606,7 @@ def rows_plan(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame
     """The rows with their joined columns: kept rows with split and sampled negatives, or those of a query as is."""
     if query is not None:
         return add_joins(query, data, base, tables, rows=True)
-    plan = kept_rows(data, base, tables)
-    plan = plan.with_columns(split_expression(data, plan.collect_schema()).alias(SPLIT))
+    plan = with_split(kept_rows(data, base, tables), data)
     if data.negatives is not None:
         from unbraid.data.negatives import add_negatives
 
@@ -487,9 +621,9 @@ def event_plans(data: Data, base: Path, tables: Tables | None, split: bool = Tru
         if source.table == "rows":
             plan = kept_rows(data, base, tables)
             if split:
-                plan = plan.with_columns(split_expression(data, plan.collect_schema()).alias(SPLIT))
+                plan = with_split(plan, data)
         else:
-            plan = scan(data.folder, source.table, base, tables)
+            plan = scan_of(data, source.table, base, tables)
         if source.where:
             plan = plan.filter(expression(source.where, plan.collect_schema(), f"data.events `{source.table}`"))
         plans.append((source, plan))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from unbraid.data.events import gather
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import SPLITS, DataError
 from unbraid.types import EXACT, Batch, Ragged, Schema
+
+Read = Callable[[np.ndarray], Batch]  # row numbers (n,) -> their batch
 
 
 class Encoded:
@@ -61,8 +63,8 @@ class Encoded:
         return np.flatnonzero(self.columns["split"] == SPLITS.index(name))
 
     # ------------------------------------------------------------------------------------------------------- one batch
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The given rows ((n,) int64) as a batch."""
+    def batch(self, rows: np.ndarray, features: Mapping[str, Tensor | Ragged] | None = None) -> Batch:
+        """The given rows ((n,) int64) as a batch; ``features``: what to give in the place of the table's."""
         columns, n = self.columns, len(rows)
         labels, observed = self.labels(rows)
         domain = columns["domain"][rows].astype(np.int64) if "domain" in columns else np.full(n, 2)
@@ -77,7 +79,7 @@ class Encoded:
             elif isinstance(task.sampling_rate, float | int) and task.sampling_rate != 1.0:
                 meta[f"sampling_rate.{task.name}"] = torch.full((n,), float(task.sampling_rate))
         return Batch(
-            features=self._features(rows),
+            features=self._features(rows) if features is None else features,
             labels=labels,
             observed=observed,
             domain=_tensor(domain),
@@ -156,20 +158,22 @@ class Encoded:
         return found
 
     # -------------------------------------------------------------------------------------------------------- in order
-    def in_order(self, rows: np.ndarray, size: int) -> Iterator[Batch]:
-        """The rows in batches, first to last."""
-        return prefetch(self.batch(rows[at : at + size]) for at in range(0, len(rows), size))
+    def in_order(self, rows: np.ndarray, size: int, read: Read | None = None) -> Iterator[Batch]:
+        """The rows in batches, first to last; ``read``: what makes a batch of row numbers, in the place of `batch`."""
+        read = read or self.batch
+        return prefetch(read(rows[at : at + size]) for at in range(0, len(rows), size))
 
     def shuffled(
-        self, rows: np.ndarray, size: int, seed: int, start: int = 0, whole: bool = False
+        self, rows: np.ndarray, size: int, seed: int, start: int = 0, whole: bool = False, read: Read | None = None
     ) -> Iterator[Batch]:  # fmt: skip
         """Endless training batches from step ``start`` on.
 
         The order of an epoch is a function of (seed, epoch), so that any step can be reached directly.  The rows that
         do not fill a last batch are left out of that epoch (others in each), unless there is only one batch.  With
-        ``whole`` none is: an epoch is cut into batches of nearly one size, at most ``size``.
+        ``whole`` none is: an epoch is cut into batches of nearly one size, at most ``size``.  ``read`` as in `in_order`.
         """
-        return prefetch(self.batch(part) for part in order(rows, size, seed, start, whole))
+        read = read or self.batch
+        return prefetch(read(part) for part in order(rows, size, seed, start, whole))
 
 
 def steps_per_epoch(rows: int, size: int, whole: bool = False) -> int:
