@@ -128,5 +128,5 @@ def test_views_of_tasks_are_refused(encoded, kind):
         model_of(encoded, tables=Views(kind=kind), experts=(Expert(),))
     assert str(error.value) == (
         f"`experts` read views that belong to no task. Found model.tables.kind `{kind}`. "
-        f"Set it to `shared` or `several`."
+        "Set it to `shared` or `several`, or set `model.experts` to []."
     )

@@ -301,6 +301,44 @@ def test_a_search_costs_width_times_events(way: str, monkeypatch: pytest.MonkeyP
     assert cost[8] == 2 * cost[4] == 4 * cost[2]
 
 
+def test_a_screened_search_costs_width_times_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of integers of all vectors, exact ones of the few events that these do not rule out and of the kept."""
+    integers: list[int] = []
+    exact: list[int] = []
+
+    def counted(vectors: Tensor, index: Tensor, query: Tensor, lists: Ragged) -> Tensor:
+        exact.append(len(index) * vectors.shape[1])
+        return plain(vectors, index, query, lists)
+
+    def counted_int(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        integers.append(a.shape[0] * a.shape[1] * b.shape[1])
+        return int_mm(a, b, out=out)
+
+    plain, int_mm = packed.products, torch._int_mm
+    monkeypatch.setattr(packed, "products", counted)
+    monkeypatch.setattr(torch, "_int_mm", counted_int)
+    monkeypatch.setattr(search, "has_integers", lambda: True)
+    monkeypatch.setattr(search, "way_of", lambda *sizes, integers: "screen")
+    monkeypatch.setattr(torch, "mm", None)  # nothing multiplies all vectors as floats
+    lengths, keep, vectors = [3_000, 0, 5_000, 4_000], 5, 600
+    for width in (16, 8, 4):
+        config = DARE(keep=keep, attention_width=width, target_aware=False)
+        module = config.build({"item": 16}, {"item": 16}, {"attention": width, "value": 16}).eval()
+        g = torch.Generator().manual_seed(width)
+        index = torch.randint(0, vectors, (sum(lengths),), generator=g)
+        events = {
+            role: {"item": Rows(torch.randn(vectors, d, generator=g), index)}
+            for role, d in (("attention", width), ("value", 16))
+        }
+        target = {role: {"item": torch.randn(4, d, generator=g)} for role, d in (("attention", width), ("value", 16))}
+        integers.clear(), exact.clear()
+        module(events, Ragged({}, torch.tensor([0, *lengths]).cumsum(0)), target)
+        assert sum(integers) == width * len(lengths) * vectors
+        kept = 3 * keep
+        again = sum(exact) / width - kept
+        assert again == int(again) and kept <= again < 0.1 * sum(lengths)
+
+
 # -------------------------------------------------------------------------------------------------------------- in a model
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory) -> Encoded:

@@ -179,11 +179,17 @@ def test_bad_parameters(make, word):
 # -------------------------------------------------------------------------------------------------------------- the model
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
-    return Encoded(encode(make_data(cache=str(tmp_path_factory.mktemp("cache"))), tables={"log": make_log(300)}))
+    return Encoded(encode(two_vectors(cache=str(tmp_path_factory.mktemp("cache"))), tables={"log": make_log(300)}))
 
 
-TWICE = (("text_vector", "text_vector"),)
-MEMBERS = [Projected(), Hashed(bits=7), Similarity(pairs=TWICE)]
+def two_vectors(**changes):
+    """The toy log's vector, also under another name."""
+    data = make_data(**changes)
+    return replace(data, features=(*data.features, Feature("other_vector", column="text_vector", kind="vector")))
+
+
+PAIR = (("text_vector", "other_vector"),)
+MEMBERS = [Projected(), Hashed(bits=7), Similarity(pairs=PAIR)]
 
 
 def test_a_pair_must_name_vectors_in_a_run_too(single):
@@ -196,7 +202,7 @@ def test_fields_of_a_view(single, encoded, member):
     model = Model(encoded.schema, SharedBottom(), Views(kind="several", widths=(4, 6)), vectors=member)
     batch = encoded.batch(np.arange(20))
     fields = model._fields("view1", batch, model._read(batch)[0], {})
-    name = "text_vector.text_vector" if member.kind == "similarity" else "text_vector"
+    name = "text_vector.other_vector" if member.kind == "similarity" else "text_vector"
     assert ("text_vector" in fields) == (member.kind != "similarity")
     assert fields[name].shape == (20, 3 if member.kind == "raw" else 6)
     assert model.interactions["view/view1"].width == sum(x.shape[1] for x in fields.values())
@@ -213,7 +219,7 @@ def test_every_view_has_its_own(single, encoded, member):
 
 def test_raw_is_what_there_was(single, encoded):
     batch = encoded.batch(np.arange(40))
-    plain = build(make_run(), encoded.schema)
+    plain = build(make_run(data=two_vectors()), encoded.schema)
     fields = plain.interactions["view/shared"].fields
     assert fields.index("text_vector") == 4 and not plain.vectors.state_dict()
     assert torch.equal(
@@ -224,7 +230,9 @@ def test_raw_is_what_there_was(single, encoded):
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda m: m.kind)
 def test_a_bundle_serves_rows_as_training_read_them(single, member, tmp_path):
     log = make_log()
-    run = make_run(model=replace(make_run().model, vectors=member), training=Training(batch_size=64, steps=5))
+    run = make_run(
+        data=two_vectors(), model=replace(make_run().model, vectors=member), training=Training(batch_size=64, steps=5)
+    )
     result = train(run, tmp_path / "out", tables={"log": log}, baseline=False)
     table = Encoded(encode(run.data, tables={"log": log}))
     test = table.split("test")

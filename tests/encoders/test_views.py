@@ -130,9 +130,9 @@ def test_unknown_rate_reads_row_0_while_training_only() -> None:
     [
         ({"width": 0}, "`width` should be positive"),
         ({"unknown_rate": 1.0}, "`unknown_rate` should be in"),
-        ({"kind": "several"}, "belongs to kind `several` and to no other"),
-        ({"widths": (3,)}, "belongs to kind `several` and to no other"),
-        ({"kind": "separate", "widths": (3, 3)}, "belongs to kind `several` and to no other"),
+        ({"kind": "several"}, "Tables of kind `several` need `widths`"),
+        ({"widths": (3,)}, "belongs to tables of kind `several` and to no other"),
+        ({"kind": "separate", "widths": (3, 3)}, "belongs to tables of kind `several` and to no other"),
     ],
 )
 def test_bad_views_are_refused(change: dict, message: str) -> None:

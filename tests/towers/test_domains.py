@@ -8,22 +8,27 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tower_kit import EXACT, biased
+from tower_kit import EXACT, biased, gate_of, relu_layers
 from toylog import make_data, make_log, make_run
 
 from unbraid import bundle
-from unbraid.config import ModelChoice
+from unbraid.config import Expert, ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.table import Views
+from unbraid.interactions.cross import Cross
+from unbraid.interactions.flat import Flat
 from unbraid.job import bound_terms, train
 from unbraid.layers import task_key
 from unbraid.model import Heads
 from unbraid.optim.joint import Joint
+from unbraid.towers.aitm import AITM
 from unbraid.towers.ame import AME
 from unbraid.towers.domains import DomainTower, domain_names
+from unbraid.towers.experts import MMoE, OMoE
 from unbraid.towers.mlp import SharedBottom
+from unbraid.towers.multi_embedding import MultiEmbedding
 from unbraid.towers.ple import PLE
 from unbraid.towers.single_task import SingleTask
 from unbraid.towers.stem import STEM
@@ -37,6 +42,9 @@ TOWERS = [
     pytest.param(PLE(layers=2, **LAYERED), "per_task", id="ple"),
     pytest.param(SingleTask(bottom=(9, 6), tower=(5,)), "separate", id="single_task"),
     pytest.param(STEMAL(main=("domain1",), **LAYERED), "separate", id="stem_al"),
+    pytest.param(AME(**LAYERED), "several", id="ame"),
+    pytest.param(AME(norm="layer", gate=(4,), **LAYERED), "several", id="ame-deep"),
+    pytest.param(MMoE(experts=4, **LAYERED), "several", id="mmoe"),
 ]
 KNOWN = (2, 3, 4)  # codes of home, mail and search
 TASKS = ("click", "buy")
@@ -48,8 +56,13 @@ def encoded(tmp_path_factory):
     return Encoded(encode(data, tables={"log": make_log(rows=400)}))
 
 
+def views_of(kind, **keys):
+    """Tables by domain; those that belong to nobody have different widths."""
+    return Views(kind=kind, by="domain", widths=(2, 3, 4) if kind == "several" else (), **keys)
+
+
 def model_of(encoded, tower, kind, lazy_rows=-1, **choice):
-    views = Views(kind=kind, by="domain", width=3, std=1.0, lazy_rows=lazy_rows)
+    views = views_of(kind, width=3, std=1.0, lazy_rows=lazy_rows)
     return bundle.build(make_run(model=ModelChoice(tower=tower, tables=views, **choice)), encoded.schema)
 
 
@@ -62,7 +75,7 @@ def hidden_of(n, views, width=4):
 
 
 def domain_tower(tower, kind, domains=("domain0", "domain1", "domain2"), tasks=TASKS):
-    names = Views(kind=kind, by="domain").names(domains)
+    names = views_of(kind).names(domains)
     return biased(DomainTower(tower, tasks, domains, names, [4] * len(names))), len(names)
 
 
@@ -83,9 +96,8 @@ def test_a_row_has_the_state_that_its_domain_has_as_a_task(config, kind, trainin
     tower.train(training)
     views, domain = hidden_of(30, count), torch.tensor([2, 4, 3, 0, 4, 1] * 5)
     got = tower(views, domain, torch.ones(30).bool())
-    whole = dataclasses.replace(config, tower=()).build(
-        tower.domains, Views(kind=kind).names(tower.domains), [4] * count
-    )
+    names = views_of(kind).names(tower.domains)
+    whole = dataclasses.replace(config, tower=()).build(tower.domains, names, [4] * count)
     whole.load_state_dict(tower.inner.state_dict())
     out = whole(views)
     states = [out.tasks[name] for name in tower.domains]
@@ -142,7 +154,11 @@ def test_gates_have_their_shape_and_type_in_any_batch(config, kind, codes):
     tower, count = domain_tower(config, kind)
     n = len(codes)
     out = tower(hidden_of(n, count), torch.tensor(codes, dtype=torch.int64), torch.ones(n).bool())
-    pool = {"stem": 4, "ple": 4, "stem_al": 3}.get(config.kind, 0) + getattr(config, "task_experts", 1) - 1
+    pool = (
+        {"stem": 4, "ple": 4, "stem_al": 3, "ame": 3, "mmoe": 4}.get(config.kind, 0)
+        + getattr(config, "task_experts", 1)
+        - 1
+    )
     assert out.trunk.shape == (n, 6) and all(out.tasks[task].shape == (n, 5) for task in TASKS)
     for name in tower.gives:
         whole = tower(hidden_of(3, count), torch.tensor(KNOWN), torch.ones(3).bool()).extras[name]
@@ -158,6 +174,77 @@ def test_an_empty_batch(encoded, config, kind):
         assert model.train(training)(some(encoded, n=0)).logits["click"].shape == (0,)
 
 
+# ------------------------------------------------------------------------------------------------------- tables of nobody
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("training", [True, False])
+def test_every_domain_weighs_the_shared_experts_by_its_own_gate(training):
+    """AME row by row in plain arithmetic, value and gradient; rows without a known domain write nothing below the towers."""
+    config = AME(gate=(4,), **LAYERED)
+    names = ("domain0", "domain1", "domain2")
+    tower = biased(DomainTower(config, TASKS, names, ("view0", "view1"), [7, 4])).train(training)
+    hidden = [torch.randn(12, width, requires_grad=True) for width in (7, 4)]
+    domain = torch.tensor([2, 4, 3, 0, 4, 1] * 2)
+    leaves = [*hidden, *tower.parameters()]
+
+    def gradient(states):
+        loss = sum((states[task].sin() * (k + 1)).sum() for k, task in enumerate(TASKS))
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    out = tower(hidden, domain, torch.ones(12).bool())
+    pool = [relu_layers(expert, x) for expert, x in zip(tower.inner.experts, hidden, strict=True)]
+    rows, gates = [], []
+    for i, code in enumerate(domain.tolist()):
+        x = torch.cat([one[i] for one in hidden])[None]
+        mixed, weights = [], []
+        for name in names:
+            gate = gate_of(tower.inner.gates[task_key(name)], x)[0]
+            weights.append(gate)
+            mixed.append(gate[0] * pool[0][i] + gate[1] * pool[1][i])
+        rows.append(mixed[code - 2] if code >= 2 else (sum(mixed) / 3).detach())
+        gates.append(weights[code - 2] if code >= 2 else torch.zeros(2))
+    z = torch.stack(rows)
+    want = {task: relu_layers(tower.towers[task_key(task)], z) for task in TASKS}
+    torch.testing.assert_close(out.tasks, want, **EXACT)
+    torch.testing.assert_close(out.trunk, z, **EXACT)
+    torch.testing.assert_close(out.extras, {"ame.gate": torch.stack(gates)}, **EXACT)
+    for mine, theirs in zip(gradient(out.tasks), gradient(want), strict=True):
+        torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_domain_reaches_every_table_and_no_other_domains_gate():
+    tower, count = domain_tower(AME(**LAYERED), "several")
+    for code in KNOWN:
+        views = hidden_of(9, count)
+        tower.zero_grad()
+        tower(views, torch.full((9,), code), torch.ones(9).bool()).tasks["click"].sin().sum().backward()
+        assert all(view.grad.any() for view in views)
+        assert all(p.grad.any() for p in tower.inner.experts.parameters())
+        for name, gate in zip(tower.domains, KNOWN, strict=True):
+            own = list(tower.inner.gates[task_key(name)].parameters())
+            assert all((p.grad is not None) == (gate == code) for p in own)
+
+
+@pytest.mark.usefixtures("float64")
+def test_normalisation_over_a_batch_sees_rows_of_all_domains():
+    config = AME(norm="batch", **LAYERED)
+    tower, count = domain_tower(config, "several")
+    views, domain = hidden_of(30, count), torch.tensor([2, 4, 3, 0, 4, 1] * 5)
+    tower.train()(views, domain, torch.ones(30).bool())
+    for expert, x in zip(tower.inner.experts, views, strict=True):
+        first, norm = expert[0], expert[1]
+        torch.testing.assert_close(norm.running_mean, 0.1 * first(x).mean(0), **EXACT)
+        assert int(norm.num_batches_tracked) == 1
+
+
+def test_experts_over_tables_of_nobody(encoded):
+    experts = (Expert(0, Flat()), Expert(1, Cross()), Expert(2, Flat()), Expert(2, Cross()))
+    model = model_of(encoded, AME(), "several", experts=experts, heads=Heads(by="domain"))
+    assert list(model.embeddings.widths.values()) == [2, 3, 4]
+    gate = model(some(encoded)).extras["ame.gate"]
+    assert gate.shape == (40, 4) and torch.allclose(gate.sum(1), torch.ones(40))
+
+
 # --------------------------------------------------------------------------------------------------------------- absence
 def of_domain(model, at):
     """Names of what belongs to one domain: tables, encoders, interaction, experts, gate."""
@@ -170,7 +257,7 @@ def state_of(model, update, names):
     short = names | {n.removeprefix("embeddings.tables.").removesuffix(".weight") for n in names}
     state = update.state_dict()
     parts = {k: v for part in ("dense", "rows") for k, v in state[part].items() if k in short}
-    assert len(parts) >= len(names) // 2
+    assert len(parts) >= len(names) // 2 > 0
     return copy.deepcopy(({n: p.detach().clone() for n, p in model.named_parameters() if n in names}, parts))
 
 
@@ -207,7 +294,8 @@ def test_an_absent_domain_does_not_move(encoded, config, kind, lazy_rows, how):
         go(some(encoded, start=10 * at))
     for at, code in enumerate(KNOWN):
         names = of_domain(model, at)
-        assert any("tables" in n for n in names) and any(n.startswith("tower.inner") for n in names)
+        assert any("tables" in n for n in names) == (kind != "several")
+        assert any(n.startswith("tower.inner") for n in names)
         rest = {n: p.detach().clone() for n, p in model.named_parameters() if n not in names}
         before = state_of(model, update, names)
         go(without(some(encoded), code, how))
@@ -244,7 +332,7 @@ def test_views_are_named_by_known_domains(encoded):
 @pytest.mark.parametrize(("config", "kind"), TOWERS)
 def test_trains_and_comes_back(config, kind, tmp_path):
     run = make_run(training=dataclasses.replace(make_run().training, steps=5))
-    views = Views(kind=kind, by="domain", width=3)
+    views = views_of(kind, width=3)
     run = dataclasses.replace(run, model=ModelChoice(tower=config, tables=views))
     result = train(run, tables={"log": make_log()}, baseline=False)
     assert result.metrics["test"]["click"]["auc"]["value"] > 0
@@ -264,14 +352,27 @@ def test_trains_and_comes_back(config, kind, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors
-@pytest.mark.parametrize("kind", ["shared", "several"])
-def test_by_domain_needs_views_of_owners(kind):
-    widths = (4, 6) if kind == "several" else ()
+def test_by_domain_needs_several_views():
     with pytest.raises(ValueError) as error:
-        Views(kind=kind, widths=widths, by="domain")
+        Views(by="domain")
     assert str(error.value) == (
-        f"Parameter `by` should be `task`, or `domain` with kind `per_task` or `separate`. Found `domain` with kind `{kind}`."
+        "Parameter `by` should be `task`, or `domain` with kind `per_task`, `separate` or `several`. "
+        "Found `domain` with kind `shared`."
     )
+
+
+NO_GATES = [SharedBottom(), OMoE(), AITM(), MultiEmbedding(), MultiEmbedding(combine="scalar")]
+
+
+@pytest.mark.parametrize("tower", NO_GATES, ids=lambda tower: f"{tower.kind}-{getattr(tower, 'combine', '')}")
+def test_tables_of_nobody_need_a_gate_per_domain(encoded, tower):
+    with pytest.raises(ValueError) as error:
+        model_of(encoded, tower, "several")
+    assert str(error.value) == (
+        f"Tower `{tower.kind}` has no gate per task, and tables of kind `several` belong to no domain: all domains would be one. "
+        f"Take a tower with a gate per task, or model.tables.kind `per_task` or `separate`."
+    )
+    assert model_of(encoded, MultiEmbedding(combine="gate"), "several").gives == {"multi_embedding.gate"}
 
 
 @pytest.mark.parametrize("tower", [SharedBottom(), AME(), SingleTask()])

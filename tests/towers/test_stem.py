@@ -339,7 +339,8 @@ def test_refuses_other_views(views):
         STEM().build(("a", "b"), views, (4,) * len(views))
     assert str(error.value) == (
         "Tower `stem` reads one view per task and a shared one, ('a', 'b', 'shared'). "
-        f"Found views {views}. Set model.tables.kind to `per_task`."
+        f"Found views {views}. Set model.tables.kind to `per_task`, and model.tables.widths and model.experts to [], which go "
+        "with other views."
     )
 
 

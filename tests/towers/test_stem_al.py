@@ -135,7 +135,8 @@ def test_refuses_other_views(views, widths):
         STEMAL().build(("a", "b"), views, widths)
     assert str(error.value) == (
         "Tower `stem_al` reads one view per task, ('a', 'b'), all of one width, and no shared one. "
-        f"Found {dict(zip(views, widths, strict=True))}. Set model.tables.kind to `separate`."
+        f"Found {dict(zip(views, widths, strict=True))}. Set model.tables.kind to `separate`, and "
+        "model.tables.widths and model.experts to [], which go with other views."
     )
 
 

@@ -34,13 +34,15 @@ class Spread:
     std: float = 1.0
     quantiles: tuple[float, ...] = (0.0, 1.0)
     whole: bool = True
+    transform: str = "none"
 
     @classmethod
     def of(cls, schema: Schema, name: str) -> Spread:
         """Of a feature.  A schema that knows nothing of it (written by hand, or older) gives the defaults."""
         mean, std = schema.numbers.get(name, (0.0, 1.0))
         quantiles = tuple(schema.quantiles.get(name, ())) or (0.0, 1.0)
-        return cls(name, mean, std, quantiles, schema.whole.get(name, True))
+        transform = next((f.transform for f in schema.features if f.name == name), "none")
+        return cls(name, mean, std, quantiles, schema.whole.get(name, True), transform)
 
     @property
     def largest(self) -> float:

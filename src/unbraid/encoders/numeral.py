@@ -150,7 +150,12 @@ class Numeral:
             if broken or not spread.whole:
                 raise ValueError(
                     f'Number encoder `numeral` with scale = "integer" needs whole numbers up to 2^53. Feature `{spread.name}` '
-                    f'has {[*broken, "others"][0]}. Use scale = "quantile" or "log".'
+                    f'has {[*broken, "others"][0]}. Use scale = "quantile" or "log"'
+                    + (
+                        f', or take transform = "{spread.transform}" off the feature, if the column itself holds whole numbers.'
+                        if spread.transform != "none"
+                        else "."
+                    )
                 )
         return NumeralNumber(self, spread, width, std)
 

@@ -240,8 +240,9 @@ def search(
     Args:
         parts: of the score, at least one; lists: which events are whose.
         k: how many; a row with fewer keeps all, an empty one none.
-        precision: ``bfloat16`` rounds vectors and queries to 8 bits of mantissa before they are multiplied: half the memory
-            traffic on devices with such units, a few wrong events (`recall` says how many).
+        precision: ``bfloat16`` rounds vectors and queries to 8 bits of significand, and multiplies them as they were stored: it
+            finds what a device that multiplies such numbers would, a few wrong events included (`recall` says how many), and
+            saves nothing.  On a CPU the rounding costs time.
         way: of all parts, instead of the cheapest one.
     """
     if k < 1:
@@ -268,6 +269,8 @@ def recall(parts: Sequence[Part], lists: Ragged, k: int, precision: Precision = 
 
 
 def _rounded(part: Part) -> Part:
+    # To save memory traffic on CUDA, keep the vectors in bfloat16 instead of widening them again here, multiply them by
+    # ``torch.mm(..., out_dtype=torch.float32)`` and widen what `packed.products` gathers, piece by piece.
     vectors = part.read.vectors.bfloat16().to(part.read.vectors.dtype)
     return part._replace(read=Rows(vectors, part.read.index), query=part.query.bfloat16().to(part.query.dtype))
 

@@ -49,6 +49,11 @@ class Similarity:
         require_bases(self.bases)
         if self.levels < 2:
             raise ValueError(f"Parameter `levels` should be at least 2. Found {self.levels}.")
+        pairs = [frozenset(pair) for pair in self.pairs]  # the cosine of (a, b) is that of (b, a)
+        if wrong := [list(pair) for pair in self.pairs if pair[0] == pair[1] or pairs.count(frozenset(pair)) > 1]:
+            raise ValueError(
+                f"Parameter `pairs` should hold two different vectors each, and each pair once. Found {wrong}."
+            )
 
     def build(self, widths: Mapping[str, int], width: int, std: float) -> SimilarityVectors:
         """widths: vector feature -> D; width: of the view's tables.

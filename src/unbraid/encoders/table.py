@@ -98,7 +98,8 @@ class Views:
     Args:
         kind: ``shared`` (one view), ``per_task`` (one per task and a shared one, in that order), ``separate`` (one per
             task and no other) or ``several``.
-        by: ``domain``: ``per_task`` and ``separate`` views belong to domains instead of tasks (`unbraid.towers.domains`).
+        by: ``domain``: ``per_task`` and ``separate`` views belong to domains instead of tasks, and over ``several`` each domain
+            has its own gate (`unbraid.towers.domains`).
         width: D of every table; widths: D of each view, only for ``several``.
         std: standard deviation of the tables' normal initialiser.
         lazy_rows: tables with at least this many rows are updated lazily, smaller ones densely (0: all lazy, -1: none).
@@ -120,15 +121,17 @@ class Views:
             raise ValueError(f"Parameter `width` should be positive. Found {self.widths or self.width}.")
         if not 0 <= self.unknown_rate < 1:
             raise ValueError(f"Parameter `unknown_rate` should be in [0, 1). Found {self.unknown_rate}.")
-        if self.by not in ("task", "domain") or (self.by == "domain" and self.kind not in ("per_task", "separate")):
+        if self.by not in ("task", "domain") or (self.by == "domain" and self.kind == "shared"):
             raise ValueError(
-                f"Parameter `by` should be `task`, or `domain` with kind `per_task` or `separate`. "
+                f"Parameter `by` should be `task`, or `domain` with kind `per_task`, `separate` or `several`. "
                 f"Found `{self.by}` with kind `{self.kind}`."
             )
         if (self.kind == "several") != bool(self.widths):
             raise ValueError(
-                f"Parameter `widths`, such as [8, 16], belongs to kind `several` and to no other. "
-                f"Found kind `{self.kind}`, widths {list(self.widths)}."
+                "Tables of kind `several` need `widths`, one for each set, such as `model.tables.widths = [8, 16]`. Found none."
+                if self.kind == "several"
+                else f"Parameter `widths` belongs to tables of kind `several` and to no other. Found kind `{self.kind}`, widths "
+                f"{list(self.widths)}. Set `model.tables.widths` to [], and `model.experts`, too, if views belong to tasks."
             )
 
     def names(self, tasks: Sequence[str]) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ How this differs:
 
 - The paper's body was not read.  The form above is from second-hand accounts.  Ours are: what the gate reads (the experts'
   inputs side by side), the experts (an MLP each, without normalisation unless ``norm`` says so) and all sizes.
+- With tables of domains (``model.tables.by``, `unbraid.towers.domains`) the gates are those of domains: every row is mixed by
+  its domain's, and tasks differ in their own layers alone.
 - Equal widths are allowed: that is `unbraid.towers.multi_embedding` with a gate.
 """
 

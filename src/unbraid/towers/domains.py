@@ -6,11 +6,14 @@ its own, and the state of a row is that of *its* domain.  All tasks share this s
     z_i        = state^d(i) of row i           the tower's state of that "task", its own layers left out
     hidden^k_i = tower^k(z_i)
 
+Views of kind ``several`` belong to nobody: then domains have a gate each over experts that all share, and the tower should have
+a gate per task.
+
 Rows of other domains give domain d's tables, experts and gate a gradient of exactly zero, and a batch without a counted row
 of d (one that is observed for some task) gives them none at all, so that neither momentum nor weight decay moves them.
 
 A row whose domain training did not know, or is missing, reads the shared experts' mean where views are ``per_task``.  Where
-they are ``separate`` it reads the mean of all domains' states, and does not write them.
+they are ``separate`` or ``several`` it reads the mean of all domains' states, and does not write them.
 
 Paper: none; STEM's and STEM-AL's are about tasks and name scenarios as another use.  The form is ours.
 """
@@ -56,7 +59,8 @@ class DomainTower(nn.Module):
     """A tower whose views belong to domains.
 
     Args:
-        config: a tower that reads views ``per_task`` or ``separate``; its key ``tower`` is that of the tasks' own layers.
+        config: a tower that reads views ``per_task``, ``separate`` or ``several``; its key ``tower`` is that of the tasks'
+            own layers.
         tasks: their names; domains: names of the domains' views; views, widths: as for every tower.
 
     Attributes:
@@ -64,7 +68,7 @@ class DomainTower(nn.Module):
         gives: names of its extras; renamed: those that the tower would give, one per domain.
 
     Raises:
-        ValueError: the tower does not read such views.
+        ValueError: the tower does not read such views, or nothing in it would tell domains apart.
     """
 
     reads_domain = True
@@ -79,6 +83,12 @@ class DomainTower(nn.Module):
         self.towers = task_towers(tasks, width, config.tower, config.dropout)
         self.widths = dict.fromkeys(tasks, mlp_width(width, config.tower))
         self.renamed = tuple(getattr(self.inner, "gives", ()))
+        gated = {name.rpartition(".gate.")[2] for name in self.renamed} >= set(domains)
+        if not (gated or self.falls_back or set(views) & set(domains)):
+            raise ValueError(
+                f"Tower `{config.kind}` has no gate per task, and tables of kind `several` belong to no domain: all domains "
+                f"would be one. Take a tower with a gate per task, or model.tables.kind `per_task` or `separate`."
+            )
         self.gives = tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.renamed))
 
     def forward(self, hidden: Sequence[Tensor], domain: Tensor, counted: Tensor) -> TowerOutput:
@@ -88,7 +98,7 @@ class DomainTower(nn.Module):
         row's own domain's; zeros for a row without one.
         """
         rows, states, gates = [], [], []
-        for mine, state, extras in self._by_domain(hidden, domain, counted):
+        for mine, state, extras in self._by_domain(self.inner(hidden), domain, counted):
             rows.append(mine)
             states.append(state)
             gates.append(extras)
@@ -98,19 +108,23 @@ class DomainTower(nn.Module):
         return TowerOutput({task: t(z) for task, t in zip(self.widths, self.towers.values(), strict=True)}, z, extras)
 
     def _by_domain(
-        self, hidden: Sequence[Tensor], domain: Tensor, counted: Tensor
+        self, out: TowerOutput, domain: Tensor, counted: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-        """Rows (n,) of each domain that occurs, their states (n, D) and the gates of that domain by name, or zeros."""
+        """Rows (n,) of each domain that occurs, their states (n, D) and the gates of that domain by name, or zeros.
+
+        What the tower gives is for all rows and all domains: normalisation over a batch sees all of it.
+        """
         for code in domain.unique().tolist() or [UNKNOWN]:
             mine = (domain == code).nonzero().squeeze(1)
-            out = self.inner([x[mine] for x in hidden])
             own = self.domains[code - FIRST_VALUE] if code >= FIRST_VALUE else ""
             if own:
-                state = out.tasks[own]
+                state = out.tasks[own][mine]
+            elif self.falls_back:
+                state = out.trunk[mine]
             else:
-                state = out.trunk if self.falls_back else average([out.tasks[name] for name in self.domains]).detach()
+                state = average([out.tasks[name][mine] for name in self.domains]).detach()
             if self.training and not bool(counted[mine].any()):
                 state = state.detach()  # a gradient of zeros would move them by their momentum
-            gates = {n.rpartition("."): gate for n, gate in out.extras.items()}
+            gates = {n.rpartition("."): gate[mine] for n, gate in out.extras.items()}
             none = {name: torch.zeros_like(gate) for (name, _, _), gate in gates.items()}
             yield mine, state, none | {name: gate for (name, _, of), gate in gates.items() if of == own}

@@ -198,7 +198,8 @@ class STEM(LayeredExperts):
         if tuple(views) not in ((*tasks, "shared"), ("shared",)):
             raise ValueError(
                 f"Tower `stem` reads one view per task and a shared one, {(*tasks, 'shared')}. "
-                f"Found views {tuple(views)}. Set model.tables.kind to `per_task`."
+                f"Found views {tuple(views)}. Set model.tables.kind to `per_task`, and model.tables.widths and model.experts to "
+                "[], which go with other views."
             )
         if len(set(widths)) > 1:
             raise ValueError(

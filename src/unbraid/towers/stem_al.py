@@ -122,7 +122,8 @@ class STEMAL:
         if tuple(views) != tuple(tasks) or len(set(widths)) != 1:
             raise ValueError(
                 f"Tower `stem_al` reads one view per task, {tuple(tasks)}, all of one width, and no shared one. "
-                f"Found {dict(zip(views, widths, strict=True))}. Set model.tables.kind to `separate`."
+                f"Found {dict(zip(views, widths, strict=True))}. Set model.tables.kind to `separate`, and "
+                "model.tables.widths and model.experts to [], which go with other views."
             )
         if unknown := [name for name in self.main if name not in tasks]:
             raise ValueError(f"Parameter `main` should name some of {tuple(tasks)}. Found {unknown}.")
