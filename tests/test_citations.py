@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unbraid import recipes
 from unbraid.citations import citations
-from unbraid.config import with_base
+from unbraid.config import UW, Aggregated, PCGrad, Weighted, with_base
 from unbraid.data.source import bundled
 
 
@@ -44,3 +44,16 @@ def test_is_bibtex() -> None:
     assert text.count("{") == text.count("}") and text.endswith("}\n") and "\n\n\n" not in text
     for wanted in ("10.1145/3511808.3557624", "2308.13537", "1412.6980"):
         assert wanted in text
+
+
+def test_a_class_may_bring_its_own_entry_and_a_derived_one_that_of_its_base() -> None:
+    run = replace(recipes.shared_bottom(), update=Aggregated(aggregator=PCGrad()))
+    assert keys(citations(run)) == [
+        "unbraid",
+        "gao2022kuairand",
+        "kingma2015adam",
+        "quinton2024jacobian",
+        "yu2020pcgrad",
+    ]
+    run = replace(run, update=Weighted(weighting=UW()))
+    assert keys(citations(run)) == ["unbraid", "gao2022kuairand", "kingma2015adam", "kendall2018multi"]

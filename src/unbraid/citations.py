@@ -1,6 +1,7 @@
 """The BibTeX of exactly what a run uses: the library, the data, and the method in each slot.
 
-A module that implements a paper holds its entry in a constant ``BIBTEX``; a folder of data may hold a ``CITATION.bib``.
+A module that implements a paper holds its entry in a constant ``BIBTEX``, and so may a class where a module has several; a
+part of a run that uses only some of them names their keys in ``cites``; a folder of data may hold a ``CITATION.bib``.
 Nothing is registered anywhere: the parts of a run are dataclasses, and each knows the module that it comes from.
 """
 
@@ -31,9 +32,29 @@ def citations(run: Run) -> str:
     entries = [library()]
     if (folder / "CITATION.bib").is_file():
         entries.append((folder / "CITATION.bib").read_text())
-    entries.extend(getattr(sys.modules[type(part).__module__], "BIBTEX", "") for part in parts(run))
-    stripped = (entry.strip() for text in entries for entry in re.split(r"^(?=@)", text, flags=re.MULTILINE))
+    entries.extend(entry for part in parts(run) for entry in entries_in_use(part))
+    stripped = (entry.strip() for text in entries for entry in _split(text))
     return "\n\n".join(dict.fromkeys(entry for entry in stripped if entry)) + "\n"
+
+
+def entries_in_use(part: Any) -> list[str]:
+    """A part's entries: those that its ``cites`` names by their keys, or all of its class."""
+    entries = [entry for text in entries_of(type(part)) for entry in _split(text)]
+    if (keys := getattr(part, "cites", None)) is None:
+        return entries
+    return [entry for entry in entries if entry.partition("{")[2].partition(",")[0] in keys]
+
+
+def _split(text: str) -> list[str]:
+    """The entries of BibTeX."""
+    return re.split(r"^(?=@)", text, flags=re.MULTILINE)
+
+
+def entries_of(cls: type) -> list[str]:
+    """A class's own ``BIBTEX`` where it has one, else those of its module and of the modules of the classes that it extends."""
+    if hasattr(cls, "BIBTEX"):
+        return [cls.BIBTEX]
+    return [getattr(sys.modules[base.__module__], "BIBTEX", "") for base in cls.__mro__]
 
 
 def parts(value: Any) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -31,9 +32,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"unbraid {version('unbraid')}")
+        try:
+            print(f"unbraid {version('unbraid')}")
+        except PackageNotFoundError:
+            print("unbraid, from a source tree that is not installed")
         raise typer.Exit
 
 
@@ -71,6 +75,19 @@ def load_run(
     if steps is not None:
         run = dataclasses.replace(run, training=dataclasses.replace(run.training, steps=steps))
     return run
+
+
+def refuse_unread(runs: Sequence[Run], settings: list[str] | None, steps: int | None) -> None:
+    """Raises ValueError when the command line sets a budget that the schedule of no run reads."""
+    given = {key: f"--set training.{key}" for key in ("epochs", "steps", "evaluate_every", "metric", "patience")
+             if any(text.partition("=")[0].strip() == f"training.{key}" for text in settings or ())}  # fmt: skip
+    given |= {"steps": "--steps"} if steps is not None else {}
+    unread = [set(getattr(run.schedule, "unread", ())) for run in runs]
+    if options := [option for key, option in given.items() if all(key in keys for keys in unread)]:
+        kinds = ", ".join(sorted({run.schedule.kind for run in runs}))
+        instead = dict.fromkeys(f"schedule.{key}" for run in runs for key in getattr(run.schedule, "budget", ()))
+        hint = f" Set {' or '.join(instead)} instead." if instead else ""
+        raise ValueError(f"{', '.join(options)}: schedule {kinds} does not read it.{hint}")
 
 
 def show(metrics: dict[str, Any], baseline: dict[str, Any] | None = None) -> None:
@@ -122,6 +139,7 @@ def train(
         if run is None and resume and out is not None and (out / "run.toml").exists():
             run = out / "run.toml"
         choice = load_run(run, settings, seed, steps, init)
+        refuse_unread([choice], settings, steps)
         folder = out or Path("runs") / choice.name
         with Console(quiet=as_json) as watcher:
             watcher.note(f"run `{choice.name}`, seed {choice.seed}")
@@ -172,6 +190,7 @@ def compare(
                     f"`{name}` is neither a run file nor a recipe. Recipes: {', '.join(recipes.RECIPES)}."
                 )
         chosen = [load_run(None if r in recipes.RECIPES else Path(r), settings, None, steps, recipe=r) for r in runs]
+        refuse_unread(chosen, settings, steps)
         with Console(quiet=as_json) as watcher:
             found = job(
                 chosen, out, seeds=seeds, against=against, metric=metric, any_budget=any_budget, resume=resume,
@@ -253,7 +272,7 @@ def predict(
         policy, note = exploration(explore, strength, share, seed)
         predictor = Ensemble([bundle, *others], folder) if others else Predictor(bundle, folder)
         predictions = predictor.predict(rows, explore=policy, uncertainty=uncertainty)
-        write_predictions(rows, predictions, out)
+        write_predictions(rows, predictions, out, predictor.data)
     except (ValueError, OSError, JobError) as error:
         fail(error)
     print(f"{out}: {len(predictions):,} rows, tasks {', '.join(t.name for t in predictor.schema.tasks)}{note}")
@@ -272,6 +291,10 @@ def exploration(name: str, strength: float | None, share: str, seed: int | None)
     if unread := [f"--{option}" for option, there in given.items() if there and option not in reads]:
         what = f"--explore {name} does not read it" if name else "it is for --explore, which is not given"
         raise ValueError(f"{', '.join(unread)}: {what}.")
+    if strength is not None and not 0 <= strength < float("inf"):
+        raise ValueError(f"--strength should be finite and not negative. Found {strength:g}.")
+    if share and share not in (shares := ("request", "row", "call")):
+        raise ValueError(f"--share should be one of {', '.join(shares)}. Found {share}.")
     if name == "ucb":
         return UCB(2.0 if strength is None else strength), ""
     seed = randbelow(2**32) if seed is None else seed
@@ -316,7 +339,7 @@ def recipes(as_json: AsJson = False) -> None:
     """List the recipes."""
     from unbraid import recipes as known
 
-    found = {name: (make.__doc__ or "").strip().splitlines()[0] for name, make in known.RECIPES.items()}
+    found = {name: " ".join((make.__doc__ or "").split("\n\n")[0].split()) for name, make in known.RECIPES.items()}
     if as_json:
         print(json.dumps(found))
         return

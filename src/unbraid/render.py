@@ -20,14 +20,52 @@ _TITLES = {
 def render_table(metrics: Metrics, baseline: Metrics | None = None, *, width: int = 120) -> Table:
     """A rich table, one line per task and domain; with ``baseline`` also its lead metric and ours minus it.
 
-    On a terminal narrower than 118 columns (``width``) lead metrics and baseline are shown alone.
+    On a terminal narrower than 118 columns (``width``) lead metrics and baseline are shown alone.  Of what is then still too
+    wide go, in this order: the metrics of requests, all metrics but the lead ones, positives, rows, the ends of intervals; at
+    last names are shortened.  The lead metrics, the baseline and the difference are always there, whole.
 
     The lead metric (AUC, else accuracy, else RMSE) carries its interval; nulls are dashes.  The difference has none:
     an interval for it needs paired draws of both models.
     """
-    titles, lines = _cells(metrics, baseline, brief=width < 118)
+    start = FITS.index("lead") if width < 118 else 0
+    for level in FITS[start:]:
+        made = _at(level, metrics, baseline)
+        if _wide(made) <= width:
+            return made
+    names = max(column.min_width or 0 for column in made.columns[:2])
+    while _wide(made) > width and names > 5:
+        names -= 1
+        made = _at(FITS[-1], metrics, baseline, names)
+    return made
+
+
+# what a table leaves out, by its level
+FITS = ("all", "no requests", "lead", "no positives", "no rows", "no intervals")
+
+
+def _at(level: str, metrics: Metrics, baseline: Metrics | None, names: int = 0) -> Table:
+    """The table that leaves out what this level and those before it say; ``names``: the longest task and domain, if any."""
+    out = FITS[: FITS.index(level) + 1]
+    titles, lines = _cells(metrics, baseline, brief="lead" in out, requests="no requests" not in out)
+    gone = [titles.index(name) for name in ("rows", "positives") if f"no {name}" in out]
+    rows = [titles, *lines]
+    if "no intervals" in out:
+        rows = [[cell.partition(" [")[0] if i > 3 else cell for i, cell in enumerate(row)] for row in rows]
+    if names:
+        rows = [[shortened(cell, names) if i < 2 else cell for i, cell in enumerate(row)] for row in rows]
+    titles, *lines = [[cell for i, cell in enumerate(row) if i not in gone] for row in rows]
     short = {"calibration": "calib.", "difference": "diff.", "positives": "pos."}
     return table([short.get(title, title) for title in titles], lines, left=2)
+
+
+def _wide(made: Table) -> int:
+    """Letters in a line of a table that `table` made: two between columns, and one at each edge."""
+    return sum(2 + (column.min_width or 0) for column in made.columns)
+
+
+def shortened(name: str, most: int = 28) -> str:
+    """A name of at most so many letters: the middle of a longer one is left out."""
+    return name if len(name) <= most else f"{name[: most - most // 2 - 1]}…{name[-(most // 2) :]}"
 
 
 def render_markdown(metrics: Metrics, baseline: Metrics | None = None) -> str:
@@ -53,12 +91,15 @@ def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]], left: int) -
     return "\n".join("| " + " | ".join(line) + " |" for line in safe) + "\n"
 
 
-def _cells(metrics: Metrics, baseline: Metrics | None, brief: bool = False) -> tuple[list[str], list[list[str]]]:
+def _cells(
+    metrics: Metrics, baseline: Metrics | None, brief: bool = False, requests: bool = True
+) -> tuple[list[str], list[list[str]]]:  # fmt: skip
     """Titles and text of the tables.  A binary task's accuracy says little at 2 % positives and gets no column."""
     slices = [(t, d, found) for t, whole in metrics.items() for d, found in {"": whole, **whole["domains"]}.items()]
     leads = list(dict.fromkeys(lead_metric(found) for _, _, found in slices))
     shown = {name for _, _, found in slices for name in metric_names(found) if name != "accuracy"}
-    ranks = list(dict.fromkeys(name for _, _, found in slices for name in metric_names(found) if "@" in name))
+    named = [name for _, _, found in slices for name in metric_names(found)] if requests else []
+    ranks = list(dict.fromkeys(name for name in named if "@" in name))
     rest = [] if brief else [name for name in (*_TITLES, *ranks) if name in shown and name not in leads]
     titles = ["task", "domain", "rows", "positives", *(_TITLES.get(name, name) for name in leads + rest)]
     if baseline is not None:

@@ -116,3 +116,27 @@ def test_exploration_pays(world: Callable) -> None:
     found = play(world, 10, 5000)
     print(world.__name__, table(found), sep="\n")
     check(found)
+
+
+@pytest.mark.slow
+def test_exploration_costs_first() -> None:
+    """Until 2,000 steps what Thompson sampling has paid is not yet more than regained."""
+    found = play(one_hot, 3, 2000)
+    print(table(found))
+    total = {name: parts.sum(1).mean() for name, parts in found.items()}
+    assert 0.8 < total["Thompson"] / total["epsilon-greedy .1"] < 1.4
+    first, last = (found["Thompson"].mean(0)[quarter] for quarter in (0, -1))
+    assert first > found["epsilon-greedy .1"].mean(0)[0] and last < found["epsilon-greedy .1"].mean(0)[-1]
+
+
+@pytest.mark.slow
+def test_a_narrow_bound_stays_with_a_wrong_arm() -> None:
+    """Beta 1 is often better and sometimes never finds the best arm: hence the default."""
+    lost: dict[float, np.ndarray] = {}
+    for beta in (1.0, 2.0):
+        bound, head = UCB(beta), np.zeros(ARMS, np.int64)
+        games = [regret(lambda b: best(bound(b, head)), *one_hot(seed), seed, 4000) for seed in range(10)]  # noqa: B023
+        lost[beta] = np.stack([game.sum() for game in games])
+    print({beta: (each.mean().round(1), each.round(1).tolist()) for beta, each in lost.items()})
+    assert lost[1.0].mean() > 1.2 * lost[2.0].mean() and lost[1.0].max() > 2 * lost[2.0].max()
+    assert (lost[1.0] < lost[2.0]).sum() >= 5

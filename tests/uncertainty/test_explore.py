@@ -235,9 +235,11 @@ def test_an_ensemble_is_the_moments_of_its_members() -> None:
     np.testing.assert_allclose(plain["buy"], 1 / (1 + np.exp(-logits.mean(0))), rtol=1e-12)
     assert found.columns[4:8] == ["click_sd", "click_explore", "buy_sd", "buy_explore"]
     assert np.array_equal(ensemble.predict(ROWS, LOG, uncertainty=True)["buy_sd"], found["buy_sd"])
-    alike = Ensemble([members[0], members[0]])
-    assert alike.predict(ROWS, LOG).equals(members[0].predict(ROWS, LOG))
-    assert (alike.predict(ROWS, LOG, uncertainty=True)["buy_sd"] == 0).all()
+    again = train(
+        run(1), tables=LOG, baseline=False
+    ).bundle  # other objects, the same weights: no disagreement is no certainty
+    with pytest.raises(UncertaintyError, match=r"Number 1 and number 3 .* the same weights.*`--seed`"):
+        Ensemble([*members, again])
 
 
 def test_ensembles_that_make_no_sense_are_refused() -> None:
@@ -309,12 +311,14 @@ def test_the_commands(here: Path) -> None:
     both, _ = predict("--uncertainty", "--with", here / "b")
     assert both.columns == unsure.columns and not both.equals(unsure)
     assert "--explore should be thompson or ucb. Found greedy" in fails("--explore", "greedy")
-    assert "`share` should be" in fails("--explore", "thompson", "--share", "user")
+    assert "--share should be one of request, row, call. Found user" in fails(
+        "--explore", "thompson", "--share", "user"
+    )
     for option, value in (("--strength", 1), ("--seed", 1), ("--share", "row")):
         assert f"{option}: it is for --explore, which is not given" in fails(option, value)
         if option != "--strength":
             assert f"{option}: --explore ucb does not read it" in fails("--explore", "ucb", option, value)
-    assert "`beta` should be" in fails("--explore", "ucb", "--strength", -1)
+    assert "--strength should be finite and not negative. Found -1" in fails("--explore", "ucb", "--strength", -1)
     bad = call("uncertainty", here / "a", "--prior", 0)
     assert bad.exit_code == 2 and "`prior` should be positive" in bad.stderr
     assert "trained on" not in call("evaluate", here / "b", "--split", "valid").stderr

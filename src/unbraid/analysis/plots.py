@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from unbraid.render import shortened as shortened
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -46,11 +48,6 @@ def figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequen
     drawn = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawn)
     return drawn, list(drawn.subplots(1, panels, squeeze=False)[0])
-
-
-def shortened(name: str, most: int = 28) -> str:
-    """A name that fits beside an axis: the middle of a longer one is left out."""
-    return name if len(name) <= most else f"{name[: most - most // 2 - 1]}…{name[-(most // 2) :]}"
 
 
 def finish(drawn: Figure, path: str | Path | None) -> Figure:

@@ -125,6 +125,13 @@ class Ranking:
         if self.pairs < 1:
             raise ValueError(f"Parameter `pairs` should be at least 1. Found {self.pairs}.")
 
+    @property
+    def cites(self) -> tuple[str, ...]:
+        """Keys of the papers of its form."""
+        of_form = {"pair": ("burges2005ranknet", "lin2024rankingloss"), "list": ("lin2024rankingloss",),
+                   "listce": ("bai2023listce",), "jrc": ("sheng2023jrc",)}  # fmt: skip
+        return of_form[self.form]
+
     def bind(self, schema: Schema) -> BoundRanking:
         """The term for the tasks of a schema.  Raises ValueError if `tasks` names others, or there is no binary task."""
         binary = [task for task in schema.tasks if task.kind == "binary"]

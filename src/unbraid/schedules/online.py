@@ -80,7 +80,7 @@ class Online:
     unread: ClassVar[tuple[str, ...]] = ("epochs", "steps", "evaluate_every", "metric", "patience")
     budget: ClassVar[tuple[str, ...]] = ("epochs", "first_epochs")  # what counts instead
     kind: Literal["online"] = field(default="online", kw_only=True)
-    period: Literal["day", "hour"] | int = "day"
+    period: str | int = "day"
     offset: float = 0.0
     first: int = 1
     first_epochs: int = 1
@@ -91,7 +91,10 @@ class Online:
     def __post_init__(self) -> None:
         length = SECONDS.get(self.period, 0) if isinstance(self.period, str) else self.period
         if length < 1:
-            raise ValueError(f"`period` should be day, hour or at least 1 second. Found {self.period}.")
+            raise ValueError(
+                f"`period` should be day, hour or a number of seconds of at least 1, such as 604800 for a week. "
+                f"Found {self.period}."
+            )
         for name, low in (("first", 0), ("first_epochs", 1), ("epochs", 1), ("wait", 0)):
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(
@@ -306,8 +309,13 @@ def plot(record: Mapping[str, Any], task: str, path: str | Path | None = None) -
         record: ``metrics.json``'s ``schedule``; path: where to write it, if anywhere.
 
     Raises:
-        ValueError: no such task, or no binary one; ImportError: there is no matplotlib.
+        ValueError: the record is of another schedule; no such task, or no binary one; ImportError: there is no matplotlib.
     """
+    if not record.get("periods"):
+        raise ValueError(
+            "A plot over time needs the record of a run with schedule `online`: `schedule` of its metrics.json. Found "
+            f"{f'that of schedule `{kind}`' if (kind := record.get('kind')) else 'no periods in it'}."
+        )
     possible = [name for name, found in record["periods"][0]["live"].items() if "auc" in found]
     if task not in possible:
         raise ValueError(f"`task` should be a binary task, among {possible}. Found {task}.")
@@ -317,6 +325,9 @@ def plot(record: Mapping[str, Any], task: str, path: str | Path | None = None) -
         for side, colour in zip(_sides(record), (INK["blue"], INK["orange"]), strict=False):
             values = [period[side][task][metric] for period in record["periods"]]
             axis.plot(ticks, [math.nan if v is None else v for v in values], "o-", color=colour, ms=3, label=side)
+        if not any(p[s][task][metric] is not None for p in record["periods"] for s in _sides(record)):
+            why = record["periods"][0]["live"][task].get("why", "no period has a value")
+            axis.text(0.5, 0.5, why, transform=axis.transAxes, ha="center", va="center", wrap=True, color=INK["grey"])
         if metric == "pcoc":
             axis.axhline(1.0, color=INK["grey"], lw=0.8)
         shown = ticks[:: max(1, len(ticks) // 8)]

@@ -24,7 +24,7 @@ from unbraid.bundle import Bundle, Predictor, explained
 from unbraid.data.source import Tables
 from unbraid.types import Scores
 from unbraid.uncertainty.explore import Belief, Exploration
-from unbraid.uncertainty.last_layer import KINDS, UncertaintyError
+from unbraid.uncertainty.last_layer import KINDS, UncertaintyError, digest_of
 
 BIBTEX = """@inproceedings{lakshminarayanan2017simple,
   title = {Simple and Scalable Predictive Uncertainty Estimation Using Deep Ensembles},
@@ -43,14 +43,14 @@ class Ensemble:
         folder: where the runs' tables are read from now, for members that are no predictors yet.
 
     Raises:
-        UncertaintyError: there is one member, tasks differ, or none is binary or real.
+        UncertaintyError: there is one member, tasks differ, none is binary or real, or two members have the same weights.
     """
 
     def __init__(self, members: Sequence[Predictor | Bundle | str | Path], folder: str | Path | None = None) -> None:
         self.members = [m if isinstance(m, Predictor) else Predictor(m, folder) for m in members]
         if len(self.members) < 2:
             raise UncertaintyError(f"An ensemble needs at least two models. Found {len(self.members)}.")
-        self.schema = self.members[0].bundle.fitted.schema
+        self.schema, self.data = self.members[0].bundle.fitted.schema, self.members[0].data
         tasks = [
             [
                 (t.name, t.kind, s.classes.get(t.name), f"label {t.source}", f"given {t.given or 'nothing'}")
@@ -65,6 +65,12 @@ class Ensemble:
         if not any(task.kind in KINDS for task in self.schema.tasks):
             raise UncertaintyError(
                 "Uncertainty of an ensemble is for binary and real tasks; the models have multiclass ones."
+            )
+        digests = [digest_of(m.bundle.model) for m in self.members]
+        if twice := [i for i, digest in enumerate(digests) if digest in digests[:i]]:
+            raise UncertaintyError(
+                f"Number {digests.index(digests[twice[0]])} and number {twice[0]} of the ensemble have the same weights: they "
+                "would never disagree, and seem to be sure. Train each with a seed of its own (`--seed`)."
             )
 
     def beliefs(
