@@ -27,6 +27,7 @@ softmax and sum of the kept.
 | ``dare_packed`` | DARE on padded histories of up to 200 events, mean 75, batch 1,024 | `unbraid.train.fit`, packed |
 | ``train_2000`` | the same, up to 2,000 events, mean 750, batch 128 | the same |
 | ``..._kept`` | in processes that keep the memory they free: without page faults | |
+| ``attention_vs_mean`` | no comparison of one thing: a step with ``target_attention``, up to 50 events | a step with ``mean`` |
 | ``memory_10k_vs_plain`` | peak memory of DARE's training step with 10,000 events a row, padded | packed |
 
 Figures that are no comparisons: ``recall_bfloat16``, the share of the kept events that a search in bfloat16 keeps (``.d64`` of
@@ -68,9 +69,11 @@ from train_speed import highest, layers, resident, zipf
 from unbraid.data.encode import encode
 from unbraid.data.source import Data, Events, Split
 from unbraid.data.table import Encoded
+from unbraid.encoders.attention import TargetAttention
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
 from unbraid.encoders.packed import pool, segment_softmax
+from unbraid.encoders.pooling import Mean
 from unbraid.encoders.search import Part, event_scores, recall, search
 from unbraid.encoders.table import Views
 from unbraid.layers import initialise
@@ -117,6 +120,11 @@ class Searched:
         """(B, K) float64 scores of some events (B, K)."""
         vectors = self.keys[self.ids.view(self.rows, -1).gather(1, kept)].double()
         return (vectors * self.query.double().unsqueeze(1)).sum(2) * self.scale
+
+    def attended(self, kept: Tensor) -> Tensor:
+        """(B, D) float64 what attention to some events (B, K) gives."""
+        values = self.values[self.ids.view(self.rows, -1).gather(1, kept)].double()
+        return torch.bmm(self.exact(kept).softmax(1).unsqueeze(1), values).squeeze(1)
 
 
 Result = tuple[Tensor, Tensor]  # columns of the kept events (B, K) in any order, and what is attended to (B, D)
@@ -177,13 +185,16 @@ def din(case: Searched) -> Result:
 def same(case: Searched, mine: Result, theirs: Result) -> None:
     """Raises AssertionError unless both kept the same events, up to ties, and give the same.
 
-    Of events of one id, which tie, either may be kept; rows whose kept ids differ by a tie are few and are not compared.
+    Of events of one id, which tie, either may be kept.  Rows whose kept ids differ by a tie are few; there each side's output
+    is that of the events that it kept, which is asserted in float64 for all rows.
     """
     places = [found[0].sort(1).values for found in (mine, theirs)]
     for found in places:
         assert found.shape == (case.rows, KEEP) and bool((found.diff(dim=1) > 0).all()), "some row keeps an event twice"
     scores = [case.exact(found).sort(1).values for found in places]
     torch.testing.assert_close(*scores, rtol=0, atol=TIE)
+    for kept, out in (mine, theirs):
+        torch.testing.assert_close(out.double(), case.attended(kept), rtol=0, atol=1e-5)
     ids = [case.ids.view(case.rows, -1).gather(1, found).sort(1).values for found in places]
     agree = (ids[0] == ids[1]).all(1)
     assert int((~agree).sum()) <= case.rows // 8, f"{int((~agree).sum())} of {case.rows} rows keep other ids"
@@ -370,11 +381,11 @@ class PlainSide:
 
 
 class OurSide:
-    """The library's loop on an endless stream of prefetched batches."""
+    """The library's loop on an endless stream of prefetched batches; ``second``: with the loss of second heads."""
 
-    def __init__(self, model: Model, data: Encoded, batch: int) -> None:
+    def __init__(self, model: Model, data: Encoded, batch: int, *, second: bool = True) -> None:
         self.model, self.done = model, 0
-        self.terms = [Supervised().bind(data.schema), HistoryLoss().bind(data.schema)]
+        self.terms = [term.bind(data.schema) for term in ((Supervised(), HistoryLoss()) if second else (Supervised(),))]
         self.update = Joint(lr=1e-3).build(model, steps=1, weights={})
         self.stream = data.shuffled(data.split("train"), batch, seed=0)
 
@@ -392,6 +403,20 @@ def training_case(longest: int, mean: float, batch: int, folder: Path, quick: bo
     steps, pairs = (1, 2) if quick else (6, 7)
     theirs.train(2), mine.train(2)
     return {"steps": steps, "batch": batch, **alternate(lambda: theirs.train(steps), lambda: mine.train(steps), pairs)}
+
+
+def attention_case(folder: Path, quick: bool) -> dict[str, Any]:
+    """A step with target attention against one with mean pooling, of up to 50 events; both are the library's."""
+    batch = 128 if quick else 1024
+    data = encoded(8 * batch + 4, 4 * batch, 50, 25, folder)
+    tower = SharedBottom(bottom=TOP, tower=())
+    attention, mean = (
+        OurSide(Model(data.schema, tower, Views(width=WIDTH), history=history), data, batch, second=False)
+        for history in (TargetAttention(), Mean())
+    )
+    steps, pairs = (1, 2) if quick else (6, 15)
+    attention.train(2), mean.train(2)
+    return {"steps": steps, **alternate(lambda: attention.train(steps), lambda: mean.train(steps), pairs)}
 
 
 def memory_case(side: str, length: int, folder: Path, quick: bool) -> dict[str, Any]:
@@ -452,6 +477,7 @@ CASES: dict[str, tuple[str, Case]] = {
     "dare_packed_kept": ("training", _training(200, 75, 1024)),
     "train_2000": ("training", _training(2_000, 750, 128)),
     "train_2000_kept": ("training", _training(2_000, 750, 128)),
+    "attention_vs_mean": ("training", attention_case),
     "memory.1k": ("memory", _memory("ours", 1_000)),
     "memory.10k": ("memory", _memory("ours", 10_000)),
     "memory.50k": ("memory", _memory("ours", 50_000)),

@@ -3,14 +3,16 @@
     python benchmarks/paper_tencent.py ablation --out FOLDER     the recipe without one part at a time, and its rivals
     python benchmarks/paper_tencent.py widths --out FOLDER       one wide set of tables against several narrow ones, with spectra
     python benchmarks/paper_tencent.py ranking --out FOLDER      cross-entropy with a ranking loss, at falling positive rates
-    options: --seeds 3 --jobs 2 --quick
+    options: --seeds 3 --jobs 2 --quick --plot
 
 All on the bundled log, by `unbraid.compare.compare`: the same seeds and budget for all, early stopping on the validation split,
-differences paired on the test split.  Of *ablation* the reference is ``shared_bottom``, then the whole recipe; of *widths* one
-table of width 8; of *ranking* plain cross-entropy at the same rate of positives.
+differences paired on the test split.  The second table is what a run cost: steps until early stopping, parameters, and seconds,
+which mean something only where the machine did nothing else.  Of *ablation* the reference is ``shared_bottom``, then the whole
+recipe; of *widths* one table of width 8; of *ranking* plain cross-entropy at the same rate of positives.
 
 *widths* also prints information abundance (`unbraid.analysis.collapse`) of the tables of videos, authors and tags, those of
-several sets side by side, over that of a random matrix.  *ranking* keeps every negative and a share of the positives of clicks,
+several sets side by side, over that of a random matrix.  Their spectra, s / s_1 of every seed, are in ``widths.json``, and with
+``--plot`` in ``spectra.png``.  *ranking* keeps every negative and a share of the positives of clicks,
 those whose time in milliseconds ends on few numbers; the validation and test splits are thinned alike.
 
 Finished trainings are kept in FOLDER: the command continues where it was stopped.  The last line is JSON.
@@ -33,6 +35,7 @@ import torch
 
 from unbraid import recipes
 from unbraid.analysis.collapse import abundance, gram, random_abundance, spectrum
+from unbraid.analysis.plots import INK, figure, finish
 from unbraid.bundle import Bundle
 from unbraid.compare import compare
 from unbraid.config import Expert, Run
@@ -117,19 +120,39 @@ def compared(runs: Sequence[Run], out: Path, args: argparse.Namespace, pool: Any
     list(pool.map(trained, *zip(*trials, strict=True)))
     table = compare(runs, out, seeds=args.seeds, metric=metric, resume=True)
     print(f"\n# {out.name}{', ' + metric if metric else ''}\n\n{(out / 'compare.md').read_text()}")
+    print(f"Seconds of training hold for an idle machine only; here up to {args.jobs} trainings ran side by side.")
     return table
 
 
-def abundances(folder: Path) -> dict[str, dict[str, float]]:
-    """vocabulary -> IA of a bundle's tables side by side, its width, and IA over that of a random matrix."""
+def abundances(folder: Path) -> dict[str, dict[str, Any]]:
+    """vocabulary -> of a bundle's tables side by side: IA, width, IA over that of a random matrix, spectrum s / s_1."""
     model, found = Bundle.load(folder).model, {}
     for vocabulary in FIELDS:
         tables = [t.weight.detach() for key, t in model.tables.items() if key.split("/")[1:] == [vocabulary, "value"]]
         matrix = torch.cat(tables, 1)[FIRST_VALUE:]
-        ia = abundance(spectrum(gram(matrix), len(matrix)))
+        values = spectrum(gram(matrix), len(matrix))
+        ia = abundance(values)
         random = np.mean([random_abundance(*matrix.shape, seed=seed) for seed in range(5)])
-        found[vocabulary] = {"ia": ia, "width": matrix.shape[1], "relative": float(ia / random)}
+        shape = {"ia": ia, "width": matrix.shape[1], "relative": float(ia / random)}
+        found[vocabulary] = {**shape, "spectrum": [round(float(x), 6) for x in values / values[0]]}
     return found
+
+
+def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Spectra of every run, means over seeds: one wide set of tables in blue, several in orange; darker is wider."""
+    drawn, axes = figure(5.0 * len(FIELDS), 4.2, len(FIELDS))
+    for axis, vocabulary in zip(axes, FIELDS, strict=True):
+        for name, seeds in found.items():
+            values = np.mean([seed[vocabulary]["spectrum"] for seed in seeds], axis=0)
+            ink = INK["blue" if name.startswith("1x") else "orange"]
+            shade = 0.3 + 0.7 * len(values) / max(each[0][vocabulary]["width"] for each in found.values())
+            axis.plot(np.arange(1, len(values) + 1), values, color=ink, alpha=shade, label=name)
+        axis.set_title(vocabulary, fontsize=10)
+        axis.set_xlabel("k")
+        axis.set_ylim(0, 1.02)
+    axes[0].set_ylabel("k-th singular value / the largest")
+    axes[-1].legend(frameon=False, fontsize=8)
+    finish(drawn, path)
 
 
 def main() -> None:
@@ -140,6 +163,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="two steps: does it run")
+    parser.add_argument("--plot", action="store_true", help="of widths: draw the spectra, FOLDER/spectra.png")
     args = parser.parse_args()
     out, results = args.out.resolve() / args.part, {}
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
@@ -155,6 +179,8 @@ def main() -> None:
                 cells = (f"{v} {np.mean([one[v]['ia'] for one in each]):.1f} of {each[0][v]['width']} "
                          f"({np.mean([one[v]['relative'] for one in each]):.2f} of random)" for v in FIELDS)  # fmt: skip
                 print(f"IA {run.name:<6}", "; ".join(cells))
+            if args.plot:
+                plot(results["abundance"], args.out / "spectra.png")
         else:
             for share in SHARES[-1:] if args.quick else SHARES:
                 for metric in ("auc", "logloss"):

@@ -102,6 +102,23 @@ def test_all_forms_of_the_search_give_the_same(long_history: ModuleType, ids: st
             long_history.same(case, mine, (mine[0], mine[1] + 1e-4))
 
 
+def test_a_row_that_keeps_another_event_of_equal_score_is_compared_too(long_history: ModuleType) -> None:
+    with torch.no_grad():
+        case = long_history.Searched(16, 200_000, "uniform", quick=True)
+        kept = long_history.ours(case)[0]
+        last, own = case.exact(kept)[0].argmin(), case.ids.view(case.rows, -1)[0]
+        other = next(place for place in range(len(own)) if place not in kept[0])
+        case.keys[own[other]] = case.keys[own[kept[0, last]]]  # the two tie at the K-th place
+        mine = long_history.ours(case)
+        theirs = mine[0].clone()
+        pair = {other, int(kept[0, last])}
+        (place,) = (n for n, event in enumerate(theirs[0].tolist()) if event in pair)
+        (theirs[0, place],) = pair - {int(theirs[0, place])}
+        long_history.same(case, mine, (theirs, case.attended(theirs).float()))
+        with pytest.raises(AssertionError):
+            long_history.same(case, mine, (theirs, mine[1]))
+
+
 def test_plain_and_our_dare_have_the_same_losses_and_gradients(long_history: ModuleType, tmp_path: Path) -> None:
     data = long_history.encoded(204, 64, 60, 15, tmp_path)
     theirs, mine = long_history.PlainDARE(data.schema).double(), long_history.our_dare(data.schema).double()
@@ -158,3 +175,81 @@ def test_the_comparison_of_long_history_encoders_runs_and_continues(tmp_path: Pa
     found = [subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout for _ in range(2)]
     assert json.loads(found[0].splitlines()[-1])["rates"]["8"].keys() == {"twin", "dare", "mean"}
     assert found[0] == found[1], "nothing is trained twice"
+
+
+def run_twice(name: str, *options: str) -> str:
+    """The output of a benchmark, which is the same when it is called again: nothing is trained twice."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / f"{name}.py"), *options]
+    first, second = (subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout for _ in range(2))
+    assert first == second, "nothing is trained twice"
+    return first
+
+
+@pytest.mark.slow
+def test_the_ablation_of_the_assembled_system_runs_and_says_what_it_cost(tmp_path: Path) -> None:
+    shown = run_twice("paper_tencent", "ablation", "--out", str(tmp_path), "--quick", "--seeds", "2", "--jobs", "1")
+    assert json.loads(shown.splitlines()[-1]) == {"benchmark": "paper_tencent", "part": "ablation", "seeds": 2}
+    cost = json.loads((tmp_path / "ablation.json").read_text())["ablation"]["cost"]
+    runs = load("paper_tencent").ablation()
+    assert [run.name for run in runs] == [name for name, found in cost.items() if found]
+    for run in runs:
+        found = cost[run.name]
+        assert found["steps"] == 2 and found["seconds"] > 0
+        line = next(line for line in shown.splitlines() if line.startswith(f"| {run.name} | 1 x 2 seeds"))
+        assert f"| {found['parameters']['tables']:,} | {found['parameters']['dense']:,} |" in line
+    assert "Seconds of training hold for an idle machine only" in shown
+
+
+@pytest.mark.slow
+def test_the_widths_of_the_assembled_system_keep_their_spectra(tmp_path: Path) -> None:
+    shown = run_twice(
+        "paper_tencent", "widths", "--out", str(tmp_path), "--quick", "--seeds", "2", "--jobs", "1", "--plot"
+    )
+    found = json.loads((tmp_path / "widths.json").read_text())["abundance"]
+    widths = {"1x8": 8, "1x16": 16, "1x32": 32, "1x64": 64, "2x8": 16, "4x8": 32, "8x8": 64}
+    assert {name: [seed["video_id"]["width"] for seed in seeds] for name, seeds in found.items()} == {
+        name: [width] * 2 for name, width in widths.items()
+    }
+    for name, seeds in found.items():
+        for vocabulary, values in ((v, seed[v]) for seed in seeds for v in seed):
+            spectrum = np.array(values["spectrum"])
+            assert vocabulary == "tag" or len(spectrum) == values["width"]  # there are 46 known tags
+            assert spectrum[0] == 1 and (np.diff(spectrum) <= 0).all() and (spectrum >= 0).all()
+            assert abs(spectrum.sum() - values["ia"]) < 1e-4
+        assert f"IA {name:<6} video_id {np.mean([s['video_id']['ia'] for s in seeds]):.1f} of {widths[name]} (" in shown
+    assert (tmp_path / "spectra.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_the_ranking_losses_of_the_assembled_system_run(tmp_path: Path) -> None:
+    run_twice("paper_tencent", "ranking", "--out", str(tmp_path), "--quick", "--seeds", "2", "--jobs", "1")
+    found = json.loads((tmp_path / "ranking.json").read_text())
+    assert found.keys() == {"3/auc", "3/logloss"}
+    rows = json.loads((tmp_path / "ranking-3" / "cross_entropy" / "seed-0" / "metrics.json").read_text())["test"][
+        "click"
+    ]
+    assert 0 < rows["positives"] < 0.05 * rows["rows"], "positives are thinned in the test split, too"
+
+
+@pytest.mark.slow
+def test_the_stream_of_days_runs() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "online.py"
+    command = [sys.executable, str(script), "--quick"]
+    shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(shown.splitlines()[-1])
+    assert found["quick"] and found["seeds"] == 1
+    for name, periods in load("online").FIRST.items():
+        table = shown.partition(f"## Frozen after the {name}, 1 seeds")[2].partition("Mean over days")[0]
+        days = [line.split(" | ") for line in table.splitlines() if line.startswith("| 2022-")]
+        assert len(days) == 15 - periods and [day[0] for day in days] == sorted({day[0] for day in days})
+        for metric, live, frozen in (("auc", 3, 4), ("pcoc", 6, 7)):
+            means = [np.mean([float(day[at].strip(" |")) for day in days]) for at in (live, frozen)]
+            assert np.allclose(means, [found[name][metric][side] for side in ("live", "frozen")], atol=2e-4)
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_gradient_per_task_is_measured(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "interference_cost.py"
+    command = [sys.executable, str(script), "--quick", "--cache", str(tmp_path), "--only", "adatask_2tasks_cost"]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    assert found["benchmark"] == "interference_cost" and found["ratios"]["adatask_2tasks_cost"] > 1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toylog import make_data, make_log, make_run
 
+from unbraid import recipes
 from unbraid.analysis import gradients
 from unbraid.analysis.gradients import GradientProbe, Gradients, pairs, plot, twin
 from unbraid.bundle import build
@@ -31,7 +32,7 @@ from unbraid.model import Model
 from unbraid.optim.joint import Joint, JointUpdate
 from unbraid.towers.single_task import SingleTask
 from unbraid.towers.stem import STEM
-from unbraid.types import FIRST_VALUE, Batch, History, Task
+from unbraid.types import FIRST_VALUE, Batch, Feature, Field, History, Task
 
 HISTORIES = (History("seen", fields=("item", "shop", "clicked", "position"), length=10),)
 
@@ -289,6 +290,28 @@ def test_what_is_wrong_is_said(encoded: Encoded) -> None:
 
     with pytest.raises(ValueError, match="`joint`.*Found `other`"):
         GradientProbe(run_of(update=Other()), "shop")
+
+
+# ------------------------------------------------------------------------------------------------------ the bundled log
+@pytest.mark.slow
+def test_domination_on_the_bundled_log_depends_on_the_first_std() -> None:
+    """The figures of docs/analyses.md: the data of its example, TWIN, one seed, 100 steps."""
+    run, topic = recipes.shared_bottom(), "split_part(tag, ',', 1)"
+    *earlier, impressions = run.data.events
+    data = replace(
+        run.data, features=(*run.data.features, Feature("topic", column=topic)), fields=(*run.data.fields, Field("topic")),
+        events=(*earlier, replace(impressions, columns={**impressions.columns, "topic": topic})),
+        histories=(History("seen", fields=("topic", "position"), where="kind = 'impression'", length=20),),
+    )  # fmt: skip
+    log, found = Encoded(encode(data)), {}
+    for std in (0.01, 0.3):
+        choice = replace(run.model, history=TWIN(keep=10), tables=replace(run.model.tables, std=std))
+        probe = GradientProbe(replace(run, data=data, model=choice), "topic", steps=100)
+        table = probe(None, log.schema, log.shuffled(log.split("train"), 1024, seed=0)).values["tables"]["shared/topic"]
+        found[std] = table["domination"], table["conflicting"]
+    print(found)
+    assert 1_000 < found[0.01][0] < 10_000 and 10 < found[0.3][0] < 50
+    assert found[0.01][1] > 0.3 and found[0.3][1] < 0.15
 
 
 # --------------------------------------------------------------------------------------------------------------- plot
