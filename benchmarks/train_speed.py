@@ -56,7 +56,7 @@ from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.layers import initialise
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Model
+from unbraid.model import Heads, Model
 from unbraid.optim.joint import Joint
 from unbraid.towers.experts import MMoE
 from unbraid.towers.mlp import SharedBottom
@@ -98,8 +98,10 @@ def make_histories(log: pl.DataFrame, seed: int = 1) -> pl.DataFrame:
     return pl.DataFrame({"user": owner, "items": items})
 
 
-def encoded(rows: int, folder: Path, history: bool = False, sizes: Mapping[str, int] = SIZES) -> Encoded:
-    """The log through the library's own encoder."""
+def encoded(
+    rows: int, folder: Path, history: bool = False, sizes: Mapping[str, int] = SIZES, domain: str = ""
+) -> Encoded:  # fmt: skip
+    """The log through the library's own encoder; ``domain``: a column that says the domain, too."""
     log = make_log(rows, sizes)
     tables = {"log": log, **({"past": make_histories(log)} if history else {})}
     past = {
@@ -109,7 +111,7 @@ def encoded(rows: int, folder: Path, history: bool = False, sizes: Mapping[str, 
     }  # fmt: skip
     data = Data(
         rows="log", features=tuple(Feature(name) for name in sizes), tasks=tuple(Task(name) for name in TASKS),
-        split=Split(kind="column", column="split"), cache=str(folder), **(past if history else {}),
+        split=Split(kind="column", column="split"), cache=str(folder), domain=domain, **(past if history else {}),
     )  # fmt: skip
     return Encoded(encode(data, tables=tables))
 
@@ -273,10 +275,10 @@ class Ours:
         time.sleep(0.3)
 
 
-def our_mmoe(schema: Schema, lazy: bool) -> Model:
+def our_mmoe(schema: Schema, lazy: bool, heads: Heads | None = None) -> Model:
     """The same MMoE from the library's parts."""
     tower = MMoE(experts=EXPERTS, expert=EXPERT, gate=(), tower=TOWER)
-    return Model(schema, tower, Views(width=WIDTH, lazy_rows=0 if lazy else -1))
+    return Model(schema, tower, Views(width=WIDTH, lazy_rows=0 if lazy else -1), heads=heads)
 
 
 def our_din(schema: Schema, lazy: bool) -> Model:

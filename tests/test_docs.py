@@ -100,7 +100,9 @@ def small_schema(data: Data) -> Schema:
     """What encoding might have found, without reading anything."""
     vocabularies = [f.vocab for f in (*data.features, *data.fields)]
     sizes = dict.fromkeys([*vocabularies, *BUILT_IN], 3)
-    return Schema(data.features, data.tasks, data.histories, data.fields, ("(unknown)", "(missing)", "a"), sizes)
+    widths = {f.name: 4 for f in data.features if f.kind == "vector"}
+    declared = data.features, data.tasks, data.histories, data.fields
+    return Schema(*declared, ("(unknown)", "(missing)", "a"), sizes, widths)
 
 
 @pytest.mark.parametrize("page", sorted(METHODS.glob("*.md")), ids=lambda page: page.stem)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +19,12 @@ from typing import Any, cast
 import numpy as np
 import polars as pl
 import torch
+from torch import nn
 
 from unbraid import config, store
 from unbraid.data.encode import encode, encode_query
 from unbraid.data.fitted import Fitted
-from unbraid.data.source import DataError, Tables, scan
+from unbraid.data.source import DataError, Tables, known_types, scan_given
 from unbraid.data.table import Encoded
 from unbraid.encoders.numeral import Digits, NumeralNumber
 from unbraid.model import Model
@@ -49,6 +50,13 @@ def build(run: config.Run, schema: Schema) -> Model:
     )  # fmt: skip
 
 
+def build_trained(run: config.Run, schema: Schema, weights: Collection[str]) -> nn.Module:
+    """The module whose weights have these names: the run's model, or what its schedule makes of it (``module``)."""
+    model = build(run, schema)
+    make = getattr(run.schedule, "module", None)
+    return make(model, weights) if make is not None else model
+
+
 def environment() -> dict[str, Any]:
     """Versions of what computed the numbers."""
     versions = {}
@@ -67,7 +75,7 @@ class Bundle:
 
     run: config.Run
     fitted: Fitted
-    model: Model
+    model: nn.Module
     metrics: Mapping[str, Any]
     uncertainty: LastLayer | None = None
 
@@ -111,7 +119,10 @@ class Bundle:
                 raise BundleError(
                     f"{folder}: `{part}` of run.toml and schema.json differ. They are from different runs."
                 )
-        model = build(run, fitted.schema)
+        try:
+            model = build_trained(run, fitted.schema, weights)
+        except ValueError as error:
+            raise BundleError(f"{folder}: weights.safetensors does not fit run.toml: {error}") from error
         _check_weights(folder, {k: tuple(v.shape) for k, v in model.state_dict().items()}, weights)
         model.load_state_dict(weights)
         model.eval()
@@ -166,12 +177,17 @@ class Predictor:
         if isinstance(rows, str | Path):
             if not Path(rows).exists():
                 raise DataError(f"There is no file or folder {rows}.")
-            rows = scan("", str(Path(rows).resolve()), Path("/"), None)
+            rows = scan_given(rows, self.data, lambda: self._known(tables))
         with tempfile.TemporaryDirectory(prefix="unbraid-") as place:
             encode_query(self.data, rows.lazy(), self.bundle.fitted, Path(place), tables=tables)
             encoded = Encoded(Path(place))
             batches = encoded.in_order(encoded.split("all"), 4 * self.bundle.run.training.batch_size)
             return predict(self.bundle.model, batches, self.bundle.fitted.schema, hidden=hidden, device=self.device)
+
+    def _known(self, tables: Tables | None) -> dict[str, Any]:
+        """Column -> type of the ids that training knew."""
+        values = {name: found.values.dtype for name, found in self.bundle.fitted.vocabularies.items()}
+        return known_types(self.data, values, Path(), tables)
 
     def beliefs(
         self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None
@@ -248,6 +264,10 @@ def with_uncertainty(
     Raises:
         UncertaintyError: no task is binary or real; ValueError: the prior is not positive; DataError as it says.
     """
+    if not isinstance(bundle.model, Model):
+        raise UncertaintyError(
+            f"Schedule `{bundle.run.schedule.kind}` makes several models, whose last layers have no uncertainty."
+        )
     predictor = Predictor(bundle, folder)
     encoded = Encoded(encode(predictor.data, tables=tables, fitted=bundle.fitted))
     rows = np.sort(np.concatenate([encoded.split(name) for name in trained_splits(bundle.run)]))
@@ -273,6 +293,10 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
             where they have tables.
     """
     counts = {"rows copied": 0, "rows new": 0, "tensors copied": 0, "tensors new": 0}
+    if not isinstance(old.model, Model):
+        raise BundleError(
+            f"Schedule `{old.run.schedule.kind}` makes several models. A run starts from a bundle of one."
+        )
     theirs, ours = old.model.state_dict(), model.state_dict()
     digits = _growing(model, old.model)
     for name, classes in fitted.schema.classes.items():
@@ -326,12 +350,13 @@ def _growing(model: Model, old: Model) -> dict[str, Digits]:
 
 def _same_place(key: str, new: Schema, old: Schema) -> str:
     """A per-domain head's name in the old model: its domain may have had another code there."""
-    head, _, rest = key.partition(".linears.")
     if not key.startswith("heads."):
         return key
+    parts = next(name for name in (".linears.", ".towers.") if name in key)
+    head, _, rest = key.partition(parts)
     code, _, part = rest.partition(".")
     name = new.domains[int(code)]  # one head for all domains is number 0 in both
-    return f"{head}.linears.{old.domains.index(name)}.{part}" if name in old.domains else ""
+    return f"{head}{parts}{old.domains.index(name)}.{part}" if name in old.domains else ""
 
 
 def _matching_rows(new: Fitted, old: Fitted, vocabulary: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,12 +12,13 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError
+from torch import nn
 
 from unbraid.data.source import Data, bundled
 from unbraid.encoders.attention import TargetAttention
@@ -50,9 +51,40 @@ from unbraid.losses.history import HistoryLoss
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads, require_encoders
+from unbraid.optim.adatask import AdaTask
+from unbraid.optim.aggregated import AggregatedUpdate
+from unbraid.optim.arml import ARML
+from unbraid.optim.auto_lambda import AutoLambda
+from unbraid.optim.cagrad import CAGrad
+from unbraid.optim.dwa import DWA
+from unbraid.optim.gcs import GCS
+from unbraid.optim.gradnorm import GradNorm
+from unbraid.optim.gradvac import GradVac
+from unbraid.optim.imtl_l import IMTLL
+from unbraid.optim.jacobian_descent import (
+    IMTLG,
+    AlignedMTL,
+    ConFIG,
+    DualProj,
+    FairGrad,
+    GradDrop,
+    PCGrad,
+    RandomWeights,
+    UPGrad,
+)  # fmt: skip
 from unbraid.optim.joint import Joint
+from unbraid.optim.mgda import MGDA
+from unbraid.optim.nash_mtl import NashMTL
+from unbraid.optim.ol_aux import OLAUX
+from unbraid.optim.rlw import RLW
+from unbraid.optim.uw import UW
+from unbraid.optim.weighted import WeightedUpdate
+from unbraid.schedules.d_train import DTrain
+from unbraid.schedules.fork_merge import ForkMerge
+from unbraid.schedules.individual import Individual
 from unbraid.schedules.one_stage import OneStage
 from unbraid.schedules.online import Online
+from unbraid.schedules.post_train import PostTrain
 from unbraid.towers.aitm import AITM
 from unbraid.towers.ame import AME
 from unbraid.towers.experts import MMoE, OMoE
@@ -63,7 +95,7 @@ from unbraid.towers.single_task import SingleTask
 from unbraid.towers.stem import STEM
 from unbraid.towers.stem_al import STEMAL
 from unbraid.train import Training
-from unbraid.types import FORBID
+from unbraid.types import FORBID, Course
 
 kind = Field(discriminator="kind")
 HistoryChoice = Annotated[Mean | TargetAttention | DIN | DARE | TWIN | TIN | SIM | ETA | SDIM | TWINV2, kind]
@@ -74,8 +106,46 @@ TowerChoice = Annotated[
     SharedBottom | MMoE | STEM | OMoE | PLE | AITM | SingleTask | MultiEmbedding | AME | STEMAL, kind
 ]
 TermChoice = Annotated[Supervised | ESMM | HistoryLoss | Ranking | Focal, kind]
-UpdateChoice = Joint
-ScheduleChoice = Annotated[OneStage | Online, kind]
+WeightingChoice = Annotated[UW | DWA | RLW | IMTLL | AutoLambda, kind]
+AggregatorChoice = Annotated[
+    PCGrad | MGDA | IMTLG | UPGrad | DualProj | AlignedMTL | FairGrad | RandomWeights | ConFIG | GradDrop
+    | CAGrad | NashMTL | GradVac | GradNorm | GCS | OLAUX | ARML,
+    kind,
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(Joint):
+    """The joint update with weights of the losses that follow the losses: see the weighting's own page."""
+
+    kind: Literal["weighted"] = dataclasses.field(default="weighted", kw_only=True)  # type: ignore[assignment]
+    weighting: WeightingChoice = dataclasses.field(default_factory=UW)
+
+    def build(
+        self, model: nn.Module, *, steps: int, weights: Mapping[str, float], objectives: Collection[str] | None = None,
+        course: Course | None = None,
+    ) -> WeightedUpdate:  # fmt: skip
+        """See `Joint.build`.  Raises ValueError where the weighting misses something, such as the length of an epoch."""
+        return WeightedUpdate(self, model, steps, weights, objectives, course)
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregated(Joint):
+    """The joint update with one gradient made of those of all objectives: see the aggregator's own page."""
+
+    kind: Literal["aggregated"] = dataclasses.field(default="aggregated", kw_only=True)  # type: ignore[assignment]
+    aggregator: AggregatorChoice = dataclasses.field(default_factory=CAGrad)
+
+    def build(
+        self, model: nn.Module, *, steps: int, weights: Mapping[str, float], objectives: Collection[str] | None = None,
+        course: Course | None = None,
+    ) -> AggregatedUpdate:  # fmt: skip
+        """See `Joint.build`.  Raises ValueError where the aggregator misses something; ImportError without its library."""
+        return AggregatedUpdate(self, model, steps, weights, objectives, course)
+
+
+UpdateChoice = Annotated[Joint | AdaTask | Weighted | Aggregated, kind]
+ScheduleChoice = Annotated[OneStage | Online | ForkMerge | DTrain | Individual | PostTrain, kind]
 
 
 class RunError(ValueError):
@@ -141,15 +211,33 @@ class Run:
         require_encoders(self.data.histories, self.model.history, self.model.history_of)
         paired = {name for pair in getattr(self.model.vectors, "pairs", ()) for name in pair}
         require_features(self.data.features, "vector", paired, "model.vectors.pairs")
+        if self.model.heads.unknown == "root" and not getattr(self.schedule, "keeps_root", False):
+            raise ValueError(
+                f"`model.heads.unknown` is `root`, and schedule `{self.schedule.kind}` keeps no head from before there was one "
+                "per domain. Set `mean` or `error`."
+            )
+        parts = {name: getattr(self, name) for name in ("model", "losses", "update", "schedule")}
+        if not self.data.domain and (keys := list(_by_domain(parts))):
+            raise ValueError(f"`{'`, `'.join(keys)}` needs domains, and the data declare none: set `data.domain`.")
         ids = [f.name for f in self.data.features if f.kind == "id"]
         allowed = list(dict.fromkeys([*(role for role in ("user", "domain") if getattr(self.data, role)), *ids]))
         if not set(self.baseline) <= set(allowed):
             raise ValueError(f"`baseline` should name columns among {allowed}. Found {list(self.baseline)}.")
 
 
+def _by_domain(value: Any, path: str = "") -> Iterator[str]:
+    """Keys ``by`` and ``within`` that say domain, as a run file writes them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        yield from (f"{path}.{key}"[1:] for key in ("by", "within") if value.get(key) in ("domain", "task@domain"))
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple | list) else ()
+    for key, inner in items:
+        yield from _by_domain(inner, f"{path}.{key}")
+
+
 ADAPTER = TypeAdapter(Run)
 SLOTS = ("model.tower", "model.history", "model.interaction", "model.experts.*.interaction", "model.numbers", "model.vectors",
-         "losses.*", "update", "schedule")  # fmt: skip
+         "losses.*", "update", "update.weighting", "update.aggregator", "schedule")  # fmt: skip
 
 
 def from_dict(plain: dict[str, Any], where: str = "the run") -> Run:
@@ -272,16 +360,30 @@ def _is_slot(keys: list[str]) -> bool:
     return of_one or ".".join("*" if key.isdigit() else key for key in keys) in SLOTS
 
 
+SCALARS = {"int": "an integer", "str": "text", "float": "a number", "bool": "true or false"}
+
+
 def explain(error: ValidationError, where: str = "") -> str:
     """One line per mistake, after where: the path, what was found, what is allowed."""
     lines = []
+    either: dict[tuple[str, str], list[str]] = {}  # (path, what was found) -> what it may be
+    nested: dict[str, list[Any]] = {}  # list of lists -> what stands in the place of its lists
     for mistake in error.errors():
         path = _path(mistake["loc"])
+        if mistake["type"] == "tuple_type" and mistake["loc"] and isinstance(mistake["loc"][-1], int):
+            nested.setdefault(_path(mistake["loc"][:-1]), []).append(mistake["input"])
+            continue
+        if mistake["loc"] and mistake["loc"][-1] in SCALARS:  # of a union, which has a mistake per type
+            of_path = either.setdefault((_path(mistake["loc"][:-1]), repr(mistake["input"])), [])
+            of_path.append(SCALARS[str(mistake["loc"][-1])])
+            continue
         if mistake["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             allowed = _allowed(mistake["loc"][:-1])
             lines.append(f"unknown key `{path}`.{_meant(mistake['loc'][-1], allowed)} Allowed: {', '.join(allowed)}.")
         elif mistake["type"] == "tuple_type":
             lines.append(f"`{path}` should be a list; of tables it is written `[[{path}]]`.")
+        elif isinstance(mistake["input"], str) and mistake["input"] in _kinds(mistake["loc"]):
+            lines.append(f'`{path}` is a table, whose `kind` says what it is: `{path}.kind = "{mistake["input"]}"`.')
         elif mistake["type"] == "union_tag_not_found":
             lines.append(f"`{path}` has no `kind`. Allowed: {', '.join(_kinds(mistake['loc']))}.")
         elif mistake["type"] == "union_tag_invalid":
@@ -292,6 +394,10 @@ def explain(error: ValidationError, where: str = "") -> str:
             found = f" Found {mistake['input']!r}." if not isinstance(mistake["input"], dict | list) else ""
             text = f"{mistake['msg'].removeprefix('Value error, ')}.{found}".replace("..", ".")
             lines.append(f"`{path}`: {text}" if path else text)
+    lines += [f"`{path}` should be {' or '.join(types)}. Found {found}." for (path, found), types in either.items()]
+    for path, found in nested.items():
+        one = ", ".join(f'"{item}"' if isinstance(item, str) else str(item) for item in found)
+        lines.append(f"`{path}` should be a list of lists, such as [[{one}]]. Found [{one}].")
     return (f"{where}: " if where else "") + "\n  ".join(lines)
 
 

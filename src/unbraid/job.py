@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 import tomli_w
 import torch
+from torch import nn
 
 from unbraid import config, store
 from unbraid.baseline import TargetEncoding
 from unbraid.bundle import Bundle, build, trained_splits, warm_start
 from unbraid.data.encode import encode
 from unbraid.data.events import warnings_of
-from unbraid.data.source import Tables, scan
+from unbraid.data.source import Data, Tables, scan_given
 from unbraid.data.table import Encoded
+from unbraid.encoders.table import Table
 from unbraid.evaluate import evaluate
 from unbraid.model import Model
 from unbraid.render import render_markdown
@@ -93,13 +96,15 @@ def _train(
     device = ("cuda" if torch.cuda.is_available() else "cpu") if run.training.device == "auto" else run.training.device
     terms = bound_terms(run, schema, model)
     check_labels(terms, encoded)
+    if run.data.exposure and not any("exposure" in getattr(term, "reads", ()) for term in terms):
+        watcher.note("! data.exposure is counted for every row, and no loss reads it: see docs/methods/exposure.md")
     session = Local(
         encoded, terms, run.update, run.training, {t.name: t.weight for t in schema.tasks},
         run.seed, folder, resume, device, watcher,
     )  # fmt: skip
     model = model.to(device)
-    trained = run.schedule(session, model, run.training.total_steps(len(session.rows("train"))))
-    assert isinstance(trained, Model)
+    with contextlib.closing(session):
+        trained = run.schedule(session, model, run.training.total_steps(len(session.rows("train"))))
     session.watcher.stage("evaluating", 0, 0)
     scores = predict(trained, encoded.in_order(encoded.split("test"), EVALUATION_ROWS), schema, device=device)
     metrics = measure(run, encoded, trained, scores, session, baseline)
@@ -132,7 +137,9 @@ def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bo
         what = "a finished run" if finished else "an unfinished run (continue it with --resume)"
         raise JobError(f"{folder} holds {what}. Choose another --out, or delete it with --overwrite.")
     differs = resume and mark.read_text() != text  # in how a number is written, or in more
-    if differs and (changed := config.differences(config.load(mark), config.with_base(run, folder))):
+    free = tuple(f"schedule.{key}:" for key in getattr(run.schedule, "same", ()))  # they change nothing of the result
+    changed = config.differences(config.load(mark), config.with_base(run, folder)) if differs else []
+    if changed := [text for text in changed if not text.startswith(free)]:
         raise JobError(
             f"{folder} holds a different run than the one given (there / here): {'; '.join(changed[:5])}. "
             "Give the same settings, or use another --out."
@@ -290,7 +297,7 @@ def empty_histories(encoded: Encoded) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
 def measure(
-    run: config.Run, encoded: Encoded, model: Model, scores: Scores, session: Local, baseline: bool
+    run: config.Run, encoded: Encoded, model: nn.Module, scores: Scores, session: Local, baseline: bool
 ) -> dict[str, Any]:  # fmt: skip
     """Test metrics of the model and the baseline, cost and sizes: what ``metrics.json`` holds."""
     metrics: dict[str, Any] = {"test": evaluate(scores, encoded.schema, seed=run.seed)}
@@ -304,11 +311,14 @@ def measure(
     metrics["rows"] = {name: len(encoded.split(name)) for name in ("train", "valid", "test")}
     metrics["seconds"] = {"train": round(session.seconds, 2)}
     metrics["steps"], metrics["data"] = session.steps, encoded.folder.name
-    tables = sum(t.weight.numel() for t in model.tables.values())
+    own = cast(Mapping[str, Table], model.tables)
+    tables = sum(t.weight.numel() for t in own.values())
     metrics["parameters"] = {"tables": tables, "dense": sum(p.numel() for p in model.parameters()) - tables}
-    metrics["lazy tables"] = sorted(name for name, t in model.tables.items() if t.lazy)
+    metrics["lazy tables"] = sorted(name for name, t in own.items() if t.lazy)
     if session.record is not None:
         metrics["schedule"] = session.record
+    if session.told:
+        metrics["weights"] = dict(session.told)
     return metrics
 
 
@@ -346,6 +356,9 @@ def report(run: config.Run, metrics: Mapping[str, Any]) -> str:
              + f"; {metrics['seconds']['train']:.0f} s of training; parameters: {metrics['parameters']['tables']:,} in tables, "
              f"{metrics['parameters']['dense']:,} dense.", "", "Test split, 95 % intervals by a bootstrap over users.",
              "", render_markdown(metrics["test"], baseline)]  # fmt: skip
+    if "weights" in metrics:
+        found = ", ".join(f"{name} {value:.3g}" for name, value in metrics["weights"].items())
+        lines.append(f"Weights of the update {run.update.kind} at the end: {found}.\n")
     if "schedule" in metrics and hasattr(run.schedule, "report"):
         lines.append(run.schedule.report(metrics["schedule"]))
     return "\n".join(lines) + "\n"
@@ -369,27 +382,30 @@ def evaluate_bundle(
     predictor = Predictor(bundle, folder)
     if rows is not None:
         scores = predictor.scores(rows, tables)
-        _require_labels(scores, rows, bundle.fitted.schema)
+        _require_labels(scores, rows, bundle.fitted.schema, predictor.data)
         return evaluate(scores, bundle.fitted.schema, seed=bundle.run.seed)
     encoded = Encoded(encode(predictor.data, tables=tables, fitted=bundle.fitted))
     batches = encoded.in_order(encoded.split(split), EVALUATION_ROWS)
     return evaluate(predict(bundle.model, batches, encoded.schema), encoded.schema, seed=bundle.run.seed)
 
 
-def _require_labels(scores: Scores, rows: Any, schema: Schema) -> None:
+def _require_labels(scores: Scores, rows: Any, schema: Schema, data: Data) -> None:
     """Raises JobError when no task has a label in any of the rows."""
     if any(scores.observed[task.name].any() for task in schema.tasks):
         return
-    plan = scan("", str(Path(rows).resolve()), Path("/"), None) if isinstance(rows, str | Path) else rows.lazy()
+    plan = scan_given(rows, data) if isinstance(rows, str | Path) else rows.lazy()
     have = plan.collect_schema().names()
     missing = [task.source for task in schema.tasks if task.source.isidentifier() and task.source not in have]
     what = f"column `{'`, `'.join(missing)}` is missing" if missing else "they are all null"
     raise JobError(f"no labels in {rows if isinstance(rows, str | Path) else 'the rows'}: {what}")
 
 
-def write_predictions(rows: Path, predictions: pl.DataFrame, out: Path) -> None:
-    """The rows' file with ``predicted_`` before each column of the predictions.  Raises JobError when such a column exists."""
-    frame = scan("", str(rows.resolve()), Path("/"), None).collect()
+def write_predictions(rows: Path, predictions: pl.DataFrame, out: Path, data: Data | None = None) -> None:
+    """The rows' file, read as the run's data say, with ``predicted_`` before each column of the predictions.
+
+    Raises JobError when such a column exists.
+    """
+    frame = scan_given(rows, data).collect()
     columns = predictions.rename(lambda name: f"predicted_{name}")
     clash = sorted(set(frame.columns) & set(columns.columns))
     if clash:

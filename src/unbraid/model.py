@@ -9,6 +9,7 @@ A history encoder may give further vectors for *second heads*: one small network
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -21,7 +22,7 @@ from unbraid.encoders.pooling import BagAttention, Mean, pool_bag
 from unbraid.encoders.table import VALUE, Role, Table, Views
 from unbraid.encoders.vectors import Raw, VectorEncoder
 from unbraid.interactions.flat import Flat
-from unbraid.layers import initialise, mlp, mlp_width, task_key
+from unbraid.layers import initialise, mlp, mlp_width, require_dropout, require_positive, task_key
 from unbraid.towers.domains import DomainTower, domain_names, of_domains
 from unbraid.types import (
     EXACT,
@@ -36,21 +37,37 @@ from unbraid.types import (
     Ragged,
     Rows,
     Schema,
+    TowerOutput,
 )
 
 
 @dataclass(frozen=True)
 class Heads:
-    """One linear head per task, or one per task and domain (``by = "domain"``).
+    """What stands on the tower: one head per task, or one per task and domain (``by = "domain"``).
 
     Args:
         two: heads of binary tasks give two numbers (z0, z1), whose difference z1 - z0 is the logit; both are the extra
             ``heads.two.TASK`` (B, 2), for a loss that needs them (``ranking`` of form ``jrc``).
+        hidden: widths of a small MLP in every head, below its linear layer: with heads per domain the domain's own tower.
+        dropout: after every ReLU of it.
+        unknown: what rows of a domain that training did not know get from heads per domain: the ``mean`` of the logits of
+            all domains that it knew, the ``root`` that the schedule kept from before there was a head per domain, or an
+            ``error``.
+
+    Raises:
+        ValueError: a width is not positive, or ``dropout`` is not in [0, 1).
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
     by: Literal["task", "domain"] = "task"
     two: bool = False
+    hidden: tuple[int, ...] = ()
+    dropout: float = 0.0
+    unknown: Literal["mean", "root", "error"] = "mean"
+
+    def __post_init__(self) -> None:
+        require_positive(hidden=self.hidden)
+        require_dropout(self.dropout)
 
 
 class Model(nn.Module):
@@ -111,10 +128,11 @@ class Model(nn.Module):
             width = sum(sum(module.second.values()) for _, module in self._second_of(task.name))
             self.second[task_key(task.name)] = _SecondHead(task.name, width, hidden, schema.outputs(task))
         head = heads or Heads()
+        self.heads_by = head.by
         domains = len(schema.domains) if head.by == "domain" else 1
         self.heads = nn.ModuleDict(
             {f"task/{t.name}": _Head(self.tower.widths[t.name], schema.outputs(t), domains,
-                                     f"heads.two.{t.name}" if head.two and t.kind == "binary" else "")
+                                     f"heads.two.{t.name}" if head.two and t.kind == "binary" else "", head)
              for t in schema.tasks}
         )  # fmt: skip
         initialise(self)
@@ -216,19 +234,39 @@ class Model(nn.Module):
     # ----------------------------------------------------------------------------------------------------------- forward
     def forward(self, batch: Batch, step: int | None = None) -> Output:
         """What the model says about a batch.  ``step`` is for members whose behaviour depends on training time."""
+        out, lookups = self.trunk(batch)
+        logits, hidden, two = {}, {}, {}
+        for task in self.schema.tasks:
+            head = cast(_Head, self.heads[task_key(task.name)])
+            found, hidden[task.name] = head(out.tasks[task.name], batch.domain, batch.observed[task.name])
+            for name in head.gives:
+                two[name], found = found, found[:, 1] - found[:, 0]
+            logits[task.name] = found
+        return Output(logits, hidden, out.shared, {**out.extras, **two}, lookups)
+
+    def trunk(self, batch: Batch) -> tuple[TowerOutput, tuple[Lookup, ...]]:
+        """All below the heads: what the tower gives (second heads' logits among its extras), and the lookups."""
         rows, lookups = self._read(batch)
         second: dict[str, Tensor] = {}
         hidden = list(self._all_hidden(batch, rows, second).values())
         domains = (batch.domain, counted_rows(batch)) if getattr(self.tower, "reads_domain", False) else ()
         out = self.tower(hidden, *domains)
-        logits, two = {}, {}
-        for task in self.schema.tasks:
-            head = cast(_Head, self.heads[task_key(task.name)])
-            found = head(out.tasks[task.name], batch.domain, batch.observed[task.name])
-            for name in head.gives:
-                two[name], found = found, found[:, 1] - found[:, 0]
-            logits[task.name] = found
-        return Output(logits, out.tasks, out.shared, {**out.extras, **two, **self._second_logits(second)}, lookups)
+        return TowerOutput(out.tasks, out.shared, {**out.extras, **self._second_logits(second)}), lookups
+
+    # ------------------------------------------------------------------------------------------------- heads per domain
+    def tie_heads(self) -> None:
+        """Make all domains' heads of a task one module, the first known domain's: whatever reads it trains it."""
+        for head in self.heads.values():
+            cast(_Head, head).tie()
+
+    def untie_heads(self, fresh: Collection[int] = (), seed: int = 0) -> None:
+        """Give every domain a copy of the head that `tie_heads` made; those of domains ``fresh`` (codes) are drawn anew."""
+        for place, head in enumerate(self.heads.values()):
+            cast(_Head, head).untie(fresh, seed + place)
+
+    def domain_heads(self, domain: int) -> nn.ModuleDict:
+        """Task's key -> the head of one domain (its code), the live module: (B, H) -> `Head.forward`."""
+        return nn.ModuleDict({key: Head(cast(_Head, head), domain) for key, head in self.heads.items()})
 
     def views(self, batch: Batch) -> dict[str, Tensor]:
         """view, or expert where there are any -> (B, width): what the tower reads."""
@@ -392,7 +430,7 @@ def expert_plan(
     if config.kind not in ("shared", "several"):
         raise ValueError(
             f"`experts` read views that belong to no task. Found model.tables.kind `{config.kind}`. Set it to `shared` or "
-            f"`several`."
+            f"`several`, or set `model.experts` to []."
         )
     read = [each.view for each in experts]
     if set(read) != set(range(len(views))):
@@ -428,37 +466,109 @@ class _SecondHead(nn.Module):
         return logits.squeeze(1) if self.outputs == 1 else logits
 
 
+class Head(nn.Module):
+    """The head of one task in one domain."""
+
+    def __init__(self, heads: _Head, domain: int) -> None:
+        super().__init__()
+        self.tower = heads.towers[domain] if len(heads.towers) else nn.Sequential()
+        self.linear, self.outputs, self.gives = heads.linears[domain], heads.outputs, heads.gives
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H) -> (B,) or (B, K) logits, and the (B, h) vector before the linear layer."""
+        hidden = self.tower(hidden)
+        logits = self.linear(hidden)
+        return (logits.squeeze(1) if self.outputs == 1 else logits), hidden
+
+
 class _Head(nn.Module):
-    """Linear heads of one task, one per domain or one for all.
+    """Heads of one task, one per domain or one for all: an MLP (the identity without ``config.hidden``), then a linear layer.
 
     A domain without an observed row of the task in the batch is read detached: a zero gradient would let momentum and
     weight decay move its head.  With ``two``, the name of an extra, a binary task's head gives the (B, 2) of that extra.
     """
 
-    def __init__(self, width: int, outputs: int, domains: int, two: str = "") -> None:
+    def __init__(self, width: int, outputs: int, domains: int, two: str, config: Heads) -> None:
         super().__init__()
         outputs = 2 if two else outputs
-        self.outputs, self.gives = outputs, (two,) if two else ()
-        self.linears = nn.ModuleList(nn.Linear(width, outputs) for _ in range(domains))
+        self.outputs, self.gives, self.unknown = outputs, (two,) if two else (), config.unknown
+        last = mlp_width(width, config.hidden)
+        self.linears = nn.ModuleList(nn.Linear(last, outputs) for _ in range(domains))
+        own = domains if config.hidden else 0
+        self.towers = nn.ModuleList(mlp(width, config.hidden, config.dropout) for _ in range(own))
 
-    def forward(self, hidden: Tensor, domain: Tensor, observed: Tensor) -> Tensor:
-        """(B,) or (B, K)."""
+    def forward(self, hidden: Tensor, domain: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) or (B, K) logits, and the (B, h) vectors before the linear layers.
+
+        Raises:
+            ValueError: ``unknown`` is ``error`` and, not in training, a row's domain is unknown.
+        """
         if len(self.linears) == 1:
-            logits = self.linears[0](hidden)
-            return logits.squeeze(1) if self.outputs == 1 else logits
+            below = self.towers[0](hidden) if len(self.towers) else hidden
+            logits = self.linears[0](below)
+            return (logits.squeeze(1) if self.outputs == 1 else logits), below
+        live = [True] * len(self.linears)
         if self.training:
             live = torch.bincount(domain[observed], minlength=len(self.linears)).bool().tolist()
-        else:
-            live = [True] * len(self.linears)
+        elif self.unknown == "error" and (count := int((domain == UNKNOWN).sum())):
+            raise ValueError(
+                f"{count:,} rows are of domains that training did not know, and `model.heads.unknown` is `error`. Leave these "
+                "rows out, or train with another `unknown`: mean, or root."
+            )
+        below = self._through_towers(hidden, domain, live) if len(self.towers) else hidden
         weights, biases = self._stacked("weight", live), self._stacked("bias", live)
-        logits = torch.einsum("bh,bkh->bk", hidden, weights[domain]) + biases[domain]
-        return logits.squeeze(1) if self.outputs == 1 else logits
+        logits = torch.einsum("bh,bkh->bk", below, weights[domain]) + biases[domain]
+        if self._averages and len(self.towers):
+            logits = self._with_means(logits, hidden, domain)
+        return (logits.squeeze(1) if self.outputs == 1 else logits), below
+
+    @property
+    def _averages(self) -> bool:
+        """Do rows of unknown domains get the mean of the known domains' logits now?"""
+        return not self.training and self.unknown == "mean"
 
     def _stacked(self, part: str, live: list[bool]) -> Tensor:
-        """(domains, ...) weights or biases; a domain that training did not know has the mean of those it knew."""
+        """(domains, ...) weights or biases; a domain that training did not know may have the mean of those it knew."""
         parts = [
             getattr(m, part) if on else getattr(m, part).detach() for m, on in zip(self.linears, live, strict=True)
         ]
-        if not self.training:
+        if self._averages:
             parts[UNKNOWN] = torch.stack(parts[FIRST_VALUE:]).mean(0)
         return torch.stack(parts)
+
+    def _through_towers(self, hidden: Tensor, domain: Tensor, live: list[bool]) -> Tensor:
+        """(B, h) each row through its domain's MLP; of unknown domains the mean of all, where logits are means."""
+        rows, parts = [], []
+        for code in domain.unique().tolist() or [UNKNOWN]:
+            mine = (domain == code).nonzero().squeeze(1)
+            if code == UNKNOWN and self._averages:
+                found = torch.stack([tower(hidden[mine]) for tower in self.towers[FIRST_VALUE:]]).mean(0)
+            else:
+                found = self.towers[code](hidden[mine])
+            rows.append(mine)
+            parts.append(found if live[code] else found.detach())
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def _with_means(self, logits: Tensor, hidden: Tensor, domain: Tensor) -> Tensor:
+        """The logits (B, K), those of unknown domains' rows as means over the heads: a mean of MLPs is no MLP of means."""
+        mine = (domain == UNKNOWN).nonzero().squeeze(1)
+        known = zip(self.towers[FIRST_VALUE:], self.linears[FIRST_VALUE:], strict=True)
+        return logits.index_copy(0, mine, torch.stack([linear(tower(hidden[mine])) for tower, linear in known]).mean(0))
+
+    def tie(self) -> None:
+        """One module in the place of all domains' own."""
+        for parts in (self.linears, self.towers):
+            for code in range(len(parts)):
+                parts[code] = parts[FIRST_VALUE]
+
+    def untie(self, fresh: Collection[int], seed: int) -> None:
+        """A copy for every domain, those of ``fresh`` drawn anew: domain d from (seed, d), whatever the others are."""
+        device = cast(Tensor, self.linears[FIRST_VALUE].weight).device
+        for part, parts in enumerate((self.linears, self.towers)):
+            tied = list(parts)  # all one module
+            for code, root in enumerate(tied):
+                parts[code] = copy.deepcopy(root)
+                if code in fresh:
+                    with torch.random.fork_rng(devices=[]):  # drawn on the CPU: the same on every device
+                        torch.random.default_generator.manual_seed((seed * 2 + part) * 1_000_003 + code)
+                        initialise(parts[code].cpu()).to(device)

@@ -236,6 +236,14 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
     _sync_folder(final.parent)
 
 
+@contextlib.contextmanager
+def scratch(folder: str | Path) -> Iterator[Path]:
+    """An empty folder inside another, gone when the block ends; what a killed process leaves goes at the next write."""
+    with _temporary(Path(folder) / "scratch") as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Remove the temporaries in a folder whose process was killed.  Every write does this for its own folder first."""
     for path in Path(folder).iterdir():

@@ -7,10 +7,11 @@ are terms, updates, towers and schedules; nothing here knows their names.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from unbraid import store
-from unbraid.data.table import Encoded, steps_per_epoch
+from unbraid.data.table import Encoded, Read, order, prefetch, steps_per_epoch
 from unbraid.evaluate import evaluate, lower_is_better
-from unbraid.types import FORBID, Batch, Schema, Scores, State, Term, Update
+from unbraid.types import FORBID, NO_DOMAIN, Batch, Course, Look, Losses, Output, Schema, Scores, State, Term, Update
 
 Callback = Callable[[int, Batch, Mapping[str, Tensor]], bool]  # (steps done, batch, losses) -> stop?
 
@@ -76,16 +77,24 @@ def fit(
     model.train()
     for step in range(start, steps):
         batch = next(batches)
-        output = model(batch, step)
-        losses: dict[str, Tensor] = {}
-        for term in terms:
-            for objective, loss in term(output, batch, step).items():
-                losses[objective] = losses[objective] + loss if objective in losses else loss
+        losses, output = losses_of(model, batch, terms, step)
         update(losses, output)
         stop = [callback(step + 1, batch, losses) for callback in callbacks]
         if any(stop):
             return step + 1
     return steps
+
+
+def losses_of(
+    model: nn.Module, batch: Batch, terms: Sequence[Term], step: int
+) -> tuple[dict[str, Tensor], Output]:  # fmt: skip
+    """Losses of a batch by objective, and what the model said about it."""
+    output = model(batch, step)
+    losses: dict[str, Tensor] = {}
+    for term in terms:
+        for objective, loss in term(output, batch, step).items():
+            losses[objective] = losses[objective] + loss if objective in losses else loss
+    return losses, output
 
 
 @torch.no_grad()
@@ -171,12 +180,45 @@ class Local:
     steps: int = 0  # done
     calls: int = 0
     record: Mapping[str, Any] | None = None  # what the schedule kept
+    told: Mapping[str, float] = field(default_factory=dict)  # the last update's own weights, where it has some
     _cache: dict[str, np.ndarray] = field(default_factory=dict)
+    _workers: Any = None  # processes of `fit_apart`
 
     @property
     def schema(self) -> Schema:
         """What the columns mean."""
         return self.data.schema
+
+    @property
+    def metric(self) -> str:
+        """What the run selects by."""
+        return self.training.metric
+
+    @property
+    def look(self) -> Look:
+        """How the run looks at the validation split, unless a call says otherwise."""
+        return Look(patience=self.training.patience, keep_best=self.training.patience > 0)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names that the run's losses can have on the training rows: tasks, domains, or tasks in domains."""
+        tasks, names = [task.name for task in self.schema.tasks], list[str]()
+        codes = self.column("domain", self.rows("train"))
+        domains = [self.schema.domains[code] for code in np.unique(codes)] if codes is not None else [NO_DOMAIN]
+        pairs = [f"{task}@{domain}" for task in tasks for domain in domains]
+        for term in self.terms:
+            by = {"task": tasks, "domain": domains, "task@domain": pairs}[getattr(term, "by", "task")]
+            names += getattr(term, "objectives", by)
+        return tuple(dict.fromkeys(names))
+
+    def column(self, name: str, rows: np.ndarray) -> np.ndarray | None:
+        """(n,) what is known of each row beside features and labels (``user``, ``domain``, ``time``, ``request``).
+
+        None if the log has no such column.  Raises ValueError for a row of the test split.
+        """
+        if len(_inside(rows, self.rows("train+valid"))) != len(rows):
+            raise ValueError("A session reads rows of the training and validation splits. Found others.")
+        return np.asarray(self.data.columns[name][rows]) if name in self.data.columns else None
 
     def rows(self, split: str) -> np.ndarray:
         """Ascending row numbers of ``train``, ``valid`` or ``train+valid``; the test split is refused."""
@@ -204,11 +246,83 @@ class Local:
         """What the schedule found on its way (plain values), for ``metrics.json``."""
         self.record = record
 
-    def score(self, model: nn.Module, split: str = "valid", rows: np.ndarray | None = None) -> Scores:
-        """Predictions on a split, or on some of its rows (row numbers)."""
+    def tell(self, text: str) -> None:
+        """A line for who watches the run."""
+        self.watcher.note(text)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Write a line of ``log.jsonl``."""
+        if self.folder is not None:
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def cut_log(self, call: int, step: int) -> None:
+        """Drop what an interrupted process logged of a call after a step: it is done, and logged, again."""
+        path = None if self.folder is None else self.folder / "log.jsonl"
+        if path is None or not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the process died in the middle of a line
+            if record["call"] != call or record["step"] <= step:
+                kept.append(line + "\n")
+        store.write_text(path, "".join(kept))
+
+    def close(self) -> None:
+        """End the processes of `fit_apart`, if there are any."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    def batch(self, rows: np.ndarray, features: Mapping[str, Any] | None = None) -> Batch:
+        """Rows as a batch on the CPU; ``features``: what to give in the place of the table's (nothing is read for them).
+
+        Raises:
+            ValueError: a row of the test split.
+        """
+        if len(_inside(rows, self.rows("train+valid"))) != len(rows):
+            raise ValueError("A session reads rows of the training and validation splits. Found others.")
+        return self.data.batch(rows, features)
+
+    def batches(self, rows: np.ndarray) -> Iterator[Batch]:
+        """Rows (as `batch`) in order, in batches of the training's size on the session's device."""
+        for batch in self.data.in_order(rows, self.training.batch_size, self.batch):
+            yield batch.to(self.device)
+
+    def reads(self, rows: np.ndarray, steps: int, seed: Sequence[int], stream: bool = False) -> np.ndarray:
+        """Ascending: those of the rows that `fit` with these arguments reads."""
+        parts = order(rows, self.training.batch_size, self._seed(seed, 0), whole=stream)
+        per_epoch = steps_per_epoch(len(rows), self.training.batch_size, whole=stream)
+        if stream and steps >= per_epoch:
+            return np.sort(rows)
+        return np.unique(np.concatenate([rows[:0], *itertools.islice(parts, steps)]))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """The run's weighted loss of rows as one batch, a scalar to differentiate; None if no label is known."""
+        losses, _ = losses_of(model, batch, self._terms_for(model), 0)
+        weights = {name: self.weights.get(name, self.weights.get(name.partition("@")[0], 1.0)) for name in losses}
+        parts = [loss * weights[name] for name, loss in losses.items() if weights[name] != 0]
+        return torch.stack(parts).sum() if parts else None
+
+    def charge(self, seconds: float) -> None:
+        """Count time that a schedule spent on training outside `fit`."""
+        self.seconds += seconds
+
+    def _terms_for(self, model: nn.Module) -> list[Term]:
+        """The terms, without those that read an extra that this module does not give: they train what it does not hold."""
+        gives = getattr(model, "gives", None)
+        return [term for term in self.terms if gives is None or set(getattr(term, "needs", ())) <= set(gives)]
+
+    def score(
+        self, model: nn.Module, split: str = "valid", rows: np.ndarray | None = None, read: Read | None = None
+    ) -> Scores:  # fmt: skip
+        """Predictions on a split, or on some of its rows (row numbers); ``read`` as in `fit`."""
         allowed = self.rows(split)
         chosen = allowed if rows is None else _inside(np.unique(rows), allowed)
-        batches = self.data.in_order(chosen, 4 * self.training.batch_size)
+        batches = self.data.in_order(chosen, 4 * self.training.batch_size, read)
         return predict(model, batches, self.data.schema, device=self.device)
 
     def fork(self, model: nn.Module, state: State) -> tuple[nn.Module, State]:
@@ -241,8 +355,9 @@ class Local:
 
     def fit(
         self, model: nn.Module, steps: int, *, weights: Mapping[str, float] | None = None, rows: np.ndarray | None = None,
-        trainable: Callable[[str], bool] | None = None, update_state: State | None = None, seed: int | None = None,
-        stream: bool = False, total: int = 0,
+        trainable: Callable[[str], bool] | None = None, update_state: State | None = None,
+        seed: int | Sequence[int] | None = None, stream: bool = False, total: int = 0, start: int = 0,
+        look: Look | None = None, sample: Mapping[str, float] | None = None, read: Read | None = None,
     ) -> tuple[nn.Module, State]:  # fmt: skip
         """Train the model in place.
 
@@ -251,29 +366,41 @@ class Local:
                 training rows; trainable: parameter name -> does it train; update_state: what an earlier call returned.
             stream: no row is left out of a pass for want of a full batch (`steps_of`), and the validation split is
                 not looked at: no early stopping, no log.
+            seed: numbers that make this call's seed together with the run's, whichever call it is; one number: instead of
+                the run's, with the call's number; None: the run's and the call's number.
             total: steps of all calls that hand on their state, for the learning rate; 0: ``steps``.
+            start: steps before this call, for the learning rate, where no ``update_state`` says it.
+            look: how to look at the validation split, where not as ``training`` says.
+            sample: objective -> chance.  Each step draws one objective: its loss alone counts, and the batch holds rows of
+                its domain alone, if it is one of a domain.
+            read: what makes a training batch of row numbers, in the place of `batch`: other features or weights of the
+                same rows.
+
+        Losses that read an extra which the model does not give (`Output.extras`, its attribute ``gives``) are left out.
 
         Returns:
             The model and the update's state.
 
         Raises:
-            ValueError: ``rows`` has a row of the test split, or none.
+            ValueError: ``rows`` has a row of the test split, or none; ``sample`` has an objective that is none, or has no row.
         """
         if rows is not None and not 0 < len(rows) == len(_inside(rows, self.rows("train+valid"))):
             raise ValueError("A session trains on rows of the training and validation splits. Found others, or none.")
         call, self.calls = self.calls, self.calls + 1
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable is None or trainable(name))
+        chosen, own_seed = self.rows("train") if rows is None else rows, self._seed(seed, call)
+        rehearse = Rehearse(self, model, own_seed)
         update = self.update.build(
             model, steps=total or steps, weights=self.weights if weights is None else weights,
-            objectives=self._objectives(),
+            objectives=self._objectives(), course=self._course(len(chosen), stream, own_seed, rehearse),
         )  # fmt: skip
         if update_state is not None:
             update.load_state_dict(update_state)
-        one = _OneFit(
-            self, call, model, update, steps, self.rows("train") if rows is None else rows, self._seed(seed, call),
-            stream,
-        )  # fmt: skip
+        elif start:
+            update.seek(start)
+        drawn = None if sample is None else _Sample(sample, self._rows_of(sample, chosen), steps, own_seed)
+        one = _OneFit(self, call, model, update, steps, chosen, own_seed, stream, rehearse, look, drawn, read)
         one.run()
         return model, update.state_dict()
 
@@ -282,8 +409,159 @@ class Local:
         tasks, domains = [t.name for t in self.data.schema.tasks], self.data.schema.domains
         return [*tasks, *domains, *(f"{t}@{d}" for t in tasks for d in domains)]
 
-    def _seed(self, seed: int | None, call: int) -> int:
-        return int(np.random.SeedSequence([self.seed if seed is None else seed, call]).generate_state(1)[0])
+    def _course(self, rows: int, stream: bool, seed: int, rehearse: Rehearse) -> Course:
+        targets = tuple(task.name for task in self.schema.tasks if task.role == "target")
+        tasks = tuple(task.name for task in self.schema.tasks)
+        return Course(steps_per_epoch(rows, self.training.batch_size, whole=stream), seed, targets, tasks, rehearse)
+
+    def fit_apart(
+        self, model: nn.Module, steps: int, calls: Sequence[Mapping[str, Any]], *, jobs: int = 1, **common: Any
+    ) -> Iterator[tuple[State, State]]:  # fmt: skip
+        """Several calls of `fit` that all begin with the model's present weights and do not depend on each other.
+
+        Args:
+            calls: arguments of each call that the others do not share; common: those that they share.
+            jobs: how many run at once, each in a process of its own when there are several; the results are the same
+                bit for bit.  The model, the terms and the arguments must then be picklable.
+
+        Yields:
+            The trained weights and the update's state of each call, in order.  The model itself ends as it began.
+
+        Raises:
+            What `fit` raises; ChildProcessError when a process ends unexpectedly; ValueError when something cannot be pickled.
+        """
+        if jobs > 1 and len(calls) > 1:
+            from unbraid.workers import Workers
+
+            if self._workers is None:
+                self._workers = Workers()
+            yield from self._workers.fit_apart(self, model, steps, [{**common, **call} for call in calls], jobs)
+            return
+        begun = _copies(model)
+        try:
+            for call in calls:
+                model.load_state_dict(begun)
+                _, state = self.fit(model, steps, **common, **call)
+                yield _copies(model), state
+        finally:
+            model.load_state_dict(begun)
+
+    def _rows_of(self, objectives: Iterable[str], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Objective -> those of the rows that its loss can count: those of its domain, else all.  Raises ValueError."""
+        tasks, found = {task.name for task in self.schema.tasks}, {}
+        for name in objectives:
+            task, _, domain = name.partition("@")
+            domain = domain or ("" if task in tasks else task)
+            if domain and domain not in self.schema.domains:
+                raise ValueError(f"`{name}` is no objective. Permitted are {list(self.objectives)}.")
+            codes = self.column("domain", rows) if domain else None
+            found[name] = rows if codes is None else rows[codes == self.schema.domains.index(domain)]
+            if not len(found[name]):
+                raise ValueError(f"Objective `{name}` has no row to train on.")
+        return found
+
+    def _seed(self, seed: int | Sequence[int] | None, call: int) -> int:
+        numbers = [self.seed, *seed] if isinstance(seed, Sequence) else [self.seed if seed is None else seed, call]
+        return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class _Sample:
+    """One objective per step (`Local.fit` with ``sample``): which, its rows, and its loss alone.
+
+    Args:
+        chances: objective -> weight of being drawn; rows: objective -> the rows to draw from.
+    """
+
+    def __init__(self, chances: Mapping[str, float], rows: Mapping[str, np.ndarray], steps: int, seed: int) -> None:
+        self.names, self.rows, self.seed = list(chances), rows, seed
+        shares = np.array([chances[name] for name in self.names], float)
+        self.picks = np.random.default_rng([seed, 1]).choice(len(shares), steps, p=shares / shares.sum())
+
+    def order(self, size: int, start: int) -> Iterator[np.ndarray]:
+        """Row numbers of the batches from step ``start`` on: each objective goes through its own rows in an order of its own."""
+        before = np.bincount(self.picks[:start], minlength=len(self.names))
+        seeds = np.random.SeedSequence([self.seed, 2]).generate_state(len(self.names))
+        parts = [order(self.rows[n], size, int(s), int(b)) for n, s, b in zip(self.names, seeds, before, strict=True)]
+        return (next(parts[pick]) for pick in self.picks[start:])
+
+    def restrict(self, term: Term) -> Term:
+        """The term with the losses of each step's objective alone."""
+        return _Restricted(self, term)
+
+
+@dataclass(frozen=True)
+class _Restricted:
+    sample: _Sample
+    term: Term
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.term.needs
+
+    def __call__(self, output: Output, batch: Batch, step: int) -> Losses:
+        name = self.sample.names[self.sample.picks[step]]
+        losses = self.term(output, batch, step)
+        return {
+            objective: loss for objective, loss in losses.items() if name in (objective, objective.partition("@")[0])
+        }
+
+
+class Rehearse:
+    """More forward passes of a session's model: an `unbraid.types.Rehearsal`."""
+
+    def __init__(self, session: Local, model: nn.Module, seed: int) -> None:
+        self.session, self.model, self.seed = session, model, seed
+        self.now: tuple[Batch, int] | None = None  # the current training batch and its step
+        self.batches: Iterator[Batch] | None = None  # of the validation split
+        self.at = 0  # the step that the next of them belongs to
+        self.terms: Sequence[Term] = session.terms
+        self.read: Read | None = None
+
+    def watch(
+        self, batches: Iterator[Batch], start: int, terms: Sequence[Term], read: Read | None
+    ) -> Iterator[Batch]:  # fmt: skip
+        """The training batches of steps ``start`` and on; the last one that was given out is the current one.
+
+        Args:
+            terms: those of this training; read: what makes its batches, None: the session's data.
+        """
+        self.terms, self.read = terms, read
+        for step, batch in enumerate(batches, start):
+            self.now = batch, step
+            yield batch
+
+    def again(self) -> tuple[Losses, Output]:
+        """See `unbraid.types.Rehearsal`."""
+        assert self.now is not None
+        return self._losses(*self.now, draw=0)
+
+    def valid(self, step: int) -> tuple[Losses, Output]:
+        """See `unbraid.types.Rehearsal`.  Raises ValueError when the validation split has no rows."""
+        if self.batches is None or self.at != step:
+            self.close()
+            rows, size = self.session.rows("valid"), self.session.training.batch_size
+            if not len(rows):
+                raise ValueError("The update learns weights on the validation split, which has no rows.")
+            self.batches, self.at = self.session.data.shuffled(rows, size, self.seed, step, False, self.read), step
+        self.at += 1
+        return self._losses(next(self.batches).to(self.session.device), step, draw=1)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self.batches is not None:
+            self.batches.close()  # type: ignore[attr-defined]
+            self.batches = None
+
+    def _losses(self, batch: Batch, step: int, draw: int) -> tuple[Losses, Output]:
+        """A pass in training mode.  Through ``.data``, buffers change without a backward pass that read them being told."""
+        before = {name: value.clone() for name, value in self.model.named_buffers()}
+        cuda = [torch.cuda.current_device()] if self.session.device.startswith("cuda") else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, step, draw]).generate_state(1)[0]))
+            found = losses_of(self.model, batch, self.terms, step)
+        for name, value in self.model.named_buffers():
+            value.data.copy_(before[name])
+        return found
 
 
 class _OneFit:
@@ -291,11 +569,14 @@ class _OneFit:
 
     def __init__(
         self, session: Local, call: int, model: nn.Module, update: Update, steps: int, rows: np.ndarray, seed: int,
-        stream: bool = False,
+        stream: bool = False, rehearse: Rehearse | None = None, look: Look | None = None, sample: _Sample | None = None,
+        read: Read | None = None,
     ) -> None:  # fmt: skip
         self.session, self.call, self.model, self.update, self.stream = session, call, model, update, stream
+        self.rehearse, self.sample, self.read = rehearse, sample, read
+        self.look = look or replace(session.look, every=-1 if stream else 0)
         self.steps, self.rows, self.seed, training = steps, rows, seed, session.training
-        self.every = training.evaluate_every or steps_per_epoch(len(rows), training.batch_size)
+        self.every = self.look.every or training.evaluate_every or steps_per_epoch(len(rows), training.batch_size)
         self.best: dict[str, Any] = {"value": None, "step": 0, "misses": 0}
         self.best_weights: dict[str, Tensor] | None = None
         self.saved_at = self.told_at = time.monotonic()
@@ -308,26 +589,41 @@ class _OneFit:
         torch.manual_seed(self.seed)
         start, finished = self._resume()
         if finished:
+            self._remember()
             return
         session = self.session
-        batches = session.data.shuffled(self.rows, session.training.batch_size, self.seed, start, self.stream)
-        moved = (batch.to(session.device) for batch in batches)
+        batches = self._batches(start)
+        terms = session._terms_for(self.model)
+        terms = terms if self.sample is None else [self.sample.restrict(term) for term in terms]
+        moved: Iterator[Batch] = (batch.to(session.device) for batch in batches)
+        if self.rehearse is not None:
+            moved = self.rehearse.watch(moved, start, terms, self.read)
         self.told_step, self.began = start, time.monotonic()
         session.watcher.stage("training", start, self.steps)
         done = start
         try:
             if not self._out_of_patience():  # else the process died between its last look and its end
                 done = fit(
-                    self.model, moved, session.terms, self.update, steps=self.steps, start=start,
+                    self.model, moved, terms, self.update, steps=self.steps, start=start,
                     callbacks=(self._tell, self._look, self._keep),
                 )  # fmt: skip
         finally:
             batches.close()  # type: ignore[attr-defined]
+            if self.rehearse is not None:
+                self.rehearse.close()
         self._add_up(self._spent(), done)
         self.update.settle()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         self._save(done, finished=True)
+        self._remember()
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """The training batches from step ``start`` on, on the CPU."""
+        data, size = self.session.data, self.session.training.batch_size
+        if self.sample is None:
+            return data.shuffled(self.rows, size, self.seed, start, self.stream, self.read)
+        return prefetch((self.read or data.batch)(part) for part in self.sample.order(size, start))
 
     def _tell(self, done: int, batch: Batch, losses: Mapping[str, Tensor]) -> bool:
         now = time.monotonic()
@@ -339,13 +635,14 @@ class _OneFit:
 
     def _look(self, done: int, batch: Batch, losses: Mapping[str, Tensor]) -> bool:
         """Evaluate when it is time; stop when patience is over."""
-        training = self.session.training
-        if self.stream or done % self.every and done != self.steps:
+        metric = self.look.metric or self.session.training.metric
+        if self.every < 0 or done % self.every and done != self.steps:
             return False
         began = time.monotonic()
         self.update.settle()
-        metrics = evaluate(self.session.score(self.model), self.session.data.schema, replicates=0)
-        value, falls = selected(metrics, training.metric, self.session.data.schema)
+        scores = self.session.score(self.model, "valid", self.look.rows, **self._reading())
+        metrics = evaluate(scores, self.session.data.schema, replicates=0)
+        value, falls = selected(metrics, metric, self.session.data.schema, self.look.tasks)
         record = {
             "call": self.call,
             "step": done,
@@ -356,19 +653,26 @@ class _OneFit:
         better = value is not None and (old is None or (value < old if falls else value > old))
         if better:
             self.best = {"value": value, "step": done, "misses": 0}
-            if training.patience:
-                self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            if self.look.keep_best:
+                self.best_weights = _copies(self.model)
         else:
             self.best["misses"] += 1
-        self._log(record)
-        self.session.watcher.evaluated(done, training.metric, value, better, metrics)
+        if hasattr(self.update, "told"):
+            record["update"] = dict(self.update.told())
+        self.session.log(record)
+        self.session.watcher.evaluated(done, metric, value, better, metrics)
         self.told_at, self.told_step = time.monotonic(), done  # rows/s are of training
         self.looked += self.told_at - began
         return self._out_of_patience()
 
+    def _reading(self) -> dict[str, Read]:
+        return {} if self.look.read is None else {"read": self.look.read}
+
+    def _remember(self) -> None:
+        self.session.told = dict(self.update.told()) if hasattr(self.update, "told") else {}
+
     def _out_of_patience(self) -> bool:
-        patience = self.session.training.patience
-        return bool(patience) and self.best["misses"] >= patience
+        return bool(self.look.patience) and self.best["misses"] >= self.look.patience
 
     # ------------------------------------------------------------------------------------------------------- checkpoints
     def _keep(self, done: int, batch: Batch, losses: Mapping[str, Tensor]) -> bool:
@@ -410,7 +714,10 @@ class _OneFit:
     def _resume(self) -> tuple[int, bool]:
         """Load the call's checkpoint, if there is one to resume.  Returns (steps done, finished)."""
         path = self._path()
-        if path is None or not self.session.resume or not path.exists():
+        if path is None or not self.session.resume:
+            return 0, False
+        if not path.exists():
+            self.session.cut_log(self.call, 0)
             return 0, False
         state = store.load(path)
         self.model.load_state_dict(state["model"])
@@ -419,30 +726,15 @@ class _OneFit:
         self.seconds = state["seconds"]
         _set_random_state(state["rng"])
         self.session.watcher.note(f"resumed at step {state['step']:,} of {self.steps:,}")
-        self._cut_log(state["step"])
+        self.session.cut_log(self.call, state["step"])
         if state["finished"]:
             self._add_up(self.seconds, state["step"])
         return state["step"], state["finished"]
 
-    def _log(self, record: Mapping[str, Any]) -> None:
-        if self.session.folder is not None:
-            with (self.session.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
 
-    def _cut_log(self, step: int) -> None:
-        """Drop what the interrupted process logged after its last checkpoint: it is done, and logged, again."""
-        assert self.session.folder is not None
-        path = self.session.folder / "log.jsonl"
-        if path.exists():
-            kept = []
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # the process died in the middle of a line
-                if (record["call"], record["step"]) <= (self.call, step):
-                    kept.append(line + "\n")
-            store.write_text(path, "".join(kept))
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights and buffers, apart from it."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def _inside(rows: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -464,19 +756,22 @@ def _set_random_state(state: State) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def selected(metrics: Mapping[str, Any], metric: str, schema: Schema) -> tuple[float | None, bool]:
+def selected(
+    metrics: Mapping[str, Any], metric: str, schema: Schema, tasks: Sequence[str] = (), key: str = "training.metric"
+) -> tuple[float | None, bool]:  # fmt: skip
     """The value that selection goes by, and whether lower is better.
 
-    ``auc`` averages over the target tasks that have it (a task too small to judge has none); ``click.auc`` is one task's.
+    ``auc`` averages over the target tasks (or ``tasks``) that have it (a task too small to judge has none); ``click.auc`` is
+    one task's.  ``key`` is what the user set it by.
 
     Raises:
         ValueError: no task has such a metric.
     """
     task, _, name = metric.rpartition(".")
-    names = [task] if task else [t.name for t in schema.tasks if t.role == "target"]
+    names = [task] if task else list(tasks) or [t.name for t in schema.tasks if t.role == "target"]
     found = [metrics[n][name] for n in names if n in metrics and name in metrics[n]]
     if not found:
         have = {n: sorted(k for k, v in metrics[n].items() if isinstance(v, dict) and "value" in v) for n in metrics}
-        raise ValueError(f"`training.metric` is `{metric}`, which no task has. Metrics: {have}.")
+        raise ValueError(f"`{key}` is `{metric}`, which no task has. Metrics: {have}.")
     values = [f["value"] for f in found if f["value"] is not None]
     return (sum(values) / len(values) if values else None), lower_is_better(name)

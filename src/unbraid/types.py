@@ -9,7 +9,7 @@ Ids: every vocabulary reserves row 0 for *unknown* (never seen in training, or b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -432,12 +432,14 @@ class Course:
         per_epoch: steps of one pass over the training rows; 0: unknown.
         seed: of whatever the update draws.
         targets: names of the tasks of role ``target``.
+        tasks: names of all tasks; empty: unknown.
         rehearse: see `Rehearsal`; None: there are no more forward passes.
     """
 
     per_epoch: int = 0
     seed: int = 0
     targets: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     rehearse: Rehearsal | None = None
 
 
@@ -453,6 +455,31 @@ class Update(Protocol):
 
     def state_dict(self) -> State: ...
     def load_state_dict(self, state: State) -> None: ...
+    def seek(self, step: int) -> None:
+        """Set the number of steps done, for step sizes that go by it."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one call of `Session.fit` looks at the validation split, where that is not what the run's ``training`` says.
+
+    Args:
+        metric: what is judged, as in ``training.metric``; empty: that.
+        tasks: which tasks the metric is a mean over; empty: those of role ``target``.
+        rows: validation rows; None: all.
+        patience: stop after so many looks without a better value; 0: never.
+        keep_best: end with the weights of the best look instead of the last ones.
+        every: steps between looks; 0: as ``training`` says; -1: no look at all.
+        read: what makes a batch of row numbers, as in `Session.fit`, which reads its own for training alone.
+    """
+
+    metric: str = ""
+    tasks: tuple[str, ...] = ()
+    rows: Any = None
+    patience: int = 0
+    keep_best: bool = False
+    every: int = 0
+    read: Callable[[Any], Batch] | None = None
 
 
 class Session(Protocol):
@@ -460,25 +487,53 @@ class Session(Protocol):
 
     @property
     def schema(self) -> Schema: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def look(self) -> Look: ...
+    @property
+    def objectives(self) -> tuple[str, ...]: ...
     def rows(self, split: str) -> Any: ...
+    def column(self, name: str, rows: Any) -> Any: ...
     def times(self, rows: Any) -> tuple[Any, float]: ...
     def steps_of(self, rows: int, epochs: int) -> int: ...
     def fit(
         self, model: nn.Module, steps: int, *, weights: Mapping[str, float] | None = None, rows: Any = None,
-        trainable: Callable[[str], bool] | None = None, update_state: State | None = None, seed: int | None = None,
-        stream: bool = False, total: int = 0,
+        trainable: Callable[[str], bool] | None = None, update_state: State | None = None,
+        seed: int | Sequence[int] | None = None, stream: bool = False, total: int = 0, start: int = 0,
+        look: Look | None = None, sample: Mapping[str, float] | None = None, read: Callable[[Any], Batch] | None = None,
     ) -> tuple[nn.Module, State]: ...  # fmt: skip
-    def score(self, model: nn.Module, split: str = "valid", rows: Any = None) -> Scores: ...
+    def fit_apart(
+        self, model: nn.Module, steps: int, calls: Sequence[Mapping[str, Any]], *, jobs: int = 1, **common: Any
+    ) -> Iterator[tuple[State, State]]: ...
+    def score(
+        self, model: nn.Module, split: str = "valid", rows: Any = None, read: Callable[[Any], Batch] | None = None
+    ) -> Scores: ...
+    def batch(self, rows: Any, features: Mapping[str, Any] | None = None) -> Batch: ...
+    def batches(self, rows: Any) -> Iterator[Batch]: ...
+    def reads(self, rows: Any, steps: int, seed: Sequence[int], stream: bool = False) -> Any: ...
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor | None: ...
+    def charge(self, seconds: float) -> None: ...
     def fork(self, model: nn.Module, state: State) -> tuple[nn.Module, State]: ...
     def checkpoint(self, tag: str, state: State, *, done: bool = False) -> None: ...
     def restore(self, tag: str) -> State | None: ...
     def keep(self, record: Mapping[str, Any]) -> None: ...
+    def tell(self, text: str) -> None: ...
 
 
 class Schedule(Protocol):
     """Which parameters, rows and weights train when.
 
     A schedule that keeps a record (`Session.keep`) may have a method ``report(record)``: Markdown for ``report.md``.
+    One that returns another module than the run's model has ``module(model, weights)``: that module, made of the model, for
+    weights of these names.  What decides the number of its steps beside ``training`` is named by ``budget``;
+    ``same`` names keys that change nothing of the result, so that a run may be resumed with others.
     """
 
     def __call__(self, session: Session, model: nn.Module, steps: int) -> nn.Module: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import typing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from toylog import config_classes, make_data, make_log, make_run
 
-from unbraid import config
+from unbraid import config, store
 from unbraid.bundle import build
 from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
@@ -22,7 +23,7 @@ from unbraid.encoders.table import Views
 from unbraid.job import bound_terms
 from unbraid.model import Heads, Model
 from unbraid.optim.joint import Joint
-from unbraid.types import Batch, Task
+from unbraid.types import Batch, Feature, Task
 
 
 def members(choice: Any) -> list[Any]:
@@ -86,8 +87,8 @@ def choices() -> list[Any]:
     out.append(pytest.param(apart, id="DARE-history_of"))
     own: list[Any] = [{"numbers": number()} for number in members(config.NumberChoice)]
     for vector in members(config.VectorChoice):
-        twice = {"pairs": (("text_vector", "text_vector"),)} if vector is config.Similarity else {}
-        own.append({"vectors": vector(**twice)})
+        pair = {"pairs": (("text_vector", "other_vector"),)} if vector is config.Similarity else {}
+        own.append({"vectors": vector(**pair)})
     for slot in own:
         (name,) = (type(member).__name__ for member in slot.values())
         for tower, kind in (
@@ -101,19 +102,38 @@ def choices() -> list[Any]:
     return out
 
 
-UPDATES = [u for u in members(config.UpdateChoice)]
+UPDATES = members(config.UpdateChoice)
+
+
+def some_choices() -> list[Any]:
+    """A few models, for what does not depend on the model's members: lazy and dense, tables of tasks, heads of domains."""
+    names = ("SharedBottom-lazy", "SharedBottom-dense", "PLE-dense", "STEM-lazy", "domain-heads")
+    return [choice for choice in choices() if choice.id in names]
+
+
+def updates_with_choices() -> list[Any]:
+    """The joint update with every model, every other with a few."""
+    out = []
+    for update in UPDATES:
+        for choice in choices() if update is Joint else some_choices():
+            out.append(pytest.param(update, *choice.values, id=f"{update.__name__}-{choice.id}"))
+    return out
+
+
 LOG = make_log(rows=400)
+# two vectors, for pairs of them
+VECTORS = (*make_data().features, Feature("other_vector", column="text_vector", kind="vector"))
 
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
     tasks = (Task("click"), Task("buy"), Task("spend", kind="real"), Task("size", kind="multiclass"))
-    data = make_data(tasks=tasks, cache=str(tmp_path_factory.mktemp("cache")))
+    data = make_data(tasks=tasks, features=VECTORS, cache=str(tmp_path_factory.mktemp("cache")))
     return Encoded(encode(data, tables={"log": LOG}))
 
 
 def model_of(choice: ModelChoice, encoded: Encoded, seed: int = 0) -> tuple[Run, Model]:
-    run = make_run(model=choice, seed=seed)
+    run = make_run(data=make_data(features=encoded.schema.features), model=choice, seed=seed)
     return run, build(run, encoded.schema)
 
 
@@ -212,9 +232,8 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
 
 
-@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("decay", ["touched", "catch_up"])
-@pytest.mark.parametrize("choice", choices())
+@pytest.mark.parametrize(("update", "choice"), updates_with_choices())
 def test_an_absent_task_does_not_move(choice: ModelChoice, decay: str, update: Any, encoded: Encoded) -> None:
     run, model = model_of(choice, encoded)
     config = dataclasses.replace(update(), weight_decay=0.1, table_weight_decay=0.1, decay=decay)
@@ -267,6 +286,62 @@ def test_a_domain_that_training_did_not_know_gets_the_mean_head(encoded: Encoded
     logits = [model(dataclasses.replace(batch, domain=torch.full_like(batch.domain, d))).logits["click"] for d in known]
     unknown = model(dataclasses.replace(batch, domain=torch.zeros_like(batch.domain))).logits["click"]
     torch.testing.assert_close(unknown, torch.stack(logits).mean(0), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- updates
+def trained(
+    update: Any, choice: ModelChoice, encoded: Encoded, steps: range, *, state: Any = None, backwards: bool = False
+) -> tuple[Model, Any]:
+    """A float64 model and its update after some steps of ten, in which tasks are absent in turn; ``state`` is where to start."""
+    run, model = model_of(choice, encoded)
+    model.double()
+    config = dataclasses.replace(update(), weight_decay=0.1, table_weight_decay=0.1, learning_rate="cosine")
+    step = config.build(model, steps=10, weights={"click": 0.5})
+    if state is not None:
+        model.load_state_dict(state["model"])
+        step.load_state_dict(state["update"])
+    terms, tasks = bound_terms(run, encoded.schema, model), [t.name for t in encoded.schema.tasks]
+    for at in steps:
+        batch = _double(hide(some(encoded, start=10 * at), tasks[: at % len(tasks)]))
+        output = model(batch, at)
+        losses = {k: v for term in terms for k, v in term(output, batch, at).items()}
+        step(dict(reversed(losses.items())) if backwards else losses, output)
+    return model, step
+
+
+@pytest.mark.parametrize("choice", some_choices())
+@pytest.mark.parametrize("update", UPDATES)
+def test_an_update_continues_from_a_file_bit_for_bit(
+    update: Any, choice: ModelChoice, encoded: Encoded, tmp_path: Path
+) -> None:
+    whole, straight = trained(update, choice, encoded, range(10))
+    half, first = trained(update, choice, encoded, range(4))
+    store.save(tmp_path / "state", {"model": half.state_dict(), "update": first.state_dict()})
+    model, again = trained(update, choice, encoded, range(4, 10), state=store.load(tmp_path / "state"))
+    names = {name for name, _ in model.named_parameters()}
+    assert same(snapshot(model, again, names), snapshot(whole, straight, names))
+    straight.settle(), again.settle()
+    assert same(dict(model.state_dict()), dict(whole.state_dict()))
+
+
+@pytest.mark.parametrize("choice", some_choices())
+@pytest.mark.parametrize("update", UPDATES)
+def test_the_order_of_objectives_does_not_matter(update: Any, choice: ModelChoice, encoded: Encoded) -> None:
+    models = []
+    for backwards in (False, True):
+        model, step = trained(update, choice, encoded, range(10), backwards=backwards)
+        step.settle()
+        models.append(model)
+    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_an_update_refuses_the_state_of_another_kind(update: Any, encoded: Encoded) -> None:
+    _, model = model_of(ModelChoice(tables=Views(width=4)), encoded)
+    step = update().build(model, steps=1, weights={})
+    with pytest.raises(ValueError, match=f"that of update `{update().kind}`. Found `another`"):
+        step.load_state_dict({**step.state_dict(), "kind": "another"})
 
 
 # ------------------------------------------------------------------------------------------------------------------ terms

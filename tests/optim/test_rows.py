@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.encoders.table import Table
-from unbraid.optim.rows import RowAdam
+from unbraid.optim.rows import RowAdagrad, RowAdam, RowOptimizer, RowRMSprop
 
 V, D = 23, 5
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -56,6 +56,62 @@ def test_equals_sparse_adam_over_200_steps_of_two_tables() -> None:
         torch.testing.assert_close(mine[name].detach(), parameter.detach(), **EXACT)
         torch.testing.assert_close(state["mean"], expected["exp_avg"], **EXACT)
         torch.testing.assert_close(state["square"], expected["exp_avg_sq"], **EXACT)
+
+
+@pytest.mark.parametrize("rule", ["rmsprop", "adagrad"])
+def test_other_rules_equal_torchs_at_the_rows_read(rule: str) -> None:
+    """Reading all rows they are RMSprop and Adagrad; reading some, each row is one that counts its own reads alone."""
+    mine = {"a": weight(1), "b": weight(2)}
+    rows = {"rmsprop": RowRMSprop(mine, 0.03, 0.9, 1e-3), "adagrad": RowAdagrad(mine, 0.03, 1e-3)}[rule]
+    single = [nn.Parameter(row.clone()) for row in mine["b"].detach()]
+    whole = nn.Parameter(mine["a"].detach().clone())
+    made = {
+        "rmsprop": lambda p: torch.optim.RMSprop([p], lr=0.03, alpha=0.9, eps=1e-3),
+        "adagrad": lambda p: torch.optim.Adagrad([p], lr=0.03, eps=1e-3),
+    }
+    references = [made[rule](p) for p in single]
+    reference, generator = made[rule](whole), torch.Generator().manual_seed(3)
+    for _ in range(200):
+        ids, every = some_rows(generator), torch.arange(V)
+        whole.grad, grad = normal(every, generator), normal(ids, generator)
+        rows.step({"a": (every, whole.grad), "b": (ids, grad)})
+        reference.step()
+        for row, value in zip(ids.tolist(), grad, strict=True):
+            single[row].grad = value
+            references[row].step()
+    torch.testing.assert_close(mine["a"].detach(), whole.detach(), **EXACT)
+    torch.testing.assert_close(mine["b"].detach(), torch.stack([p.detach() for p in single]), **EXACT)
+
+
+@pytest.mark.parametrize("decay", ["catch_up", "touched"])
+@pytest.mark.parametrize("make", [RowAdam, RowRMSprop, RowAdagrad])
+def test_several_changes_of_one_step_add_up_and_decay_once(make: type[RowOptimizer], decay: str) -> None:
+    tables, parts = [weight(), weight()], [make({"a": weight()}) for _ in range(2)]
+    moved = [RowAdam({"a": table}, 0.1, weight_decay=0.2, decay=decay) for table in tables]  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        ids = some_rows(generator)
+        changes = [part.change("a", ids, normal(ids, generator), 0.1) for part in parts]
+        moved[0].move("a", ids, changes)
+        moved[1].move("a", ids, [changes[0] + changes[1]])
+    for one in moved:
+        one.settle()
+    torch.testing.assert_close(*tables, **EXACT)
+    zero = RowAdam({"a": tables[0]}, 0.1, weight_decay=0.2, decay=decay)  # type: ignore[arg-type]
+    before, ids = tables[0].detach().clone(), torch.arange(3)
+    zero.move("a", ids, [torch.zeros(3, D, dtype=torch.float64)] * 3)
+    torch.testing.assert_close(tables[0][ids].detach(), before[ids] * 0.98, **EXACT)
+
+
+@pytest.mark.parametrize("make", [RowAdam, RowRMSprop, RowAdagrad])
+def test_moments_of_half_precision_weights_are_float32(make: type[RowOptimizer]) -> None:
+    """A gradient whose square would be 0 in float16 still moves the row by about the step size."""
+    table = nn.Parameter(torch.zeros(V, D, dtype=torch.float16))
+    rows = make({"a": table}, lr=0.25, **({"eps": 1e-12} if make is not RowAdagrad else {}))
+    rows.step({"a": (torch.arange(2), torch.full((2, D), 1e-5, dtype=torch.float16))})
+    assert all(rows.state[table][name].dtype == torch.float32 for name in rows.moments)
+    moved = {RowAdam: -0.25, RowRMSprop: -2.5, RowAdagrad: -0.25}[make]
+    torch.testing.assert_close(table[:2].detach(), torch.full((2, D), moved, dtype=torch.float16), rtol=1e-2, atol=0)
 
 
 def test_a_gradient_of_no_rows_is_a_step_as_in_sparse_adam() -> None:
@@ -272,6 +328,11 @@ def test_errors() -> None:
         rows.step({"a": (ids, torch.zeros(2, D))})
     with pytest.raises(ValueError, match="`lr` \\* `weight_decay` should be below 1"):
         rows.step({"a": (ids, torch.zeros(3, D, dtype=torch.float64))})
+    assert not rows.state_dict(), "nothing has moved"
+    rows = RowAdam({"a": table})
+    rows.step({"a": (ids, torch.zeros(3, D, dtype=torch.float64))})
+    with pytest.raises(ValueError, match=r"State of table `a` should hold \['square'\]. Found \['mean', 'step'\]"):
+        rows.load_state_dict({"a": {"step": 1, "mean": table.detach()}})
     other = RowAdam({"a": weight(size=V + 1), "b": weight()})
     with pytest.raises(ValueError, match=r"should have shape \(24, 5\). Found \(23, 5\)"):
         other.load_state_dict(rows.state_dict())

@@ -189,7 +189,10 @@ class JointUpdate:
 
     def apply(self, output: Output) -> None:
         """Clip the gradients that are there, step both optimisers and the learning rate."""
-        rows = row_gradients(output.lookups, self.rows.tables)
+        self.move(row_gradients(output.lookups, self.rows.tables))
+
+    def move(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """`apply` with the gradients of lazy tables given: table -> distinct ids (U,) and gradient (U, D)."""
         if self.config.clip_norm > 0:
             grads = [p.grad for group in self.dense.param_groups for p in group["params"] if p.grad is not None]
             self.grad_norm = clip([*grads, *(grad for _, grad in rows.values())], self.config.clip_norm)
@@ -237,9 +240,13 @@ class JointUpdate:
         self.rows.load_state_dict({name: value for name, value in state["rows"].items() if name in self.rows.tables})
         copies = {i: {key: part.clone() for key, part in value.items()} for i, value in kept.items()}
         self.dense.load_state_dict({"state": copies, "param_groups": self.dense.state_dict()["param_groups"]})
-        self.step = state["step"]
+        self.seek(state["step"])
+
+    def seek(self, step: int) -> None:
+        """Set the number of steps done, which the step sizes go by."""
+        self.step = step
         for schedule in self.schedules:
-            _move(schedule, self.step)
+            _move(schedule, step)
 
 
 def row_gradients(lookups: Iterable[Lookup], tables: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:

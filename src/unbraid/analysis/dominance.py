@@ -1,0 +1,553 @@
+"""Which task moves a parameter?  Accumulated updates of every task, for any update rule, while a model trains.
+
+Paper: Enneng Yang, Junwei Pan, Ximei Wang, Haibin Yu, Li Shen, Xihua Chen, Lei Xiao, Jie Jiang, Guibing Guo: *AdaTask: A
+Task-aware Adaptive Learning Rate Approach to Multi-task Learning*.  AAAI 2023, https://arxiv.org/abs/2211.15055.
+
+Idea.  The change of a shared parameter in one step is a sum of parts, one per task.  Their squares are averaged over time, and a
+task's share of the sum of these averages says how much of the parameter's motion is that task's doing.
+
+Equations, elementwise; D_k is task k's part of the change in a step, 0 where it took no part::
+
+    AU_k  = gamma AU_k + (1 - gamma) D_k^2                  gamma = 0.9
+    rAU_k = AU_k^p / sum_j AU_j^p                           power p = 1, or 0.5; a parameter that never moved is not counted
+    dominated by k: rAU_k > 1 - tau                         tau = 0.1
+
+Parts of the change.  An update with accumulators per task reports its parts itself.  Every other one steps with one gradient c
+and Adam's single state; c is taken apart, c = sum_k a_k g_k + rest, and each term followed through the momentum, which is linear
+(``adam``; the divisor is the joint one)::
+
+    m_k = b1 m_k + (1 - b1) a_k g_k        D_k = - lr m_k / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+a_k is the task's weight where c is the weighted sum, else the least-squares fit over all shared parameters.  What no combination
+of the g_k explains (signs that were drawn per entry) or what older momentum holds is the *rest*: it is reported, and no task's.
+The parts and the rest add up to what the parameter really did, weight decay apart: ``identity`` is the largest relative miss.
+
+Why.  With M_k the average of (m_k)^2, as AU_k is that of D_k^2, the first factor below is how large the task's gradients are, the
+second how large a step size they met::
+
+    AU_k = M_k (AU_k / M_k)                gradient share = M_k^p / sum,   learning-rate share = (AU_k / M_k)^p / sum
+
+Under one accumulator all tasks meet the same step size; under accumulators per task, small gradients meet larger ones.
+
+How this differs.  The paper describes AU in words: gamma, the normaliser, the power, and how a joint Adam's change is taken
+apart are ours, and are written into the finding; so is tau.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unbraid.analysis.plots import INK, device_of, figure, finish, shortened
+from unbraid.bundle import build
+from unbraid.config import Run
+from unbraid.evaluate import Array
+from unbraid.job import bound_terms
+from unbraid.layers import require_positive
+from unbraid.model import Model
+from unbraid.optim.joint import Joint
+from unbraid.optim.per_task import Gradients, PerTask
+from unbraid.train import fit
+from unbraid.types import Batch, Course, Finding, Losses, Output, Schema, State
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BINS = 20  # of the histograms
+SAME = 1e-4  # a gradient this close to the weighted sum of all is that sum: float32 rounds in another order
+REST = "(rest)"
+Parts = dict[str, dict[str, Tensor]]  # site -> objective -> tensor
+
+
+# ------------------------------------------------------------------------------------------------------------ the numbers
+def relative(accumulated: Tensor, power: float = 1.0) -> Tensor:
+    """(K, n) shares of (K, n) accumulated updates, which sum to 1 over tasks; 1/K where all are 0."""
+    raised = accumulated.double() ** power
+    total = raised.sum(0)
+    return torch.where(total > 0, raised / total.where(total > 0, torch.ones_like(total)), 1 / len(raised))
+
+
+@dataclass
+class Site:
+    """What is accumulated for one parameter, or one table: averages as of each row's (or the parameter's) last move.
+
+    Args:
+        like: the parameter; rows: are its rows moved one by one?
+    """
+
+    like: Tensor
+    rows: bool
+    updates: dict[str, Tensor] = field(default_factory=dict)
+    numerators: dict[str, Tensor] = field(default_factory=dict)
+    last: Tensor | None = None
+
+    def add(
+        self, step: int, gamma: float, ids: Tensor | None, parts: Mapping[str, Tensor], numerators: Mapping[str, Tensor]
+    ) -> None:
+        """One move at the given rows (all: None): objective -> its part of the change, and what its step size multiplied."""
+        if self.last is None:
+            self.last = torch.zeros(len(self.like) if self.rows else 1, dtype=torch.float64, device=self.like.device)
+        place: Any = slice(None) if ids is None else ids
+        gone = gamma ** (step - self.last[place])
+        keep = gone.view(-1, *[1] * (self.like.dim() - 1)) if self.rows else gone.view([1] * self.like.dim())
+        for store, found in ((self.updates, parts), (self.numerators, numerators)):
+            for objective in {**store, **found}:
+                held = store.setdefault(objective, torch.zeros_like(self.like))
+                new = held[place] * keep.to(held.dtype)
+                held[place] = new + (1 - gamma) * found[objective] ** 2 if objective in found else new
+        self.last[place] = float(step)
+
+
+# ---------------------------------------------------------------------------------------------------------- the recorder
+class Recorder:
+    """An update that does what the given one does, and accumulates whose doing it was (an `unbraid.types.Update`).
+
+    Args:
+        config: any member of the run's ``update``; model, steps, weights, objectives, course: as its ``build`` takes them.
+        gamma: of the averages.
+
+    Attributes:
+        update: the update itself.
+        sites: parameter's name, or table -> what has been accumulated.
+        miss: largest relative difference between a change and the sum of its parts so far.
+        rest: per step, the length of the rest over that of the change, over all sites.
+        step: calls so far.
+    """
+
+    def __init__(
+        self, config: Any, model: nn.Module, *, steps: int, weights: Mapping[str, float],
+        objectives: Collection[str] | None = None, course: Course | None = None, gamma: float = 0.9,
+    ) -> None:  # fmt: skip
+        self.look = PerTask(Joint(), model, steps, weights)  # before the update, whose hooks on the tables shall stay
+        self.look.keep_graph = True
+        self.update = config.build(model, steps=steps, weights=weights, objectives=objectives, course=course)
+        self.look.reads_dense_lookups = self.update.reads_dense_lookups  # type: ignore[misc]
+        self.gamma, self.step, self.miss = gamma, 0, 0.0
+        self.sites: dict[str, Site] = {}
+        self.rest: list[float] = []
+        self.told_parts: dict[str, dict[str, tuple[Tensor | None, Tensor]]] = {}
+        self.momentum: Parts = {}
+        self.combined: dict[str, tuple[Tensor, Tensor]] = {}
+        self.reports = hasattr(self.update, "observe")
+        if self.reports:
+            self.update.observe = self._observe
+        else:
+            self._move, self.update.move = self.update.move, self._watch
+
+    # ------------------------------------------------------------------------------------------------------- the update
+    def __call__(self, losses: Losses, output: Output) -> None:
+        """Move the model as the update does."""
+        wanted = {name: loss for name, loss in losses.items() if self.look.weight(name) != 0}
+        grads = self.look.gradients(wanted, output)
+        self.look.note(grads)
+        found = self._by_site(grads)
+        before = {site: self._read(site, ids).clone() for site, (ids, _) in found.items()}
+        rates = {site: self._rates(site) for site in found}
+        self.told_parts, self.combined = {}, {}
+        self.update(losses, output)
+        self.step += 1
+        shares = {} if self.reports else self._shares(found)
+        lengths = [0.0, 0.0]
+        for site, (ids, of) in found.items():
+            parts, numerators, rest = (
+                self._told(site, of) if self.reports else self._apart(site, ids, of, shares, rates[site][0])
+            )
+            change = self._read(site, ids) - before[site] * (1 - rates[site][0] * rates[site][1])
+            self._check(change, parts, rest)
+            lengths[0] += float(rest.double().square().sum())
+            lengths[1] += float(change.double().square().sum())
+            if parts and len(self.look.reached[self._leaf(site, ids)]) > 1:
+                place = self.sites.setdefault(site, Site(torch.zeros_like(self._parameter(site)), ids is not None))
+                place.add(self.step, self.gamma, ids, parts, numerators)
+        self.rest.append((lengths[0] / lengths[1]) ** 0.5 if lengths[1] > 0 else 0.0)
+
+    def settle(self) -> None:
+        """See `unbraid.types.Update`."""
+        self.update.settle()
+
+    def seek(self, step: int) -> None:
+        """See `unbraid.types.Update`."""
+        self.update.seek(step)
+
+    def state_dict(self) -> State:
+        """That of the update; what has been accumulated is not in it."""
+        return self.update.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """That of the update.  Momentum of earlier steps then belongs to the rest."""
+        self.update.load_state_dict(state)
+
+    # -------------------------------------------------------------------------------------------------------- the sites
+    def _by_site(self, grads: Gradients) -> dict[str, tuple[Tensor | None, dict[str, Tensor]]]:
+        """site -> the rows that may move (None: all), and objective -> gradient there."""
+        found: dict[str, tuple[Tensor | None, dict[str, Tensor]]] = {}
+        for leaf in grads.leaves():
+            of = {name: grads.of[name][leaf] for name in grads.reaching(leaf)}
+            if leaf in self.update.rows.tables:
+                found[leaf] = (grads.ids[leaf], of)
+            elif leaf in grads.ids:  # rows of a dense table, which moves as a whole
+                name = self.look.dense_tables[leaf]
+                whole = self.look.parameters[name]
+                of = {o: torch.zeros_like(whole).index_copy_(0, grads.ids[leaf], g) for o, g in of.items()}
+                found[name] = (None, of)
+            else:
+                found[leaf] = (None, of)
+        return found
+
+    def _leaf(self, site: str, ids: Tensor | None) -> str:
+        """The leaf whose objectives a site has."""
+        by_parameter = {name: table for table, name in self.look.dense_tables.items()}
+        return by_parameter[site] if site in by_parameter and self.look.reads_dense_lookups else site
+
+    def _parameter(self, site: str) -> Tensor:
+        rows = self.update.rows.tables
+        return (rows[site] if site in rows else self.look.parameters[site]).detach()
+
+    def _read(self, site: str, ids: Tensor | None) -> Tensor:
+        value = self._parameter(site)
+        return value if ids is None else value[ids]
+
+    def _rates(self, site: str) -> tuple[float, float]:
+        """Step size and weight decay of the step that comes."""
+        if site in self.update.rows.tables:
+            (group,) = self.update.rows.param_groups
+        else:
+            wanted = id(self.look.parameters[site])
+            (group,) = (g for g in self.update.dense.param_groups if any(id(p) == wanted for p in g["params"]))
+        return group["lr"], group["weight_decay"]
+
+    # ------------------------------------------------------------------------------------------- parts that are reported
+    def _observe(self, objective: str, leaf: str, ids: Tensor | None, change: Tensor) -> None:
+        self.told_parts.setdefault(leaf, {})[objective] = (ids, change.clone())
+
+    def _told(self, site: str, of: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """The reported parts, the momentum or gradient of each, and a rest of zeros."""
+        parts = {objective: change for objective, (_, change) in self.told_parts.get(site, {}).items()}
+        config = self.update.config
+        beta = config.betas[0] if config.base == "adam" else 0.0
+        (ids,) = {ids for ids, _ in self.told_parts.get(site, {}).values()} or (None,)
+        numerators = {name: self._followed(site, name, ids, of.get(name), beta) for name in parts}
+        zero = torch.zeros_like(next(iter(of.values())))
+        return parts, numerators, zero
+
+    def _followed(self, site: str, objective: str, ids: Tensor | None, grad: Tensor | None, beta: float) -> Tensor:
+        """The objective's momentum, moved by its gradient (None: zeros), at the rows that step."""
+        held = self.momentum.setdefault(site, {}).setdefault(objective, torch.zeros_like(self._parameter(site)))
+        place: Any = slice(None) if ids is None else ids
+        new = held[place] * beta + (0.0 if grad is None else grad * (1 - beta))
+        held[place] = new
+        return new
+
+    # ------------------------------------------------------------------------------------ parts of one gradient's step
+    def _watch(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Stands in the place of the update's `move`: clipping scales the gradients that are kept here in place."""
+        self._move(rows)
+        self.combined = dict(rows)
+
+    def _gradient(self, site: str, ids: Tensor | None) -> Tensor | None:
+        """What the update stepped with; of a table's rows in the order of ``ids``."""
+        if ids is None:
+            return self.look.parameters[site].grad
+        if site not in self.combined:
+            return None
+        own, grad = self.combined[site]
+        if len(own) == len(ids) and torch.equal(own, ids):
+            return grad
+        whole = torch.zeros_like(self._parameter(site)).index_copy_(0, own, grad)
+        return whole[ids]
+
+    def _shares(self, found: Mapping[str, tuple[Tensor | None, Mapping[str, Tensor]]]) -> dict[str, float]:
+        """objective -> a_k over all shared sites: the weights, scaled by clipping, or the least-squares fit."""
+        names = list(dict.fromkeys(name for _, of in found.values() for name in of))
+        if not names:
+            return {}
+        weights = np.array([self.look.weight(name) for name in names])
+        gram, target, length = np.zeros((len(names), len(names))), np.zeros(len(names)), 0.0
+        for site, (ids, of) in found.items():
+            combined = self._gradient(site, ids)
+            if combined is None or len(self.look.reached[self._leaf(site, ids)]) < 2:
+                continue
+            at = [names.index(name) for name in of]
+            rows = torch.stack([grad.flatten() for grad in of.values()]).double()
+            gram[np.ix_(at, at)] += (rows @ rows.T).cpu().numpy()
+            target[at] += (rows @ combined.flatten().double()).cpu().numpy()
+            length += float(combined.double().square().sum())
+        joint = weights @ gram @ weights
+        scale = float(weights @ target / joint) if joint > 0 else 1.0
+        missed = length - 2 * scale * (weights @ target) + scale**2 * joint  # |c - scale sum w g|^2
+        if length == 0 or missed <= SAME**2 * length:
+            return dict(zip(names, scale * weights, strict=True))
+        return dict(zip(names, np.linalg.lstsq(gram, target, rcond=1e-10)[0], strict=True))
+
+    def _apart(
+        self, site: str, ids: Tensor | None, of: Mapping[str, Tensor], shares: Mapping[str, float], lr: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Parts of Adam's change, the momentum of each, and the rest."""
+        combined = self._gradient(site, ids)
+        if combined is None:  # the update gave it no gradient: it did not move
+            return {}, {}, torch.zeros_like(next(iter(of.values())))
+        mean, size, beta = self._adam(site, ids, lr)
+        owners = self.look.reached[self._leaf(site, ids)]
+        if len(owners) == 1:
+            given = {owners[0]: combined}
+        else:
+            given = {name: grad * shares[name] for name, grad in of.items()}
+        names = {**self.momentum.get(site, {}), **given}
+        momentum = {name: self._followed(site, name, ids, given.get(name), beta) for name in names}
+        rest = mean - torch.stack(list(momentum.values())).sum(0)
+        return {name: -size * m for name, m in momentum.items()}, momentum, -size * rest
+
+    def _adam(self, site: str, ids: Tensor | None, lr: float) -> tuple[Tensor, Tensor, float]:
+        """First moment, step size per entry, and b1, as the update's Adam left them."""
+        if ids is not None:
+            (group,), state = self.update.rows.param_groups, self.update.rows.state[self.update.rows.tables[site]]
+            (b1, b2), t = group["betas"], state["step"]
+            mean, square = state["mean"][ids], state["square"][ids]
+            return mean, lr * (1 - b2**t) ** 0.5 / (1 - b1**t) / (square.sqrt() + group["eps"]), b1
+        state, group = self.update.dense.state[self.look.parameters[site]], self.update.dense.param_groups[0]
+        (b1, b2), t = group["betas"], float(state["step"])
+        root = (state["exp_avg_sq"] / (1 - b2**t)).sqrt()
+        return state["exp_avg"], lr / (1 - b1**t) / (root + group["eps"]), b1
+
+    def _check(self, change: Tensor, parts: Mapping[str, Tensor], rest: Tensor) -> None:
+        largest = float(change.abs().max()) if change.numel() else 0.0
+        if largest > 0:
+            told = torch.stack([*parts.values(), rest]).sum(0)
+            self.miss = max(self.miss, float((change - told).abs().max()) / largest)
+
+
+# -------------------------------------------------------------------------------------------------------------- the probe
+@dataclass(frozen=True)
+class Dominance:
+    """Trains the run's model for some steps and says who moved its shared parameters.  Call it with *training* batches.
+
+    Args:
+        run: model, losses and update; any update that needs no more than the training rows.
+        steps: how many, at most.
+        gamma, power, tau: see the module's docstring.
+        every: steps between two points of the history.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    run: Run
+    steps: int = 200
+    gamma: float = 0.9
+    power: float = 1.0
+    tau: float = 0.1
+    every: int = 20
+
+    def __post_init__(self) -> None:
+        require_positive(steps=self.steps, every=self.every)
+        for name, low, high in (("gamma", 0.0, 1.0), ("tau", 0.0, 0.5)):
+            if not low <= getattr(self, name) < high:
+                raise ValueError(f"Parameter `{name}` should be in [{low:g}, {high:g}). Found {getattr(self, name)}.")
+        if not 0 < self.power < float("inf"):
+            raise ValueError(f"Parameter `power` should be positive, such as 1 or 0.5. Found {self.power}.")
+
+    def __call__(self, model: nn.Module | None, schema: Schema, batches: Iterable[Batch]) -> Finding:
+        """The finding.  A copy of the model trains on from where it is; None: the run's model, from its start.
+
+        ``values``: ``update`` (its kind), ``objectives`` (K names), ``gamma``, ``power``, ``tau``, ``steps``; ``sites``, from the
+        bottom of the model up: parameter or table (``view/vocabulary/role``) that two objectives reached -> ``parameters``,
+        ``counted`` (that moved at all), ``mean`` and ``median`` (K,) of rAU over them, ``histogram`` (K, 20) counts,
+        ``dominated`` (K,) share of them that each objective dominates, ``gradient`` and ``rate`` (K,), the mean shares of
+        gradients and of step sizes; NaN for an objective that did not reach the site; ``all``, the same of all sites together;
+        ``history``: ``step`` (T,), ``dominated`` (T,) and by site (T,) share dominated by anybody; ``identity``, the largest
+        relative miss; ``rest`` (S,), the rest's length over the change's by step.
+
+        Raises:
+            ValueError: there is no batch, no parameter is reached by two objectives, or the update cannot be built here.
+        """
+        probed = cast(Model, build(self.run, schema) if model is None else copy.deepcopy(model))
+        for parameter in probed.parameters():
+            parameter.requires_grad_(True)
+        recorder = self._train(probed, schema, batches)
+        if not recorder.sites:
+            what = "No parameter was reached by two objectives." if recorder.step else "There is no batch to train on."
+            raise ValueError(what)
+        label = {name: table for table, name in recorder.look.dense_tables.items()}  # of a dense table
+        tables = {id(table.weight): name for name, table in probed.tables.items()}
+        place = {tables.get(id(p), name): n for n, (name, p) in enumerate(probed.named_parameters())}
+        shown = {site: label.get(site, site) for site in recorder.sites}
+        names = sorted(shown, key=lambda site: place[shown[site]])
+        objectives = list(dict.fromkeys(o for leaf in recorder.look.reached.values() for o in leaf))
+        found = {shown[site]: self._of_site(recorder.sites[site], objectives) for site in names}
+        values = {
+            "update": self.run.update.kind, "objectives": objectives, "gamma": self.gamma, "power": self.power,
+            "tau": self.tau, "steps": recorder.step, "sites": found, "all": _together(found),
+            "history": self._history_of(recorder, label), "identity": recorder.miss, "rest": np.array(recorder.rest),
+        }  # fmt: skip
+        return Finding(
+            "dominance", values, unit="share of accumulated updates", reading=_reading(values),
+            reference="Yang et al., AAAI 2023, arXiv 2211.15055: accumulated updates and their shares",
+            remedy="Accumulators per task (update `adatask`), at a tuned step size.",
+        )  # fmt: skip
+
+    def _train(self, model: Model, schema: Schema, batches: Iterable[Batch]) -> _Kept:
+        recorder = _Kept(
+            self.run.update, model, steps=self.steps, weights={task.name: task.weight for task in schema.tasks},
+            course=Course(seed=self.run.seed, targets=tuple(t.name for t in schema.tasks if t.role == "target")),
+            gamma=self.gamma,
+        )  # fmt: skip
+        device = device_of(model)
+        moved = (batch.to(device) for batch in batches)
+
+        def keep(done: int, batch: Batch, losses: Losses) -> bool:
+            if done % self.every == 0 or done == self.steps:
+                recorder.history.append((done, {site: self._dominated(at) for site, at in recorder.sites.items()}))
+            return False
+
+        with suppress(StopIteration):  # fewer batches than steps
+            fit(model, moved, bound_terms(self.run, schema, model), recorder, steps=self.steps, callbacks=(keep,))
+        return recorder
+
+    def _shares(self, site: Site, store: Mapping[str, Tensor]) -> tuple[list[str], Tensor, Tensor]:
+        """Objectives, (K, n) shares, (n,) which entries count."""
+        stacked = torch.stack([part.flatten() for part in store.values()])
+        return list(store), relative(stacked, self.power), (stacked > 0).any(0)
+
+    def _dominated(self, site: Site) -> tuple[int, int]:
+        """How many entries somebody dominates, and how many count."""
+        _, shares, counted = self._shares(site, site.updates)
+        return int((shares[:, counted].max(0).values > 1 - self.tau).sum()), int(counted.sum())
+
+    def _of_site(self, site: Site, objectives: list[str]) -> dict[str, Any]:
+        names, shares, counted = self._shares(site, site.updates)
+        shares = shares[:, counted].cpu()
+        both = torch.stack([site.numerators[name].flatten() for name in names])
+        rate = torch.stack([site.updates[name].flatten() for name in names]) / both.clamp(
+            min=torch.finfo(both.dtype).tiny
+        )
+        known = counted & (both > 0).all(0)  # a task without any gradient at an entry met no step size there
+        edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
+        numbers = {
+            "mean": shares.mean(1), "median": shares.quantile(0.5, 1) if shares.numel() < 2**24 else shares.median(1).values,
+            "dominated": (shares > 1 - self.tau).double().mean(1),
+            "histogram": torch.stack([torch.histogram(row.clamp(0, 1), edges)[0] for row in shares]),
+            "gradient": relative(both[:, known], self.power).mean(1).cpu(),
+            "rate": relative(rate[:, known], self.power).mean(1).cpu(),
+        }  # fmt: skip
+        spread = {key: _spread(value.numpy(), names, objectives) for key, value in numbers.items()}
+        return {"parameters": counted.numel(), "counted": int(counted.sum()), **spread}
+
+    def _history_of(self, recorder: _Kept, label: Mapping[str, str]) -> dict[str, Any]:
+        steps = np.array([step for step, _ in recorder.history])
+        sites = {
+            label.get(s, s): np.array([_ratio(at.get(s, (0, 0))) for _, at in recorder.history]) for s in recorder.sites
+        }
+        both = [tuple(sum(pair[k] for pair in at.values()) for k in range(2)) for _, at in recorder.history]
+        return {"step": steps, "dominated": np.array([_ratio(pair) for pair in both]), "sites": sites}
+
+
+class _Kept(Recorder):
+    """A recorder with the history of what is dominated."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.history: list[tuple[int, dict[str, tuple[int, int]]]] = []
+
+
+def _ratio(pair: Any) -> float:
+    return pair[0] / pair[1] if pair[1] else float("nan")
+
+
+def _spread(values: Array, names: list[str], objectives: list[str]) -> Array:
+    """(K, ...) in the order of all objectives, NaN for those that are not among ``names``."""
+    out = np.full((len(objectives), *values.shape[1:]), np.nan)
+    for name, row in zip(names, values, strict=True):
+        out[objectives.index(name)] = row
+    return out
+
+
+def _together(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the entries of all sites; an objective's are over the sites that it reached."""
+    counts = np.array([site["counted"] for site in sites.values()], float)
+    out: dict[str, Any] = {"parameters": sum(s["parameters"] for s in sites.values()), "counted": int(counts.sum())}
+    for key in ("mean", "dominated", "gradient", "rate"):
+        table = np.stack([site[key] for site in sites.values()])
+        known = np.isfinite(table)
+        weight = np.where(known, counts[:, None], 0.0)
+        out[key] = np.where(
+            weight.sum(0) > 0, (np.where(known, table, 0) * weight).sum(0) / np.maximum(weight.sum(0), 1), np.nan
+        )
+    out["histogram"] = np.nansum(np.stack([site["histogram"] for site in sites.values()]), 0)
+    return out
+
+
+def _reading(values: Mapping[str, Any]) -> str:
+    """The finding in words."""
+    share, names = values["all"]["dominated"], values["objectives"]
+    first = int(np.nanargmax(share))
+    rest = float(values["rest"].mean()) if len(values["rest"]) else 0.0
+    unknown = f" {rest:.1%} of the changes' length is no task's." if rest > 0.01 else ""
+    return (
+        f"After {values['steps']:,} steps of `{values['update']}`, one objective dominates {np.nansum(share):.1%} of "
+        f"{values['all']['counted']:,} shared parameters (share of accumulated updates above {1 - values['tau']:g}, power "
+        f"{values['power']:g}, gamma {values['gamma']:g}); most are `{names[first]}`'s, {share[first]:.1%}.{unknown}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- the plot
+def plot(finding: Finding, path: str | Path | None = None, objective: str = "", most: int = 12) -> Figure:
+    """Shares of one objective by layer, mean shares of all by layer, and what is dominated over time.
+
+    Args:
+        objective: whose histograms; empty: the one that dominates most.
+        most: so many layers, those with the most parameters.
+
+    Raises:
+        ValueError: there is no such objective.
+    """
+    values: Mapping[str, Any] = finding.values
+    names = values["objectives"]
+    chosen = objective or names[int(np.nanargmax(values["all"]["dominated"]))]
+    if chosen not in names:
+        raise ValueError(f"There is no objective `{chosen}`. Objectives: {', '.join(names)}.")
+    sites = values["sites"]
+    largest = sorted(sites, key=lambda site: -sites[site]["counted"])[:most]
+    shown = [site for site in sites if site in largest]  # from the bottom up
+    drawn, axes = figure(16.5, max(4.2, 0.32 * len(shown) + 1.8), 3)
+    _draw_histograms(axes[0], [sites[site] for site in shown], names.index(chosen))
+    axes[0].set_xlabel(f"share of `{chosen}` in accumulated updates (1/{len(names)}: even)")
+    image = axes[1].imshow(
+        np.array([sites[site]["mean"] for site in shown]), vmin=0, vmax=1, cmap="viridis", aspect="auto"
+    )
+    axes[1].figure.colorbar(image, ax=axes[1], label="mean share")
+    axes[1].set_xticks(range(len(names)), [shortened(name, 16) for name in names], rotation=45, ha="right")
+    axes[1].set_yticks(range(len(shown)), [shortened(site) for site in shown], fontsize=7)
+    axes[1].invert_yaxis()
+    axes[1].set_title("bottom of the model below, top above", fontsize=9)
+    history = values["history"]
+    for n, site in enumerate(shown):
+        axes[2].plot(
+            history["step"], history["sites"][site], color=INK["blue"], alpha=0.25 + 0.6 * n / len(shown), linewidth=0.8
+        )
+    axes[2].plot(history["step"], history["dominated"], color=INK["orange"], label="all shared parameters")
+    axes[2].set_ylim(0, 1.02)
+    axes[2].set_xlabel("training step (thin lines: layers, darker towards the top)")
+    axes[2].set_ylabel(f"share dominated by one objective (above {1 - values['tau']:g})")
+    axes[2].legend(frameon=False)
+    drawn.suptitle(
+        f"Dominance under `{values['update']}` (power {values['power']:g}, gamma {values['gamma']:g})", fontsize=11
+    )
+    return finish(drawn, path)
+
+
+def _draw_histograms(axis: Any, sites: list[Mapping[str, Any]], place: int) -> None:
+    edges = np.linspace(0, 1, BINS + 1)
+    for n, site in enumerate(sites):
+        counts = site["histogram"][place]
+        if np.isfinite(counts).all() and counts.sum():
+            axis.stairs(counts / counts.sum(), edges, color=INK["blue"], alpha=0.25 + 0.7 * (n + 1) / len(sites))
+    axis.set_xlim(0, 1)
+    axis.set_ylabel("share of a layer's parameters (darker towards the top)")
