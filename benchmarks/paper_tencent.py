@@ -3,6 +3,7 @@
     python benchmarks/paper_tencent.py ablation --out FOLDER     the recipe without one part at a time, and its rivals
     python benchmarks/paper_tencent.py widths --out FOLDER       one wide set of tables against several narrow ones, with spectra
     python benchmarks/paper_tencent.py ranking --out FOLDER      cross-entropy with a ranking loss, at falling positive rates
+    python benchmarks/paper_tencent.py cost --out FOLDER         CPU time of a training step of each run of ablation
     options: --seeds 3 --jobs 2 --quick --plot
 
 All on the bundled log, by `unbraid.compare.compare`: the same seeds and budget for all, early stopping on the validation split,
@@ -13,7 +14,8 @@ recipe; of *widths* one table of width 8; of *ranking* plain cross-entropy at th
 *widths* also prints information abundance (`unbraid.analysis.collapse`) of the tables of videos, authors and tags, those of
 several sets side by side, over that of a random matrix.  Their spectra, s / s_1 of every seed, are in ``widths.json``, and with
 ``--plot`` in ``spectra.png``.  *ranking* keeps every negative and a share of the positives of clicks,
-those whose time in milliseconds ends on few numbers; the validation and test splits are thinned alike.
+those whose time in milliseconds ends on few numbers; the validation and test splits are thinned alike.  *cost* trains the runs in
+alternating rounds in one process; CPU time of all threads, the medians' ratio to the first run.
 
 Finished trainings are kept in FOLDER: the command continues where it was stopped.  The last line is JSON.
 """
@@ -24,6 +26,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -36,19 +39,21 @@ import torch
 from unbraid import recipes
 from unbraid.analysis.collapse import abundance, gram, random_abundance, spectrum
 from unbraid.analysis.plots import INK, figure, finish
-from unbraid.bundle import Bundle
+from unbraid.bundle import Bundle, build
 from unbraid.compare import compare
 from unbraid.config import Expert, Run
 from unbraid.data.encode import encode
+from unbraid.data.table import Encoded
 from unbraid.encoders.numbers import Standardise
 from unbraid.encoders.pooling import Mean
 from unbraid.encoders.table import Views
 from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
-from unbraid.job import train
+from unbraid.job import bound_terms, train
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
 from unbraid.towers.multi_embedding import MultiEmbedding
+from unbraid.train import fit
 from unbraid.types import FIRST_VALUE
 
 SHARES = (100, 30, 10, 3)  # per cent of the positives that stay
@@ -124,6 +129,26 @@ def compared(runs: Sequence[Run], out: Path, args: argparse.Namespace, pool: Any
     return table
 
 
+def costs(runs: Sequence[Run], rounds: int, steps: int) -> dict[str, float]:
+    """Run -> CPU milliseconds of a training step, reading the batch included, in the median of alternating rounds."""
+    torch.set_num_threads(1)
+    encoded = Encoded(encode(runs[0].data))
+    rows, schema, sides = encoded.split("train"), encoded.schema, {}
+    for run in runs:
+        model = build(run, schema)
+        update = run.update.build(model, steps=rounds * steps, weights={})
+        sides[run.name] = model, bound_terms(run, schema, model), update, run.training.batch_size
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):  # the first is warm-up
+        for name, (model, terms, update, size) in sides.items():
+            batches = encoded.shuffled(rows, size, seed=number)
+            began = time.process_time()
+            fit(model, batches, terms, update, steps=steps)
+            batches.close()
+            times[name].append(1000 * (time.process_time() - began) / steps)
+    return {name: float(np.median(each[1:])) for name, each in times.items()}
+
+
 def abundances(folder: Path) -> dict[str, dict[str, Any]]:
     """vocabulary -> of a bundle's tables side by side: IA, width, IA over that of a random matrix, spectrum s / s_1."""
     model, found = Bundle.load(folder).model, {}
@@ -158,7 +183,7 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     """One part: train, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["ablation", "widths", "ranking"])
+    parser.add_argument("part", choices=["ablation", "widths", "ranking", "cost"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -166,6 +191,7 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="of widths: draw the spectra, FOLDER/spectra.png")
     args = parser.parse_args()
     out, results = args.out.resolve() / args.part, {}
+    args.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         if args.part == "ablation":
             results["ablation"] = compared(ablation(), out, args, pool)
@@ -181,6 +207,10 @@ def main() -> None:
                 print(f"IA {run.name:<6}", "; ".join(cells))
             if args.plot:
                 plot(results["abundance"], args.out / "spectra.png")
+        elif args.part == "cost":
+            results = costs(ablation(), *((1, 2) if args.quick else (5, 20)))
+            first = next(iter(results.values()))
+            print("\n".join(f"{name:<16} {ms:7.1f} ms a step, {ms / first:.2f}" for name, ms in results.items()))
         else:
             for share in SHARES[-1:] if args.quick else SHARES:
                 for metric in ("auc", "logloss"):
