@@ -46,7 +46,7 @@ def build(run: config.Run, schema: Schema) -> Model:
     choice = run.model
     return Model(
         schema, choice.tower, choice.tables, choice.interaction, choice.history, choice.heads, choice.experts,
-        choice.numbers, choice.numbers_of, choice.vectors, choice.history_of,
+        choice.numbers, choice.numbers_of, choice.vectors, choice.history_of, choice.adversary,
     )  # fmt: skip
 
 
@@ -290,7 +290,7 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
 
     Raises:
         BundleError: a tensor of one name has another shape in the two models, or a task's classes differ; or domains do,
-            where they have tables.
+            where they have tables or weights.
     """
     counts = {"rows copied": 0, "rows new": 0, "tensors copied": 0, "tensors new": 0}
     if not isinstance(old.model, Model):
@@ -304,8 +304,11 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
             raise BundleError(
                 f"Task `{name}` has classes {classes}; the bundle to start from has {old.fitted.schema.classes[name]}."
             )
-    if hasattr(model.tower, "reads_domain") and fitted.schema.domains != old.fitted.schema.domains:
-        raise BundleError("Tables per domain can start only from a bundle with the same domains in the same order.")
+    by_code = hasattr(model.tower, "reads_domain") or model.adversary is not None
+    if by_code and fitted.schema.domains != old.fitted.schema.domains:
+        raise BundleError(
+            "Tables or weights per domain can start only from a bundle with the same domains in the same order."
+        )
     with torch.no_grad():
         for key, table in ours.items():
             source = _same_place(key, fitted.schema, old.fitted.schema)

@@ -45,6 +45,7 @@ from unbraid.interactions.flat import Flat
 from unbraid.interactions.fm import FM, FwFM
 from unbraid.interactions.gwpfm import GwPFM
 from unbraid.interactions.inner_product import InnerProduct
+from unbraid.losses.domain_adversary import DomainAdversary, DomainClassifier
 from unbraid.losses.esmm import ESMM
 from unbraid.losses.focal import Focal
 from unbraid.losses.history import HistoryLoss
@@ -92,6 +93,7 @@ from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.multi_embedding import MultiEmbedding
 from unbraid.towers.ple import PLE
 from unbraid.towers.single_task import SingleTask
+from unbraid.towers.star import STAR
 from unbraid.towers.stem import STEM
 from unbraid.towers.stem_al import STEMAL
 from unbraid.train import Training
@@ -103,9 +105,9 @@ NumberChoice = Annotated[Standardise | Quantile | Piecewise | Periodic | Numeral
 VectorChoice = Annotated[Raw | Projected | Hashed | Similarity, kind]
 InteractionChoice = Annotated[Flat | Cross | FM | FwFM | GwPFM | InnerProduct, kind]
 TowerChoice = Annotated[
-    SharedBottom | MMoE | STEM | OMoE | PLE | AITM | SingleTask | MultiEmbedding | AME | STEMAL, kind
+    SharedBottom | MMoE | STEM | OMoE | PLE | AITM | SingleTask | MultiEmbedding | AME | STEMAL | STAR, kind
 ]
-TermChoice = Annotated[Supervised | ESMM | HistoryLoss | Ranking | Focal, kind]
+TermChoice = Annotated[Supervised | ESMM | HistoryLoss | Ranking | Focal | DomainAdversary, kind]
 WeightingChoice = Annotated[UW | DWA | RLW | IMTLL | AutoLambda, kind]
 AggregatorChoice = Annotated[
     PCGrad | MGDA | IMTLG | UPGrad | DualProj | AlignedMTL | FairGrad | RandomWeights | ConFIG | GradDrop
@@ -176,6 +178,7 @@ class ModelChoice:
     numbers_of: dict[str, NumberChoice] = dataclasses.field(default_factory=dict)
     vectors: VectorChoice = dataclasses.field(default_factory=Raw)
     history_of: dict[str, HistoryChoice] = dataclasses.field(default_factory=dict)
+    adversary: DomainClassifier | None = None
 
     def __post_init__(self) -> None:
         if self.experts and self.interaction != Flat():
@@ -226,8 +229,10 @@ class Run:
 
 
 def _by_domain(value: Any, path: str = "") -> Iterator[str]:
-    """Keys ``by`` and ``within`` that say domain, as a run file writes them."""
+    """Keys ``by`` and ``within`` that say domain, and members that have parts per domain, as a run file writes them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if getattr(value, "reads_domains", False):
+            yield path[1:]
         value = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
         yield from (f"{path}.{key}"[1:] for key in ("by", "within") if value.get(key) in ("domain", "task@domain"))
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple | list) else ()

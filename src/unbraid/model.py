@@ -80,13 +80,14 @@ class Model(nn.Module):
             The tower then reads one hidden vector per expert, in this order.
         numbers, vectors: the members of their slots; numbers_of: number feature -> its own member.
         history_of: history -> its own encoder, which reads value tables alone and has no second heads.
+        adversary: what reads the trunk against the tasks, while training: its outputs are extras.
     """
 
     def __init__(
         self, schema: Schema, tower: Any, tables: Views | None = None, interaction: Interaction | None = None,
         history: Any = None, heads: Heads | None = None, experts: Sequence[Any] = (),
         numbers: NumberEncoder | None = None, numbers_of: Mapping[str, NumberEncoder] | None = None,
-        vectors: VectorEncoder | None = None, history_of: Mapping[str, Any] | None = None,
+        vectors: VectorEncoder | None = None, history_of: Mapping[str, Any] | None = None, adversary: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.schema, config = schema, tables or Views()
@@ -136,6 +137,10 @@ class Model(nn.Module):
              for t in schema.tasks}
         )  # fmt: skip
         initialise(self)
+        self.adversary = None
+        if adversary is not None:  # after all else is drawn, which is then what it is without it
+            known = len(schema.domains) - FIRST_VALUE
+            self.adversary = initialise(adversary.build(self._trunk_width(), known))
 
     # ---------------------------------------------------------------------------------------------------------- building
     def _wire(self, roles: Mapping[str, Role]) -> None:
@@ -208,9 +213,21 @@ class Model(nn.Module):
         widths = [cast(Any, self.interactions[view_key(name)]).width for name in names]
         if by == "domain":
             return DomainTower(of_domains(tower, self.schema), tasks, owners, names, widths)
+        if getattr(tower, "reads_domains", False):
+            return tower.build(tasks, names, widths, domains=len(self.schema.domains) - FIRST_VALUE)
         if not getattr(tower, "reads_roles", False):
             return tower.build(tasks, names, widths)
         return tower.build(tasks, names, widths, [task.name for task in self.schema.tasks if task.role == "target"])
+
+    @torch.no_grad()
+    def _trunk_width(self) -> int:
+        """Width of the trunk, from a row of zeros: towers state the widths of tasks alone."""
+        hidden = [torch.zeros(1, cast(Any, self.interactions[view_key(name)]).width) for name in self.experts]
+        row = (torch.full((1,), FIRST_VALUE), torch.ones(1, dtype=torch.bool))
+        self.tower.eval()
+        found: Tensor = self.tower(hidden, *(row if getattr(self.tower, "reads_domain", False) else ())).trunk
+        self.tower.train()
+        return found.shape[1]
 
     def _second_of(self, task: str) -> list[tuple[str, Any]]:
         """(key, module) of the history encoders that a task's second head reads: those of its own view and of views of none."""
@@ -242,7 +259,8 @@ class Model(nn.Module):
             for name in head.gives:
                 two[name], found = found, found[:, 1] - found[:, 0]
             logits[task.name] = found
-        return Output(logits, hidden, out.shared, {**out.extras, **two}, lookups)
+        against = self.adversary(out.trunk) if self.adversary is not None and self.training else {}
+        return Output(logits, hidden, out.shared, {**out.extras, **two, **against}, lookups)
 
     def trunk(self, batch: Batch) -> tuple[TowerOutput, tuple[Lookup, ...]]:
         """All below the heads: what the tower gives (second heads' logits among its extras), and the lookups."""

@@ -400,14 +400,17 @@ class Local:
         elif start:
             update.seek(start)
         drawn = None if sample is None else _Sample(sample, self._rows_of(sample, chosen), steps, own_seed)
-        one = _OneFit(self, call, model, update, steps, chosen, own_seed, stream, rehearse, look, drawn, read)
+        before = start if update_state is None else update_state.get("step", 0)
+        length = (before, total or steps)
+        one = _OneFit(self, call, model, update, steps, chosen, own_seed, stream, rehearse, look, drawn, read, length)
         one.run()
         return model, update.state_dict()
 
     def _objectives(self) -> list[str]:
-        """All that a loss may be called: tasks, domains, tasks in domains."""
+        """All that a loss may be called: tasks, domains, tasks in domains, what terms call theirs."""
         tasks, domains = [t.name for t in self.data.schema.tasks], self.data.schema.domains
-        return [*tasks, *domains, *(f"{t}@{d}" for t in tasks for d in domains)]
+        own = [name for term in self.terms for name in getattr(term, "objectives", ())]
+        return [*dict.fromkeys((*tasks, *domains, *(f"{t}@{d}" for t in tasks for d in domains), *own))]
 
     def _course(self, rows: int, stream: bool, seed: int, rehearse: Rehearse) -> Course:
         targets = tuple(task.name for task in self.schema.tasks if task.role == "target")
@@ -570,10 +573,10 @@ class _OneFit:
     def __init__(
         self, session: Local, call: int, model: nn.Module, update: Update, steps: int, rows: np.ndarray, seed: int,
         stream: bool = False, rehearse: Rehearse | None = None, look: Look | None = None, sample: _Sample | None = None,
-        read: Read | None = None,
+        read: Read | None = None, length: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         self.session, self.call, self.model, self.update, self.stream = session, call, model, update, stream
-        self.rehearse, self.sample, self.read = rehearse, sample, read
+        self.rehearse, self.sample, self.read, self.length = rehearse, sample, read, length or (0, steps)
         self.look = look or replace(session.look, every=-1 if stream else 0)
         self.steps, self.rows, self.seed, training = steps, rows, seed, session.training
         self.every = self.look.every or training.evaluate_every or steps_per_epoch(len(rows), training.batch_size)
@@ -593,7 +596,7 @@ class _OneFit:
             return
         session = self.session
         batches = self._batches(start)
-        terms = session._terms_for(self.model)
+        terms = [term.over(*self.length) if hasattr(term, "over") else term for term in session._terms_for(self.model)]
         terms = terms if self.sample is None else [self.sample.restrict(term) for term in terms]
         moved: Iterator[Batch] = (batch.to(session.device) for batch in batches)
         if self.rehearse is not None:

@@ -406,7 +406,8 @@ class Term(Protocol):
     training rows, and raises ValueError where the loss would make no sense of them.  It may have ``reads``, what the data must
     declare of each row (``user``, ``request``), ``objectives``, the only names that its losses have, and ``trains``, the tasks
     whose own logits it trains (all, without it): a run in which no term trains some task is an error, and so is one in which
-    only terms with ``relative``, which see no more than differences between rows, do.
+    only terms with ``relative``, which see no more than differences between rows, do.  One that depends on how much of a
+    training is done has ``over(before, total)``: the term in a call of `Session.fit` whose step 0 is step ``before`` of them.
     """
 
     @property
@@ -573,7 +574,8 @@ class Tower(Protocol):
     """Config of a tower: ``build(tasks, views, widths)`` gives a module (hidden: one (B, width) per view) -> `TowerOutput`
     with an attribute ``widths``: task -> H.  A module whose attribute ``reads_domain`` is true is also given the rows'
     domain codes (B,) and which rows count for some loss (B,) bool.  A config whose ``reads_roles`` is true is built with a
-    fourth argument, the names of the tasks of role ``target``.
+    fourth argument, the names of the tasks of role ``target``, one whose ``reads_domains`` is true with ``domains``, how many
+    training knew; a run with it needs data with domains.
 
     ``views`` names the views in order: ``("shared",)``, one per task and ``"shared"`` last, one per task, or any other names.
     """

@@ -362,11 +362,11 @@ def hide_chain(batch: Batch, tasks: list[str]) -> Batch:
 
 
 def model_for(term: Any, encoded: Encoded) -> tuple[Run, Model]:
-    """A model that gives what the term reads: a plain one, or one whose histories have second heads."""
+    """A model that gives what the term reads: a plain one, one with an adversary, or whose histories have second heads."""
     second = [h for h in members(config.HistoryChoice) if "auxiliary" in {f.name for f in dataclasses.fields(h)}]
-    for history in (None, *second):
-        choice = ModelChoice(tables=Views(width=4), **({"history": history(auxiliary=(4,))} if history else {}))
-        run, model = model_of(choice, encoded)
+    parts: list[dict[str, Any]] = [{}, {"adversary": config.DomainClassifier()}]
+    for part in (*parts, *({"history": history(auxiliary=(4,))} for history in second)):
+        run, model = model_of(ModelChoice(tables=Views(width=4), **part), encoded)
         if set(term().bind(encoded.schema).needs) <= set(model.gives):
             return run, model
     raise AssertionError(f"nothing gives what {term} needs")
@@ -384,6 +384,7 @@ def test_every_term_is_finite_on_every_pattern_of_missing_labels(term: Any, chai
         seen = {task for task in tasks if batch.observed[task].any()}
         seen &= set(getattr(bound, "objectives", tasks))
         known = {task for task in tasks if task in seen or PARENTS.get(task) in seen}
+        known |= set(getattr(bound, "objectives", ())) - set(tasks)  # of its own, whatever the labels
         assert seen <= set(losses) <= known, "an objective without an observed row of its chain is absent"
         assert all(torch.isfinite(v) and v.shape == () for v in losses.values())
         update(losses, output)
@@ -404,6 +405,8 @@ def test_a_term_moves_no_task_whose_chain_is_absent(term: Any, chained: Encoded)
     for at in range(20):
         go(some(chained, start=10 * at))
     speaks = getattr(bound, "objectives", ("click", "buy", "spend", "size"))  # a loss may be one of some tasks only
+    if not set(speaks) & {task.name for task in chained.schema.tasks}:
+        assert not any(name.startswith("heads.") for name in step.state_dict()["dense"]), "it reads no task's head"
     for chain in [chain for chain in (["click", "buy"], ["spend"], ["size"]) if set(chain) & set(speaks)]:
         heads = {f"{trained}task/{task}" for task in chain}
         names = {n for n, _ in model.named_parameters() if any(head in n for head in heads)}

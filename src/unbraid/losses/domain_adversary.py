@@ -1,0 +1,180 @@
+"""DANN for many domains: a classifier of the domain reads the trunk, and the trunk learns to leave it nothing to read.
+
+Papers: "Domain-Adversarial Training of Neural Networks", Ganin, Ustinova, Ajakan, Germain, Larochelle, Laviolette, Marchand,
+Lempitsky, JMLR 17, 2016, https://arxiv.org/abs/1505.07818.  For T labelled domains with a T-way classifier it is a baseline of
+multi-domain learning (DANN-MDL), and what "Multi-Domain Adversarial Learning" (MulANN, Schoenauer-Sebag, Heinrich, Schoenauer,
+Sebag, Wu, Altschuler, ICLR 2019, https://arxiv.org/abs/1903.09239) reduces to where all domains have the same labels and all of
+them known.
+
+Idea: features that do not say which domain a row is of carry over from one to another.  With the trunk psi, the tasks' own
+layers h_t, the classifier c and CE its cross-entropy over domains::
+
+    min over psi, h_t   max over c       sum_t L_t  -  mu CE(c(psi(x)), t)
+    mu(p) = mu (2 / (1 + exp(-10 p)) - 1)                       p: share of the training that is done, from 0 to 1
+
+So one step moves c down CE, at factor 1 always, and psi *up* CE, at factor mu(p).
+
+The classifier is a part of the model (`DomainClassifier`), so that optimiser and checkpoint find it; the loss is
+`DomainAdversary`.  Instead of one pass through a layer that turns the gradient round, the classifier gives its logits twice,
+equal in value: on a detached trunk, which trains it alone, and with detached weights, which trains the trunk alone.  The loss
+then says by itself what each gets, and nothing in the model depends on mu.  The price is a second pass of a small network.
+
+How this differs:
+
+- T domains and the mean over all rows of known domains, labelled or not, are the form of the baseline as it is known
+  second-hand; the classifier's size, and mu = 1 at the end, are ours (the ramp is that of DANN's paper).
+- Rows of unknown or missing domains, and of weight 0, take no part.
+- The share p is that of one training: of a schedule with several, each begins at 0, unless they hand on their state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from unbraid.layers import mlp, mlp_width, require_positive
+from unbraid.losses.supervised import counted
+from unbraid.types import FIRST_VALUE, FORBID, Batch, Losses, Output, Schema
+
+BIBTEX = """
+@article{ganin2016dann,
+  title   = {Domain-Adversarial Training of Neural Networks},
+  author  = {Ganin, Yaroslav and Ustinova, Evgeniya and Ajakan, Hana and Germain, Pascal and Larochelle, Hugo and
+             Laviolette, Fran{\\c{c}}ois and Marchand, Mario and Lempitsky, Victor},
+  journal = {Journal of Machine Learning Research},
+  volume  = {17},
+  number  = {59},
+  pages   = {1--35},
+  year    = {2016},
+}
+"""
+
+DOMAIN, TRUNK = "adversary.domain", "adversary.trunk"
+
+
+@dataclass(frozen=True)
+class DomainClassifier:
+    """The classifier of domains that `DomainAdversary` trains: an MLP on the trunk, one logit per known domain.
+
+    Args:
+        hidden: widths of its hidden layers; empty: it is linear.
+
+    Raises:
+        ValueError: a width is not positive.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+    reads_domains: ClassVar[bool] = True
+    loss: ClassVar[str] = "domain_adversary"  # what trains it
+    hidden: tuple[int, ...] = (64,)
+
+    def __post_init__(self) -> None:
+        require_positive(hidden=self.hidden)
+
+    def build(self, width: int, domains: int) -> DomainClassifierModule:
+        """The module for a trunk (B, width) and so many known domains."""
+        return DomainClassifierModule(self, width, domains)
+
+
+class DomainClassifierModule(nn.Module):
+    """Module of `DomainClassifier`."""
+
+    gives = (DOMAIN, TRUNK)
+
+    def __init__(self, config: DomainClassifier, width: int, domains: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*mlp(width, config.hidden), nn.Linear(mlp_width(width, config.hidden), domains))
+
+    def forward(self, trunk: Tensor) -> dict[str, Tensor]:
+        """(B, width) -> the same logits (B, T) twice: the gradient of ``adversary.domain`` goes to this module alone, that of
+        ``adversary.trunk`` to the trunk alone."""
+        frozen = {name: parameter.detach() for name, parameter in self.layers.named_parameters()}
+        return {DOMAIN: self.layers(trunk.detach()), TRUNK: functional_call(self.layers, frozen, (trunk,))}
+
+
+@dataclass(frozen=True)
+class DomainAdversary:
+    """The loss of a classifier of domains, whose gradient the trunk gets turned round.  Needs ``model.adversary``.
+
+    Its objective is its own, ``domain_adversary``; the value is the classifier's cross-entropy.
+
+    Args:
+        mu: factor of the trunk's gradient at the end; 0: the classifier looks on and the trunk does not learn from it.
+        ramp: let the factor grow with the share of the training that is done, or have it all from the first step.
+
+    Raises:
+        ValueError: ``mu`` is negative or not finite.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+    kind: Literal["domain_adversary"] = field(default="domain_adversary", kw_only=True)
+    mu: float = 1.0
+    ramp: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mu < math.inf:
+            raise ValueError(f"Parameter `mu` should be finite and not negative. Found {self.mu}.")
+
+    def bind(self, schema: Schema) -> BoundDomainAdversary:
+        """The term for the domains of a schema.
+
+        Raises:
+            ValueError: there are fewer than two known domains, or a task or domain has the name of the objective.
+        """
+        known = schema.domains[FIRST_VALUE:]
+        if len(known) < 2:
+            raise ValueError(f"Loss `{self.kind}` tells domains apart and needs at least two. Found {list(known)}.")
+        if self.kind in {*(task.name for task in schema.tasks), *known}:
+            raise ValueError(f"`{self.kind}` is the objective of a loss. Rename the task or domain of this name.")
+        return BoundDomainAdversary(self)
+
+
+@dataclass(frozen=True)
+class BoundDomainAdversary:
+    """`DomainAdversary` in a training of ``total`` steps that began ``before`` steps ago; without a length it is at its end."""
+
+    needs: ClassVar[tuple[str, ...]] = (DOMAIN, TRUNK)
+    trains: ClassVar[tuple[str, ...]] = ()  # a part of the model, and no task's own logits
+    config: DomainAdversary
+    before: int = 0
+    total: int = 0
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """All that its losses may be called."""
+        return (self.config.kind,)
+
+    def over(self, before: int, total: int) -> BoundDomainAdversary:
+        """The term in a training whose step 0 is step ``before`` of ``total``."""
+        return replace(self, before=before, total=total)
+
+    def factor(self, step: int) -> float:
+        """mu(p) at a step of the training."""
+        if not self.config.ramp or not self.total:
+            return self.config.mu
+        share = min((self.before + step) / self.total, 1.0)
+        return self.config.mu * (2 / (1 + math.exp(-10 * share)) - 1)
+
+    def __call__(self, output: Output, batch: Batch, step: int) -> Losses:
+        """The objective's scalar; none where no row of a known domain has a positive weight."""
+        weight = torch.ones_like(batch.row, dtype=torch.float32) if batch.weight is None else batch.weight
+        rows = counted((batch.domain >= FIRST_VALUE) & (weight > 0))
+        if rows is None:
+            return {}
+
+        def entropy(name: str) -> Tensor:
+            losses = F.cross_entropy(output.extras[name][rows], batch.domain[rows] - FIRST_VALUE, reduction="none")
+            shares = weight[rows].to(losses.dtype)
+            return (losses * shares).sum() / shares.sum()
+
+        loss, mu = entropy(DOMAIN), self.factor(step)
+        if mu:
+            of_trunk = entropy(TRUNK)
+            loss = loss + mu * (of_trunk.detach() - of_trunk)  # 0 in value, -mu times the gradient
+        return {self.config.kind: loss}
