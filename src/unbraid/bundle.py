@@ -11,7 +11,7 @@ import dataclasses
 import json
 import platform
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,6 @@ from unbraid.data.encode import encode, encode_query
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import DataError, Tables, known_types, scan_given
 from unbraid.data.table import Encoded
-from unbraid.encoders.numeral import Digits, NumeralNumber
 from unbraid.model import Model
 from unbraid.train import predict
 from unbraid.types import Schema, Scores
@@ -338,16 +337,13 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
     return counts
 
 
-def _growing(model: Model, old: Model) -> dict[str, Digits]:
-    """Key of its table -> digits whose number of places follows the greatest number of training, in both models."""
-    found: dict[str, Digits] = {}
+def _growing(model: Model, old: Model) -> dict[str, Any]:
+    """Key of a weight whose shape follows the training data, in both models -> the module that can ``take`` the old one."""
+    found: dict[str, Any] = {}
     for name, module in model.numbers.items():
-        there = old.numbers[name] if name in old.numbers else None
-        if not (isinstance(module, NumeralNumber) and isinstance(there, NumeralNumber)):
-            continue
-        if module.config == there.config and module.config.scale == "integer":
-            systems = cast(Sequence[Digits], module.numerals.systems)
-            found |= {f"numbers.{name}.numerals.systems.{n}.weight": one for n, one in enumerate(systems)}
+        if hasattr(module, "growing") and name in old.numbers:
+            parts = cast(Any, module).growing(old.numbers[name])
+            found |= {f"numbers.{name}.{key}": part for key, part in parts.items()}
     return found
 
 

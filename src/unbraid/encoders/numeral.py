@@ -179,6 +179,13 @@ class NumeralNumber(nn.Module):
         if config.scale == "log":
             self.register_buffer("span", torch.tensor(spread.largest or 1.0, dtype=torch.float64))
 
+    def growing(self, old: nn.Module) -> dict[str, Digits]:
+        """Key of a weight -> the digits that can `Digits.take` it from ``old``, whose training had another greatest number."""
+        if self.config.scale != "integer" or getattr(old, "config", None) != self.config:
+            return {}
+        systems = cast(Sequence[Digits], self.numerals.systems)
+        return {f"numerals.systems.{n}.weight": one for n, one in enumerate(systems)}
+
     def whole(self, value: Tensor) -> Tensor:
         """(B, 1) becomes (B,) int64: its whole number, negative where it is and not 0."""
         x = value[:, 0].double()
