@@ -48,10 +48,12 @@ from unbraid.data.event_log import write
 from unbraid.data.fitted import Fitted
 from unbraid.evaluate import replicate
 from unbraid.job import evaluate_bundle, train
+from unbraid.losses.domain_adversary import DomainAdversary, DomainClassifier
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.render import markdown, render_comparison
+from unbraid.towers.star import STAR
 from unbraid.train import Training
 from unbraid.types import Course, Scores
 
@@ -157,6 +159,9 @@ def domains() -> list[Method]:
     each = replace(heads, losses=(Supervised(by="domain"),))
     joint = replace(base, losses=(Supervised(by="domain"),))
     mmoe = with_model(heads, tower=recipes.mmoe().model.tower)
+    blind = replace(base.data, features=tuple(f for f in base.data.features if f.name != base.data.domain))
+    adversary = replace(with_model(heads, adversary=DomainClassifier()), data=blind,  # it cannot forget what it is told
+                        losses=(Supervised(), DomainAdversary()))  # fmt: skip
     targets = [domain for domain in ("0", "1", "2", "4", "6", "8")]
     return [
         Method("individual", with_schedule(base, "individual")), Method("joint", base), Method("heads", heads),
@@ -168,6 +173,7 @@ def domains() -> list[Method]:
         Method("d_train_uniform", with_schedule(heads, "d_train", weighting="uniform")),
         forking(joint, "fork_merge", targets), forking(joint, "fork_merge_equal_cost", targets, equal_cost=True),
         Method("mmoe_heads", mmoe), Method("mmoe_d_train", with_schedule(mmoe, "d_train")),
+        Method("star", with_model(base, tower=STAR())), Method("domain_adversary", adversary),
     ]  # fmt: skip
 
 
@@ -257,14 +263,13 @@ def scores_of(method: Method, out: Path, rate: float, seed: int) -> Scores:
 
 
 def cost_of(method: Method, out: Path, rate: float, seeds: int) -> dict[str, Any]:
-    """Steps and seconds of a seed's trainings, all targets together; parameters of one."""
+    """Steps and seconds of CPU time of a seed's trainings, all targets together; parameters of one."""
     each = []
     for seed in range(seeds):
-        found = [
-            json.loads((folder_of(out, method, rate, seed, t) / "metrics.json").read_text())
-            for t in method.runs(rate, seed)
-        ]
-        each.append({"steps": sum(m["steps"] for m in found), "seconds": sum(m["seconds"]["train"] for m in found),
+        places = [folder_of(out, method, rate, seed, t) for t in method.runs(rate, seed)]
+        found = [json.loads((place / "metrics.json").read_text()) for place in places]
+        each.append({"steps": sum(m["steps"] for m in found),
+                     "seconds": sum(json.loads(place.with_suffix(".cpu").read_text()) for place in places),
                      "parameters": found[0]["parameters"]})  # fmt: skip
     mean = {key: float(np.mean([one[key] for one in each])) for key in ("steps", "seconds")}
     return {"configurations": len(RATES), **mean, "parameters": each[0]["parameters"]}
@@ -343,7 +348,7 @@ def shown(table: Mapping[str, Any]) -> str:
                 times,
             ]
         )
-    head = markdown(["method", "step size", "Delta_m", "steps", "training time, of one joint training"], lines, 1)
+    head = markdown(["method", "step size", "Delta_m", "steps", "CPU time, of one joint training"], lines, 1)
     return f"{head}\n{render_comparison(dict(table))}"
 
 
