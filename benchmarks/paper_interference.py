@@ -160,7 +160,7 @@ def domains() -> list[Method]:
     joint = replace(base, losses=(Supervised(by="domain"),))
     mmoe = with_model(heads, tower=recipes.mmoe().model.tower)
     blind = replace(base.data, features=tuple(f for f in base.data.features if f.name != base.data.domain))
-    adversary = replace(with_model(heads, adversary=DomainClassifier()), data=blind,  # it cannot forget what it is told
+    adversary = replace(with_model(heads, extra_heads=(DomainClassifier(),)), data=blind,  # it cannot forget what it is told
                         losses=(Supervised(), DomainAdversary()))  # fmt: skip
     targets = [domain for domain in ("0", "1", "2", "4", "6", "8")]
     return [

@@ -45,7 +45,7 @@ def build(run: config.Run, schema: Schema) -> Model:
     choice = run.model
     return Model(
         schema, choice.tower, choice.tables, choice.interaction, choice.history, choice.heads, choice.experts,
-        choice.numbers, choice.numbers_of, choice.vectors, choice.history_of, choice.adversary,
+        choice.numbers, choice.numbers_of, choice.vectors, choice.history_of, choice.extra_heads,
     )  # fmt: skip
 
 
@@ -303,7 +303,7 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
             raise BundleError(
                 f"Task `{name}` has classes {classes}; the bundle to start from has {old.fitted.schema.classes[name]}."
             )
-    by_code = hasattr(model.tower, "reads_domain") or model.adversary is not None
+    by_code = hasattr(model.tower, "reads_domain") or any(getattr(m, "reads_domain", False) for m in model.extra_heads.values())
     if by_code and fitted.schema.domains != old.fitted.schema.domains:
         raise BundleError(
             "Tables or weights per domain can start only from a bundle with the same domains in the same order."

@@ -108,6 +108,7 @@ TowerChoice = Annotated[
     SharedBottom | MMoE | STEM | OMoE | PLE | AITM | SingleTask | MultiEmbedding | AME | STEMAL | STAR, kind
 ]
 TermChoice = Annotated[Supervised | ESMM | HistoryLoss | Ranking | Focal | DomainAdversary, kind]
+ExtraHeadChoice = DomainClassifier
 WeightingChoice = Annotated[UW | DWA | RLW | IMTLL | AutoLambda, kind]
 AggregatorChoice = Annotated[
     PCGrad | MGDA | IMTLG | UPGrad | DualProj | AlignedMTL | FairGrad | RandomWeights | ConFIG | GradDrop
@@ -178,11 +179,14 @@ class ModelChoice:
     numbers_of: dict[str, NumberChoice] = dataclasses.field(default_factory=dict)
     vectors: VectorChoice = dataclasses.field(default_factory=Raw)
     history_of: dict[str, HistoryChoice] = dataclasses.field(default_factory=dict)
-    adversary: DomainClassifier | None = None
+    extra_heads: tuple[ExtraHeadChoice, ...] = ()
 
     def __post_init__(self) -> None:
         if self.experts and self.interaction != Flat():
             raise ValueError("`experts` bring interactions of their own. Set `experts` or `interaction`, not both.")
+        kinds = [head.kind for head in self.extra_heads]
+        if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+            raise ValueError(f"`extra_heads` should hold each kind once. Found twice: {', '.join(twice)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +245,7 @@ def _by_domain(value: Any, path: str = "") -> Iterator[str]:
 
 
 ADAPTER = TypeAdapter(Run)
-SLOTS = ("model.tower", "model.history", "model.interaction", "model.experts.*.interaction", "model.numbers", "model.vectors",
+SLOTS = ("model.tower", "model.history", "model.interaction", "model.experts.*.interaction", "model.numbers", "model.vectors", "model.extra_heads.*",
          "losses.*", "update", "update.weighting", "update.aggregator", "schedule")  # fmt: skip
 
 

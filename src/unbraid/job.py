@@ -186,7 +186,7 @@ def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
     """The run's loss terms for this schema.
 
     Raises JobError when one does not fit the schema, or reads what the model does not give, when none reads the second
-    heads of the history encoder, two logits or the adversary, and when a task's own logits have no loss.
+    heads of the history encoder, two logits or an extra head, and when a task's own logits have no loss.
     """
     try:
         terms: list[Term] = [term.bind(schema) for term in run.losses]
@@ -221,12 +221,13 @@ def bound_terms(run: config.Run, schema: Schema, model: Model) -> list[Term]:
             "Heads with two logits (`model.heads.two`) are for the loss `ranking` of form `jrc`, and there is none. Add it, or "
             "set `model.heads.two` to false."
         )
-    against = {name for name in model.gives if name.startswith("adversary.")}
-    if against and not against & {n for term in terms for n in term.needs}:
-        raise JobError(
-            "No loss reads the classifier `model.adversary`: it would never learn. Add the loss that does, `[[losses]]` with "
-            f"kind `{getattr(run.model.adversary, 'loss', '')}`, or leave out `model.adversary`."
-        )
+    for head in run.model.extra_heads:
+        given = {name for name in model.gives if name.startswith(f"extra_heads.{head.kind}.")}
+        if not given & {n for term in terms for n in term.needs}:
+            raise JobError(
+                f"No loss reads the extra head `{head.kind}`: it would never learn. Add the loss that does, `[[losses]]` with "
+                f"kind `{head.loss}`, or leave it out of `model.extra_heads`."
+            )
     return terms
 
 
@@ -234,8 +235,9 @@ def _not_given(kind: str, missing: Sequence[str], history: Any, given: Sequence[
     """What to say of a loss that reads what the model does not give."""
     if all(name.startswith("heads.two.") for name in missing):
         return f"Loss `{kind}` of form `jrc` needs heads with two logits: set `model.heads.two` to true."
-    if all(name.startswith("adversary.") for name in missing):
-        return f"Loss `{kind}` needs a classifier of domains: set `model.adversary`, such as {{ hidden = [64] }}."
+    if all(name.startswith("extra_heads.") for name in missing):
+        head = missing[0].split(".")[1]
+        return f"Loss `{kind}` needs the extra head `{head}`: add `[[model.extra_heads]]` with kind `{head}`."
     if not all(name.startswith("history.") for name in missing):
         return f"Loss `{kind}` reads {', '.join(missing)}, which the model does not give. It gives {', '.join(given) or 'none'}."
     if hasattr(history, "auxiliary"):

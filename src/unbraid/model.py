@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -30,6 +30,7 @@ from unbraid.types import (
     FORBID,
     UNKNOWN,
     Batch,
+    ExtraHead,
     History,
     Interaction,
     Lookup,
@@ -80,14 +81,15 @@ class Model(nn.Module):
             The tower then reads one hidden vector per expert, in this order.
         numbers, vectors: the members of their slots; numbers_of: number feature -> its own member.
         history_of: history -> its own encoder, which reads value tables alone and has no second heads.
-        adversary: what reads the trunk against the tasks, while training: its outputs are extras.
+        extra_heads: what only losses read, while training (a classifier of domains ...): their outputs are extras.
     """
 
     def __init__(
         self, schema: Schema, tower: Any, tables: Views | None = None, interaction: Interaction | None = None,
         history: Any = None, heads: Heads | None = None, experts: Sequence[Any] = (),
         numbers: NumberEncoder | None = None, numbers_of: Mapping[str, NumberEncoder] | None = None,
-        vectors: VectorEncoder | None = None, history_of: Mapping[str, Any] | None = None, adversary: Any = None,
+        vectors: VectorEncoder | None = None, history_of: Mapping[str, Any] | None = None,
+        extra_heads: Sequence[ExtraHead] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.schema, config = schema, tables or Views()
@@ -137,10 +139,11 @@ class Model(nn.Module):
              for t in schema.tasks}
         )  # fmt: skip
         initialise(self)
-        self.adversary = None
-        if adversary is not None:  # after all else is drawn, which is then what it is without it
-            known = len(schema.domains) - FIRST_VALUE
-            self.adversary = initialise(adversary.build(self._trunk_width(), known))
+        self.extra_heads = nn.ModuleDict()
+        if extra_heads:  # after all else is drawn, which is then what it is without them
+            trunk = self._trunk_width()
+            hidden = {t.name: cast(_Head, self.heads[task_key(t.name)]).width for t in schema.tasks}
+            self.extra_heads.update({e.kind: initialise(e.build(schema, trunk, hidden)) for e in extra_heads})
 
     # ---------------------------------------------------------------------------------------------------------- building
     def _wire(self, roles: Mapping[str, Role]) -> None:
@@ -259,8 +262,12 @@ class Model(nn.Module):
             for name in head.gives:
                 two[name], found = found, found[:, 1] - found[:, 0]
             logits[task.name] = found
-        against = self.adversary(out.trunk) if self.adversary is not None and self.training else {}
-        return Output(logits, hidden, out.shared, {**out.extras, **two, **against}, lookups)
+        output = Output(logits, hidden, out.shared, {**out.extras, **two}, lookups)
+        if not (self.training and len(self.extra_heads)):
+            return output
+        output = replace(output, shared=lambda: out.trunk)  # made once, whoever reads it
+        extra = {name: value for head in self.extra_heads.values() for name, value in head(output).items()}
+        return replace(output, extras={**output.extras, **extra})
 
     def trunk(self, batch: Batch) -> tuple[TowerOutput, tuple[Lookup, ...]]:
         """All below the heads: what the tower gives (second heads' logits among its extras), and the lookups."""
@@ -510,7 +517,7 @@ class _Head(nn.Module):
         super().__init__()
         outputs = 2 if two else outputs
         self.outputs, self.gives, self.unknown = outputs, (two,) if two else (), config.unknown
-        last = mlp_width(width, config.hidden)
+        self.width = last = mlp_width(width, config.hidden)
         self.linears = nn.ModuleList(nn.Linear(last, outputs) for _ in range(domains))
         own = domains if config.hidden else 0
         self.towers = nn.ModuleList(mlp(width, config.hidden, config.dropout) for _ in range(own))

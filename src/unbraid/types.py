@@ -561,6 +561,20 @@ class Interaction(Protocol):
     def build(self, widths: Mapping[str, int]) -> nn.Module: ...
 
 
+class ExtraHead(Protocol):
+    """Config of networks that only losses read, and only while training (a classifier of domains ...).
+
+    ``build(schema, trunk, hidden)``, with the width of the trunk and task -> width of `Output.hidden`, gives a module `Output` ->
+    extras ``extra_heads.KIND.NAME``, whose attribute ``gives`` names them.  ``loss`` is the kind of the loss that trains it.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def loss(self) -> str: ...
+    def build(self, schema: Schema, trunk: int, hidden: Mapping[str, int]) -> nn.Module: ...
+
+
 @dataclass(frozen=True)
 class TowerOutput(WithTrunk):
     """What a tower gives: task -> (B, H); the (B, H) shared representation or what computes it; ``"slot.name"`` extras."""

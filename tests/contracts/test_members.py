@@ -362,9 +362,9 @@ def hide_chain(batch: Batch, tasks: list[str]) -> Batch:
 
 
 def model_for(term: Any, encoded: Encoded) -> tuple[Run, Model]:
-    """A model that gives what the term reads: a plain one, one with an adversary, or whose histories have second heads."""
+    """A model that gives what the term reads: a plain one, one with an extra head, or whose histories have second heads."""
     second = [h for h in members(config.HistoryChoice) if "auxiliary" in {f.name for f in dataclasses.fields(h)}]
-    parts: list[dict[str, Any]] = [{}, {"adversary": config.DomainClassifier()}]
+    parts: list[dict[str, Any]] = [{}, *({"extra_heads": (head(),)} for head in members(config.ExtraHeadChoice))]
     for part in (*parts, *({"history": history(auxiliary=(4,))} for history in second)):
         run, model = model_of(ModelChoice(tables=Views(width=4), **part), encoded)
         if set(term().bind(encoded.schema).needs) <= set(model.gives):

@@ -55,12 +55,13 @@ def make_batch(domain: list[int] | None = None, weight: torch.Tensor | None = No
 def make_parts(hidden: tuple[int, ...] = (5,)) -> tuple[nn.Linear, Any, torch.Tensor]:
     """A trunk of one layer, a classifier, and the input, all in float64."""
     torch.manual_seed(0)
-    below, classifier = nn.Linear(4, H).double(), DomainClassifier(hidden).build(H, 3).double()
+    below, classifier = nn.Linear(4, H).double(), DomainClassifier(hidden).build(SCHEMA, H, {}).double()
     return below, classifier, torch.randn(B, 4, dtype=torch.float64)
 
 
 def say(classifier: Any, trunk: torch.Tensor) -> Output:
-    return Output({}, {}, trunk, classifier(trunk))
+    output = Output({}, {}, trunk)
+    return replace(output, extras=classifier(output))
 
 
 def entropy(classifier: Any, trunk: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -113,12 +114,12 @@ def test_the_classifier_descends_and_the_trunk_ascends(
 
 def test_the_two_extras_are_one_number_and_two_gradients() -> None:
     below, classifier, x = make_parts()
-    extras = classifier(below(x))
-    assert set(extras) == set(classifier.gives) == {"adversary.domain", "adversary.trunk"}
-    assert torch.equal(extras["adversary.domain"], extras["adversary.trunk"])
-    assert extras["adversary.domain"].shape == (B, 3)
+    extras = classifier(Output({}, {}, below(x)))
+    assert set(extras) == set(classifier.gives) == {"extra_heads.domain.own", "extra_heads.domain.trunk"}
+    assert torch.equal(extras["extra_heads.domain.own"], extras["extra_heads.domain.trunk"])
+    assert extras["extra_heads.domain.own"].shape == (B, 3)
     own, lower = list(classifier.parameters()), list(below.parameters())
-    for name, parts in (("adversary.domain", own), ("adversary.trunk", lower)):
+    for name, parts in (("extra_heads.domain.own", own), ("extra_heads.domain.trunk", lower)):
         grads = torch.autograd.grad(extras[name].square().sum(), [*own, *lower], allow_unused=True, retain_graph=True)
         reached = [p for p, g in zip([*own, *lower], grads, strict=True) if g is not None]
         assert len(reached) == len(parts) and all(a is b for a, b in zip(reached, parts, strict=True))
@@ -154,7 +155,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 
 def run_of(**changes: Any) -> config.Run:
     model = ModelChoice(
-        tower=SharedBottom(bottom=(8,), tower=()), tables=Views(width=4), adversary=DomainClassifier((5,))
+        tower=SharedBottom(bottom=(8,), tower=()), tables=Views(width=4), extra_heads=(DomainClassifier((5,)),)
     )
     run = make_run(model=model, losses=(Supervised(), DomainAdversary()))
     run = replace(run, training=replace(run.training, steps=10, evaluate_every=5))
@@ -248,7 +249,7 @@ def test_a_batch_without_known_domains_leaves_the_classifier_alone(encoded: Enco
     batch = encoded.batch(np.arange(100, 140))
     go(replace(batch, domain=torch.zeros_like(batch.domain)))
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved and not any(n.startswith("adversary.") for n in moved)
+    assert moved and not any(n.startswith("extra_heads.") for n in moved)
 
 
 # ------------------------------------------------------------------------------------------------------------- the model
@@ -256,22 +257,22 @@ def test_a_batch_without_known_domains_leaves_the_classifier_alone(encoded: Enco
 def test_the_classifier_is_as_wide_as_the_trunk_and_there_while_training(encoded: Encoded, tower: Any) -> None:
     views = Views(kind="per_task" if tower.kind == "stem" else "shared", width=4)
     run, model = model_of(encoded, tower=tower, tables=views)
-    assert model.training and {"adversary.domain", "adversary.trunk"} <= model.gives
+    assert model.training and {"extra_heads.domain.own", "extra_heads.domain.trunk"} <= model.gives
     batch = encoded.batch(np.arange(30))
     output = model(batch)
-    assert output.extras["adversary.domain"].shape == (30, 3)
+    assert output.extras["extra_heads.domain.own"].shape == (30, 3)
     tables = [x.vectors for x in output.lookups] or list(model.embeddings.tables.parameters())
-    grads = torch.autograd.grad(output.extras["adversary.trunk"].square().sum(), tables, allow_unused=True)
+    grads = torch.autograd.grad(output.extras["extra_heads.domain.trunk"].square().sum(), tables, allow_unused=True)
     assert any(grad is not None and grad.any() for grad in grads), "it reaches the tables below the trunk"
-    assert not any(name.startswith("adversary.") for name in model.eval()(batch).extras), "serving pays nothing"
+    assert not any(name.startswith("extra_heads.") for name in model.eval()(batch).extras), "serving pays nothing"
 
 
 def test_all_else_begins_and_predicts_as_without_it(encoded: Encoded) -> None:
     _, one = model_of(encoded)
-    _, other = model_of(encoded, adversary=None)
+    _, other = model_of(encoded, extra_heads=())
     state, plain = one.state_dict(), other.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in plain.items())
-    assert set(state) - set(plain) == {n for n in state if n.startswith("adversary.")} != set()
+    assert set(state) - set(plain) == {n for n in state if n.startswith("extra_heads.")} != set()
     batch = encoded.batch(np.arange(30))
     for mode in (True, False):
         found, want = one.train(mode)(batch), other.train(mode)(batch)
@@ -284,7 +285,7 @@ def test_every_update_takes_the_objective(update: Any) -> None:
     result = train(run, tables={"log": make_log()}, baseline=False)
     state = result.bundle.model.state_dict()
     fresh = bundle.build(run, result.bundle.model.schema).state_dict()
-    assert all(not torch.equal(state[n], fresh[n]) for n in fresh if n.startswith("adversary."))
+    assert all(not torch.equal(state[n], fresh[n]) for n in fresh if n.startswith("extra_heads."))
 
 
 def test_trains_and_comes_back(tmp_path: Path) -> None:
@@ -337,10 +338,10 @@ def planted_run(mu: float | None) -> config.Run:
         rows="log", user="user", domain="site", features=tuple(Feature(f"x{n}", kind="number") for n in range(3)),
         tasks=(Task("click"),), split=Split(kind="user", valid=0.1, test=0.3),
     )  # fmt: skip
-    against = None if mu is None else DomainClassifier((64,))
+    against = () if mu is None else (DomainClassifier((64,)),)
     losses: tuple[Any, ...] = (Supervised(), *([] if mu is None else [DomainAdversary(mu=mu)]))
     run = make_run(data=data, losses=losses, update=Joint(lr=0.003))
-    run = replace(run, model=ModelChoice(tower=SharedBottom(bottom=(16, 8), tower=()), adversary=against))
+    run = replace(run, model=ModelChoice(tower=SharedBottom(bottom=(16, 8), tower=()), extra_heads=against))
     return replace(run, training=replace(run.training, batch_size=256, steps=1000, evaluate_every=1000))
 
 
@@ -360,10 +361,10 @@ def test_the_trunk_forgets_the_domain_with_the_term_and_not_without() -> None:
 # ---------------------------------------------------------------------------------------------------------------- errors
 def test_either_without_the_other_is_refused() -> None:
     run = run_of()
-    with pytest.raises(JobError, match="^Loss `domain_adversary` needs a classifier of domains: set `model.adversary`"):
-        train(replace(run, model=replace(run.model, adversary=None)), tables={"log": make_log()}, baseline=False)
+    with pytest.raises(JobError, match="^Loss `domain_adversary` needs the extra head `domain`: add"):
+        train(replace(run, model=replace(run.model, extra_heads=())), tables={"log": make_log()}, baseline=False)
     with pytest.raises(
-        JobError, match=r"^No loss reads the classifier `model.adversary`.* kind `domain_adversary`, or leave"
+        JobError, match=r"^No loss reads the extra head `domain`.* kind `domain_adversary`, or leave"
     ):
         train(replace(run, losses=(Supervised(),)), tables={"log": make_log()}, baseline=False)
     with pytest.raises(JobError, match="No loss trains the logits of task click, buy"):
@@ -381,11 +382,11 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="`domain_adversary` is the objective of a loss. Rename the task or domain"):
         DomainAdversary().bind(replace(SCHEMA, tasks=(Task("domain_adversary"),)))
     with pytest.raises(
-        ValueError, match="`model.adversary` needs domains, and the data declare none: set `data.domain`."
+        ValueError, match="`model.extra_heads.0` needs domains, and the data declare none: set `data.domain`."
     ):
         run_of(data=make_data(domain=""))
     assert config.from_dict(config.to_dict(run_of())) == run_of()
-    changed = config.override(run_of(), ["model.adversary.hidden=[3]"])
-    assert changed.model.adversary == DomainClassifier((3,))
-    with pytest.raises(config.RunError, match="unknown key `model.adversary.widths`. Allowed: hidden"):
-        config.override(run_of(), ["model.adversary.widths=[3]"])
+    changed = config.override(run_of(), ["model.extra_heads.0.hidden=[3]"])
+    assert changed.model.extra_heads == (DomainClassifier((3,)),)
+    with pytest.raises(config.RunError, match="unknown key `model.extra_heads.0.widths`. Allowed: kind, hidden"):
+        config.override(run_of(), ["model.extra_heads.0.widths=[3]"])

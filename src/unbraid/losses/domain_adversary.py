@@ -30,6 +30,7 @@ How this differs:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -55,7 +56,7 @@ BIBTEX = """
 }
 """
 
-DOMAIN, TRUNK = "adversary.domain", "adversary.trunk"
+DOMAIN, TRUNK = "extra_heads.domain.own", "extra_heads.domain.trunk"
 
 
 @dataclass(frozen=True)
@@ -72,35 +73,38 @@ class DomainClassifier:
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
     reads_domains: ClassVar[bool] = True
     loss: ClassVar[str] = "domain_adversary"  # what trains it
+    kind: Literal["domain"] = field(default="domain", kw_only=True)
     hidden: tuple[int, ...] = (64,)
 
     def __post_init__(self) -> None:
         require_positive(hidden=self.hidden)
 
-    def build(self, width: int, domains: int) -> DomainClassifierModule:
-        """The module for a trunk (B, width) and so many known domains."""
-        return DomainClassifierModule(self, width, domains)
+    def build(self, schema: Schema, trunk: int, hidden: Mapping[str, int]) -> DomainClassifierModule:
+        """See `unbraid.types.ExtraHead`."""
+        return DomainClassifierModule(self, trunk, len(schema.domains) - FIRST_VALUE)
 
 
 class DomainClassifierModule(nn.Module):
     """Module of `DomainClassifier`."""
 
     gives = (DOMAIN, TRUNK)
+    reads_domain = True  # its outputs are domains in the order of their codes
 
     def __init__(self, config: DomainClassifier, width: int, domains: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(*mlp(width, config.hidden), nn.Linear(mlp_width(width, config.hidden), domains))
 
-    def forward(self, trunk: Tensor) -> dict[str, Tensor]:
-        """(B, width) -> the same logits (B, T) twice: the gradient of ``adversary.domain`` goes to this module alone, that of
-        ``adversary.trunk`` to the trunk alone."""
+    def forward(self, output: Output) -> dict[str, Tensor]:
+        """The same logits (B, T) of the trunk twice: the gradient of ``extra_heads.domain.own`` goes to this module alone, that
+        of ``extra_heads.domain.trunk`` to the trunk alone."""
+        trunk = output.trunk
         frozen = {name: parameter.detach() for name, parameter in self.layers.named_parameters()}
         return {DOMAIN: self.layers(trunk.detach()), TRUNK: functional_call(self.layers, frozen, (trunk,))}
 
 
 @dataclass(frozen=True)
 class DomainAdversary:
-    """The loss of a classifier of domains, whose gradient the trunk gets turned round.  Needs ``model.adversary``.
+    """The loss of a classifier of domains, whose gradient the trunk gets turned round.  Needs the extra head ``domain``.
 
     Its objective is its own, ``domain_adversary``; the value is the classifier's cross-entropy.
 
