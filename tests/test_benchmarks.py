@@ -253,3 +253,12 @@ def test_the_cost_of_a_gradient_per_task_is_measured(tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--quick", "--cache", str(tmp_path), "--only", "adatask_2tasks_cost"]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     assert found["benchmark"] == "interference_cost" and found["ratios"]["adatask_2tasks_cost"] > 1
+
+
+def test_both_forms_of_class_confusion_are_one() -> None:
+    bench = load("transfer_speed")
+    logits = 2 * torch.randn(9, 7, dtype=torch.float64).requires_grad_()
+    matrix, closed = bench.matrix_confusion(logits), bench.class_confusion(logits, bench.TEMPERATURE)
+    torch.testing.assert_close(matrix, closed, **EXACT)
+    of = torch.autograd.grad(matrix, logits, retain_graph=True), torch.autograd.grad(closed, logits)
+    torch.testing.assert_close(*of, **EXACT)

@@ -102,6 +102,22 @@ def test_ece_agrees_with_a_loop_over_bins():
     assert found["ece"] == pytest.approx(np.abs(gaps).sum(), abs=1e-12)
 
 
+def test_ece_of_bins_of_equal_weight_agrees_with_a_sort():
+    """Distinct p: 15 runs of the sorted rows that carry a fifteenth of the weight each; equal p: all rows in one bin."""
+    rng = np.random.default_rng(0)
+    p, w = rng.random(400) ** 4 / 5, rng.exponential(size=400)
+    y = rng.random(400) < p * 1.3
+    order = np.argsort(p)
+    place = np.empty(400, int)
+    place[order] = (15 * (np.cumsum(w[order]) - w[order] / 2) / w.sum()).astype(int)
+    gaps = [(w[place == k] * (p[place == k] - y[place == k])).sum() for k in range(15)]
+    found = values(evaluate(scored(logit(p), y, np.arange(400), weight=w), schema())["t"])
+    assert found["ece_mass"] == pytest.approx(np.abs(gaps).sum() / w.sum(), abs=1e-12)
+    assert found["ece_mass"] != found["ece"]
+    tied = values(evaluate(scored(np.zeros(40), np.arange(40) < 10, np.arange(40)), schema())["t"])
+    assert tied["ece_mass"] == pytest.approx(0.25, abs=1e-12)
+
+
 def test_huge_logits_stay_finite():
     found = evaluate(scored([800.0, -800.0] * 20, [0, 1] * 20, np.arange(40)), schema())["t"]
     assert found["logloss"]["value"] == pytest.approx(800, rel=1e-12)
@@ -241,7 +257,7 @@ def test_row_order_does_not_matter():
     scores = noisy(7)
     shuffled = pick(scores, np.random.default_rng(7).permutation(600))
     one, two = (flat(evaluate(each, schema(), at=(1,))) for each in (scores, shuffled))
-    assert len(one) == 3 * (2 + 3 * 8) and one == pytest.approx(two, rel=1e-6)
+    assert len(one) == 3 * (2 + 3 * 9) and one == pytest.approx(two, rel=1e-6)
 
 
 def test_domains_are_slices_and_share_the_draws():
@@ -269,7 +285,7 @@ def test_unknown_domain_is_listed_with_rows_only():
 def test_fewer_than_ten_of_a_class_is_null_with_counts():
     y = np.arange(100) < 9
     found = evaluate(scored(np.arange(100.0), y, np.arange(100), request=np.zeros(100, int)), schema())["t"]
-    assert set(values(found).values()) == {None} and len(values(found)) == 10
+    assert set(values(found).values()) == {None} and len(values(found)) == 11
     assert found["auc"]["why"] == "9 positives and 91 negatives; at least 10 of each are needed"
     assert (found["rows"], found["positives"]) == (100, 9)
     enough = evaluate(scored(np.arange(100.0), np.arange(100) < 10, np.arange(100)), schema())["t"]
@@ -372,8 +388,8 @@ def test_a_replicate_is_the_metric_of_the_drawn_users(seed):
     drawn = pick(scores, rows)
     expected = evaluate(replace(drawn, group=drawn.group * 10 + copy), schema(), replicates=0, at=(1, 2))["t"]
     for a, b in ((found, expected), *((found["domains"][n], expected["domains"][n]) for n in NAMES[2:])):
-        assert len(values(a)) == 10
-        for name in set(values(a)) - {"auc"}:
+        assert len(values(a)) == 11
+        for name in set(values(a)) - {"auc", "ece_mass"}:  # the bins of equal weight stay those of all users
             assert a[name]["low"] == a[name]["high"] == pytest.approx(b[name]["value"], rel=1e-5)
         assert a["auc"]["low"] == pytest.approx(b["auc"]["value"], abs=0.01)  # linearised: see the next test
         assert a["auc"]["low"] != a["auc"]["value"]

@@ -57,7 +57,9 @@ def test_what_a_history_gives_is_what_its_encoder_gives_in_a_model_of_it_alone(e
     plain = build(make_run(model=ModelChoice(history=Mean())), encoded.schema).eval()
     for key, table in plain.tables.items():
         table.weight.data.copy_(mixed.tables[key].weight)
-    fields = [model._fields("shared", batch, model._read(batch)[0], {}) for model in (mixed, plain)]
+    fields = [
+        model._fields("shared", batch, model._read(batch)[0], {}, model._vectors(batch)) for model in (mixed, plain)
+    ]
     for name in plain.histories["shared/liked"].widths:
         assert torch.equal(fields[0][f"liked.{name}"], fields[1][f"liked.{name}"])
 

@@ -1,17 +1,19 @@
 """A trained artefact on disk, and predictions from it.
 
 A bundle is a folder: ``run.toml``, ``schema.json``, ``vocabularies/``, ``weights.safetensors``, ``metrics.json``,
-``environment.json``, ``report.md``, and ``uncertainty.safetensors`` once asked for.  Nothing in it is a pickle.  Loading
-refuses what does not match, by name.
+``environment.json``, ``report.md``, and ``uncertainty.safetensors`` and ``calibration.safetensors`` once asked for;
+``backbones.safetensors`` holds what a frozen backbone is, whole, so that nothing else is needed to load it.
+Nothing in it is a pickle.  Loading refuses what does not match, by name.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import platform
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -22,36 +24,74 @@ import torch
 from torch import nn
 
 from unbraid import config, store
+from unbraid.backbones.frozen import Frozen, fill
+from unbraid.calibration.kept import Calibrators
+from unbraid.class_head import Classes, ClassHead
 from unbraid.data.encode import encode, encode_query
+from unbraid.data.features import attach
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import DataError, Tables, known_types, scan_given
 from unbraid.data.table import Encoded
+from unbraid.layers import task_key
+from unbraid.mc_dropout import McDropout
 from unbraid.model import Model
 from unbraid.train import predict
 from unbraid.types import Schema, Scores
 from unbraid.uncertainty.explore import Belief, Exploration, requests, sigmoid
-from unbraid.uncertainty.last_layer import FITS, LastLayer, UncertaintyError, fit
+from unbraid.uncertainty.last_layer import FITS, LastLayer, UncertaintyError, digest_of, fit
 
-UNCERTAINTY = "uncertainty.safetensors"
+UNCERTAINTY, CALIBRATION = "uncertainty.safetensors", "calibration.safetensors"
+BACKBONES = "backbones.safetensors"
+EVALUATION_ROWS = 16_384
 
 
 class BundleError(ValueError):
     """A bundle is not whole, or its parts do not belong together."""
 
 
-def build(run: config.Run, schema: Schema) -> Model:
-    """The run's model, initialised from the run's seed."""
+def build(run: config.Run, schema: Schema, weights: Mapping[str, torch.Tensor] | None = None) -> Model:
+    """The run's model, initialised from the run's seed.
+
+    Args:
+        weights: of a trained one: vectors of classes are taken from here, and not from where the run had them.
+    """
     torch.manual_seed(run.seed)
     choice = run.model
+    made = backbones(run, schema, load=weights is None)
     return Model(
         schema, choice.tower, choice.tables, choice.interaction, choice.history, choice.heads, choice.experts,
         choice.numbers, choice.numbers_of, choice.vectors, choice.history_of, choice.extra_heads,
+        class_vectors(run, schema, weights or {}), made,
     )  # fmt: skip
+
+
+def backbones(run: config.Run, schema: Schema, load: bool) -> dict[str, nn.Module]:
+    """Kind of feature -> its backbone, for those that the run has; ``load``: with the weights that it comes with.
+
+    Raises:
+        ValueError, ImportError: as the members of `unbraid.backbones`.
+    """
+    found: dict[str, nn.Module] = {}
+    for kind, choice in (("image", run.model.images), ("text", run.model.texts)):
+        if choice is not None and any(f.kind == kind for f in schema.features):
+            module = choice.build(load=load)
+            found[kind] = Frozen(module) if choice.frozen else module
+    return found
+
+
+def class_vectors(run: config.Run, schema: Schema, weights: Mapping[str, torch.Tensor]) -> dict[str, Classes]:
+    """Task -> vectors of its classes, for those that have some.  Raises ValueError as `unbraid.class_head.ClassFile.of`."""
+    found = {}
+    for task, given in run.model.classes.items():
+        stored = [value for name, value in weights.items() if name.endswith(f"heads.{task_key(task)}.vectors")]
+        kept = Classes(stored[0], given.scale, given.projection) if stored else None
+        found[task] = kept or given.of(schema.classes[task])
+    return found
 
 
 def build_trained(run: config.Run, schema: Schema, weights: Collection[str]) -> nn.Module:
     """The module whose weights have these names: the run's model, or what its schedule makes of it (``module``)."""
-    model = build(run, schema)
+    model = build(run, schema, weights if isinstance(weights, Mapping) else None)
     make = getattr(run.schedule, "module", None)
     return make(model, weights) if make is not None else model
 
@@ -77,6 +117,7 @@ class Bundle:
     model: nn.Module
     metrics: Mapping[str, Any]
     uncertainty: LastLayer | None = None
+    calibrators: Calibrators | None = None
 
     def save(self, folder: Path) -> None:
         """Write the bundle; the weights come last, so that a folder with weights is whole."""
@@ -85,15 +126,24 @@ class Bundle:
         self.fitted.save(folder)
         store.write_text(folder / "metrics.json", json.dumps(self.metrics, indent=1))
         store.write_text(folder / "environment.json", json.dumps(environment(), indent=1))
-        if self.uncertainty is not None:
-            store.save(folder / UNCERTAINTY, self.uncertainty.state_dict())
-        else:  # of an earlier model
-            (folder / UNCERTAINTY).unlink(missing_ok=True)
+        kept = {
+            UNCERTAINTY: None if self.uncertainty is None else self.uncertainty.state_dict(),
+            CALIBRATION: None if self.calibrators is None else self.calibrators.state_dict(),
+            BACKBONES: constants(self.model) or None,
+        }
+        for name, state in kept.items():
+            if state is not None:
+                store.save(folder / name, state)
+            else:  # of an earlier model
+                (folder / name).unlink(missing_ok=True)
         store.save(folder / "weights.safetensors", self.model.state_dict())
 
     @classmethod
-    def load(cls, folder: str | Path) -> Bundle:
+    def load(cls, folder: str | Path, *, images: nn.Module | None = None) -> Bundle:
         """Read a bundle.
+
+        Args:
+            images: the network that the run's ``model.images`` of kind `module` was given; its weights are those of the bundle.
 
         Raises:
             BundleError: a part is missing, or the weights are not those of the run: the names are listed.
@@ -110,7 +160,9 @@ class Bundle:
         try:
             run, fitted = config.load(folder / "run.toml"), Fitted.load(folder)
             weights = store.load(folder / "weights.safetensors")
+            fixed = store.load(folder / BACKBONES) if (folder / BACKBONES).exists() else {}
             unsure = LastLayer.load(store.load(folder / UNCERTAINTY)) if (folder / UNCERTAINTY).exists() else None
+            found = Calibrators.load(store.load(folder / CALIBRATION)) if (folder / CALIBRATION).exists() else None
         except Exception as error:
             raise BundleError(f"{folder} cannot be loaded: {error}") from error
         for part in ("features", "tasks", "histories", "fields"):
@@ -118,15 +170,53 @@ class Bundle:
                 raise BundleError(
                     f"{folder}: `{part}` of run.toml and schema.json differ. They are from different runs."
                 )
+        if images is not None:
+            choice = dataclasses.replace(cast(Any, run.model.images), module=images)
+            run = dataclasses.replace(run, model=dataclasses.replace(run.model, images=choice))
         try:
             model = build_trained(run, fitted.schema, weights)
-        except ValueError as error:
+            set_constants(model, fixed)
+        except (ValueError, ImportError) as error:
             raise BundleError(f"{folder}: weights.safetensors does not fit run.toml: {error}") from error
         _check_weights(folder, {k: tuple(v.shape) for k, v in model.state_dict().items()}, weights)
         model.load_state_dict(weights)
         model.eval()
+        if found is not None:
+            try:
+                found.check(digest_of(model), fitted.schema.domains, tuple(t.name for t in fitted.schema.tasks))
+            except ValueError as error:
+                raise BundleError(f"{folder / CALIBRATION}: {error}") from error
         metrics = folder / "metrics.json"
-        return cls(run, fitted, model, json.loads(metrics.read_text()) if metrics.exists() else {}, unsure)
+        return cls(run, fitted, model, json.loads(metrics.read_text()) if metrics.exists() else {}, unsure, found)
+
+
+def constants(model: nn.Module) -> dict[str, Any]:
+    """Kind of feature -> what its backbone is beside the model's own weights: those of a frozen one, how texts become tokens."""
+    found: dict[str, Any] = {}
+    for kind, module in _backbones(model):
+        inner = module.inner if isinstance(module, Frozen) else module
+        weights = inner.state_dict() if isinstance(module, Frozen) else {}
+        found[kind] = {"weights": weights, "rules": getattr(inner, "rules", "")}
+    return found
+
+
+def set_constants(model: nn.Module, found: Mapping[str, Any]) -> None:
+    """Give a model's backbones what `constants` found.  Raises ValueError where it does not fit, or is not there."""
+    for kind, module in _backbones(model):
+        if kind not in found:
+            raise ValueError(f"{BACKBONES} holds nothing of the backbone that reads kind `{kind}`.")
+        inner: Any = module.inner if isinstance(module, Frozen) else module
+        if isinstance(module, Frozen):
+            fill(inner, found[kind]["weights"], BACKBONES)
+        if found[kind]["rules"]:
+            inner.rules = found[kind]["rules"]
+
+
+def _backbones(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(kind of feature, backbone) of a model, or of all models in what a schedule made of it."""
+    for module in model.modules():
+        if isinstance(module, Model):
+            yield from module.backbones.items()
 
 
 def _check_weights(folder: Path, want: Mapping[str, tuple], have: Mapping[str, torch.Tensor]) -> None:
@@ -150,14 +240,30 @@ class Predictor:
     Args:
         bundle: a loaded bundle or its folder.
         folder: where the joined tables and the events of the run are read from now; the run's own folder by default.
+        raw: the model's own probabilities, without the bundle's calibrators.
+        mc_dropout: the mean of so many passes with dropout (`unbraid.mc_dropout`); 0: one pass without.  Calibrators were not
+            fitted to that: ``raw`` is needed where the bundle has some.
+
+    Raises:
+        ValueError: MC-dropout of a model without dropout, or of a calibrated bundle.
     """
 
-    def __init__(self, bundle: Bundle | str | Path, folder: str | Path | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, bundle: Bundle | str | Path, folder: str | Path | None = None, device: str = "cpu", *, raw: bool = False,
+        mc_dropout: int = 0,
+    ) -> None:  # fmt: skip
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         data = self.bundle.run.data
         self.data = data if folder is None else dataclasses.replace(data, folder=str(Path(folder).resolve()))
         self.device = device
-        self.bundle.model.to(device)
+        self.model = self.bundle.model.to(device)
+        self.calibrators = None if raw else self.bundle.calibrators
+        if mc_dropout:
+            if self.calibrators is not None:
+                raise ValueError(
+                    "The bundle's calibrators were fitted without MC-dropout. Use `raw` (`--raw`) with it."
+                )
+            self.model = McDropout(self.bundle.model, self.schema, mc_dropout)
 
     @property
     def schema(self) -> Schema:
@@ -173,6 +279,28 @@ class Predictor:
             tables: tables in memory instead of files, by the name that the run uses.
             hidden: keep each task's hidden vectors, too.
         """
+        return self._calibrated(self._scores(rows, tables, hidden))
+
+    def split_scores(self, split: str, tables: Tables | None = None, *, hidden: bool = False, most: int = 0) -> Scores:
+        """Logits and labels of a split of the run's own data (``train``, ``valid`` or ``test``).
+
+        Args:
+            tables, hidden: as of `scores`.
+            most: at most so many rows, evenly spaced; 0: all.
+        """
+        encoded = Encoded(encode(self.data, tables=tables, fitted=self.bundle.fitted))
+        attach(encoded, self.model, device=self.device)
+        rows = encoded.split(split)
+        if most and len(rows) > most:
+            rows = rows[np.arange(most) * len(rows) // most]
+        batches = encoded.in_order(rows, EVALUATION_ROWS)
+        return self._calibrated(predict(self.model, batches, encoded.schema, hidden=hidden, device=self.device))
+
+    def _calibrated(self, scores: Scores) -> Scores:
+        return scores if self.calibrators is None else self.calibrators.apply(scores)
+
+    def _scores(self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None, hidden: bool) -> Scores:
+        """`scores` before any calibrator."""
         if isinstance(rows, str | Path):
             if not Path(rows).exists():
                 raise DataError(f"There is no file or folder {rows}.")
@@ -180,8 +308,9 @@ class Predictor:
         with tempfile.TemporaryDirectory(prefix="unbraid-") as place:
             encode_query(self.data, rows.lazy(), self.bundle.fitted, Path(place), tables=tables)
             encoded = Encoded(Path(place))
+            attach(encoded, self.model, keep=False, device=self.device)
             batches = encoded.in_order(encoded.split("all"), 4 * self.bundle.run.training.batch_size)
-            return predict(self.bundle.model, batches, self.bundle.fitted.schema, hidden=hidden, device=self.device)
+            return predict(self.model, batches, self.bundle.fitted.schema, hidden=hidden, device=self.device)
 
     def _known(self, tables: Tables | None) -> dict[str, Any]:
         """Column -> type of the ids that training knew."""
@@ -191,16 +320,18 @@ class Predictor:
     def beliefs(
         self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None
     ) -> tuple[Scores, dict[str, Belief]]:
-        """The rows' scores, and how unsure the model is: binary and real task -> belief about its logits.
+        """The rows' scores, and how unsure the model is: binary and real task -> belief about its logits before calibration.
 
         Raises:
             UncertaintyError: the bundle has no uncertainty, or that of other weights.
         """
         if self.bundle.uncertainty is None:
             raise UncertaintyError(f"The bundle holds no uncertainty. Make it from the training rows: {FITS}.")
+        if isinstance(self.model, McDropout):
+            raise UncertaintyError("MC-dropout has no last layer to be unsure about. Use one of the two.")
         self.bundle.uncertainty.check(self.bundle.model)
-        scores = self.scores(rows, tables, hidden=True)
-        return scores, self.bundle.uncertainty.beliefs(scores)
+        scores = self._scores(rows, tables, True)
+        return self._calibrated(scores), self.bundle.uncertainty.beliefs(scores)
 
     def predict(
         self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None, *,
@@ -211,14 +342,14 @@ class Predictor:
         Args:
             explore: `unbraid.uncertainty.explore.Thompson` or ``UCB``: also ``TASK_explore``, the prediction by the logit
                 that it chooses, and ``TASK_sd``.
-            uncertainty: also ``TASK_sd``, the standard deviation of the logit (of a real task: of the value).
+            uncertainty: also ``TASK_sd``, the standard deviation of the logit before calibration (of a real task: of the value).
 
         Raises:
             UncertaintyError: see `beliefs`; or another task has the name of such a column.
         """
         if explore is None and not uncertainty:
             return as_frame(self.scores(rows, tables), self.schema)
-        return explained(*self.beliefs(rows, tables), self.schema, explore)
+        return explained(*self.beliefs(rows, tables), self.schema, explore, self.calibrators)
 
 
 def as_frame(scores: Scores, schema: Schema) -> pl.DataFrame:
@@ -237,14 +368,21 @@ def as_frame(scores: Scores, schema: Schema) -> pl.DataFrame:
 
 
 def explained(
-    scores: Scores, beliefs: Mapping[str, Belief], schema: Schema, explore: Exploration | None = None
-) -> pl.DataFrame:
-    """`as_frame`, and ``TASK_sd`` (and ``TASK_explore``) of every task with a belief.  Raises UncertaintyError."""
+    scores: Scores, beliefs: Mapping[str, Belief], schema: Schema, explore: Exploration | None = None,
+    calibrators: Calibrators | None = None,
+) -> pl.DataFrame:  # fmt: skip
+    """`as_frame`, and ``TASK_sd`` (and ``TASK_explore``) of every task with a belief.  Raises UncertaintyError.
+
+    Args:
+        calibrators: what turned the logits that beliefs are about into those of ``scores``; chosen logits go the same way.
+    """
     frame, columns = as_frame(scores, schema), {}
     for name, belief in beliefs.items():
         columns[f"{name}_sd"] = np.sqrt(belief.variance)
         if explore is not None:
             chosen = explore(belief, requests(scores))
+            if calibrators is not None:
+                chosen = calibrators.logits(name, chosen, scores.domain, scores.domains)
             columns[f"{name}_explore"] = sigmoid(chosen) if schema.task(name).kind == "binary" else chosen
     if clash := sorted(set(columns) & set(frame.columns)):
         raise UncertaintyError(f"Column {', '.join(clash)} would be a task's and an uncertainty's. Rename the task.")
@@ -269,10 +407,45 @@ def with_uncertainty(
         )
     predictor = Predictor(bundle, folder)
     encoded = Encoded(encode(predictor.data, tables=tables, fitted=bundle.fitted))
+    attach(encoded, bundle.model)
     rows = np.sort(np.concatenate([encoded.split(name) for name in trained_splits(bundle.run)]))
     batches = encoded.in_order(rows, 4 * bundle.run.training.batch_size)
     scored = (predict(bundle.model, [batch], encoded.schema, hidden=True) for batch in batches)
     return dataclasses.replace(bundle, uncertainty=fit(bundle.model, scored, encoded.schema, prior))
+
+
+def with_classes(bundle: Bundle, task: str, names: Sequence[str], vectors: torch.Tensor) -> Bundle:
+    """The bundle with further classes of a task, which training never saw: rows of its head's vectors, and nothing else.
+
+    Args:
+        task: one with vectors of classes (``model.classes``); names: of the new classes, as labels are written; vectors: (n, d).
+
+    Raises:
+        BundleError: there are several models, or the task has no vectors of classes, or already such a class; the vectors are
+            not one per name, of another width, not finite, or zeros.
+    """
+    head = (
+        bundle.model.heads[task_key(task)]
+        if isinstance(bundle.model, Model) and task in bundle.run.model.classes
+        else None
+    )
+    if not isinstance(head, ClassHead):
+        raise BundleError(f"Task `{task}` of this bundle has no vectors of classes in one model: see `model.classes`.")
+    schema = bundle.fitted.schema
+    known = schema.classes[task]
+    if twice := sorted({name for name in names if name in known or list(names).count(name) > 1}):
+        raise BundleError(f"Task `{task}`: new classes should differ from all others. Found {twice[:5]}.")
+    if len(names) != len(vectors):
+        raise BundleError(f"There should be one vector per name. Found {len(names)} names and {len(vectors)} vectors.")
+    model = copy.deepcopy(cast(Model, bundle.model))
+    try:
+        cast(ClassHead, model.heads[task_key(task)]).add(vectors)
+    except ValueError as error:
+        raise BundleError(f"Task `{task}`: {error}") from error
+    model.schema = dataclasses.replace(schema, classes={**schema.classes, task: (*known, *names)})
+    fitted = dataclasses.replace(bundle.fitted, schema=model.schema)
+    # what is known of other tasks' last layers is known of these very weights
+    return dataclasses.replace(bundle, fitted=fitted, model=model, uncertainty=None, calibrators=None)
 
 
 def trained_splits(run: config.Run) -> tuple[str, ...]:
@@ -303,7 +476,9 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
             raise BundleError(
                 f"Task `{name}` has classes {classes}; the bundle to start from has {old.fitted.schema.classes[name]}."
             )
-    by_code = hasattr(model.tower, "reads_domain") or any(getattr(m, "reads_domain", False) for m in model.extra_heads.values())
+    by_code = hasattr(model.tower, "reads_domain") or any(
+        getattr(m, "reads_domain", False) for m in model.extra_heads.values()
+    )
     if by_code and fitted.schema.domains != old.fitted.schema.domains:
         raise BundleError(
             "Tables or weights per domain can start only from a bundle with the same domains in the same order."
@@ -351,7 +526,9 @@ def _same_place(key: str, new: Schema, old: Schema) -> str:
     """A per-domain head's name in the old model: its domain may have had another code there."""
     if not key.startswith("heads."):
         return key
-    parts = next(name for name in (".linears.", ".towers.") if name in key)
+    parts = next((name for name in (".linears.", ".towers.") if name in key), "")
+    if not parts:
+        return key
     head, _, rest = key.partition(parts)
     code, _, part = rest.partition(".")
     name = new.domains[int(code)]  # one head for all domains is number 0 in both

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from unbraid.cli_calibrate import calibrate
 from unbraid.cli_data import prepare
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Change a value: `--set training.epochs=2`. Repeat it.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Without the bundle's calibrators.")]
+Passes = Annotated[int, typer.Option("--mc-dropout", help="Mean of so many passes with dropout. [default: 0, off]")]
 
 
 def _version(asked: bool) -> None:
@@ -215,6 +218,8 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     folder: Annotated[Path | None, typer.Option(help="Read the run's tables from this folder.")] = None,
+    raw: Raw = False,
+    mc_dropout: Passes = 0,
     as_json: AsJson = False,
 ) -> None:
     """Metrics of a bundle, per task and domain, with intervals."""
@@ -226,7 +231,7 @@ def evaluate(
         if split not in SPLITS:
             raise ValueError(f"--split should be one of {', '.join(SPLITS)}. Found {split}.")
         loaded = Bundle.load(bundle)
-        metrics = evaluate_bundle(loaded, split=split, rows=rows, folder=folder)
+        metrics = evaluate_bundle(loaded, split=split, rows=rows, folder=folder, raw=raw, mc_dropout=mc_dropout)
     except (ValueError, OSError, JobError) as error:
         fail(error)
     if rows is None and split != "train" and split in trained_splits(loaded.run):
@@ -260,6 +265,8 @@ def predict(
     others: Annotated[
         list[Path] | None, typer.Option("--with", help="Another bundle: an ensemble predicts. Repeat it.")
     ] = None,
+    raw: Raw = False,
+    mc_dropout: Passes = 0,
 ) -> None:
     """Predict rows: Parquet in, Parquet out.  Histories come from the run's event tables, strictly before each row."""
     from unbraid.bundle import Predictor
@@ -270,7 +277,8 @@ def predict(
         if out.suffix != ".parquet":
             raise ValueError(f"--out should be a .parquet file. Found {out}.")
         policy, note = exploration(explore, strength, share, seed)
-        predictor = Ensemble([bundle, *others], folder) if others else Predictor(bundle, folder)
+        members = [Predictor(one, folder, raw=raw, mc_dropout=mc_dropout) for one in (bundle, *(others or ()))]
+        predictor = Ensemble(members) if others else members[0]
         predictions = predictor.predict(rows, explore=policy, uncertainty=uncertainty)
         write_predictions(rows, predictions, out, predictor.data)
     except (ValueError, OSError, JobError) as error:
@@ -322,6 +330,9 @@ def uncertainty(
     print(f"{bundle / UNCERTAINTY}: observed rows {rows}")
 
 
+app.command()(calibrate)
+
+
 @app.command()
 def recipe(name: Annotated[str, typer.Argument(help="See `unbraid recipes`.")], settings: Settings = None) -> None:
     """Print a recipe's run file."""
@@ -349,17 +360,30 @@ def recipes(as_json: AsJson = False) -> None:
 
 @app.command()
 def init(
-    data: Annotated[Path, typer.Argument(help="A Parquet or CSV file, or a folder of them.")],
-    label: Annotated[list[str], typer.Option(help="A label column. Repeat it for several tasks.")],
+    data: Annotated[Path, typer.Argument(help="A Parquet or CSV file, or a folder of them, or of pictures.")],
+    label: Annotated[
+        list[str] | None, typer.Option(help="A label column. Repeat it for several tasks. Pictures need none.")
+    ] = None,
     user: Annotated[str, typer.Option(help="User column (guessed if empty).")] = "",
     time: Annotated[str, typer.Option(help="Time column (guessed if empty).")] = "",
-    domain: Annotated[str, typer.Option(help="Domain (scenario) column.")] = "",
+    domain: Annotated[
+        str,
+        typer.Option(
+            help="Domain (scenario) column. Of pictures: `folder`, even if folders are called train and test."
+        ),
+    ] = "",
 ) -> None:
-    """Look at the columns and print a commented run file."""
+    """Look at the columns and print a commented run file; of a folder of pictures also write the table of its rows."""
     from unbraid.data.infer import infer
+    from unbraid.data.pictures import first_run, is_tree
 
     try:
-        print(infer(data, label, user=user, time=time, domain=domain), end="")
+        if not label and is_tree(data):
+            text, found = first_run(data, domain == "folder")
+            print("\n".join(found), file=sys.stderr)
+        else:
+            text = infer(data, label or [], user=user, time=time, domain=domain)
+        print(text, end="")
     except (ValueError, OSError) as error:
         fail(error)
 

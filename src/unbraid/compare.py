@@ -132,6 +132,7 @@ def compare(
         "reference": against or runs[0].name, "seeds": seeds, "replicates": replicates,
         "budget": {run.name: budget_of(run) for run in runs},
         "cost": {name: _cost(each) for name, each in costs.items()},
+        "oracle": [run.name for run in runs if run.selection is not None and run.selection.oracle],
         **tabulate(with_means(found, metric), against or runs[0].name, metric),
     }  # fmt: skip
     store.write_text(out / "compare.json", json.dumps(comparison, indent=1))
@@ -181,6 +182,8 @@ def budget_of(run: config.Run) -> dict[str, Any]:
     """What decides how long a run trains: keys of `training` that its schedule reads, and the schedule's own."""
     schedule = run.schedule
     found = {key: getattr(run.training, key) for key in SAME_BUDGET if key not in getattr(schedule, "unread", ())}
+    if run.selection is not None:
+        found["selection"] = run.selection.kind
     return found | {f"schedule.{key}": getattr(schedule, key) for key in getattr(schedule, "budget", ())}
 
 
@@ -217,7 +220,7 @@ def _try_to_build(run: config.Run, tables: Tables | None, watcher: Watcher) -> N
         return  # its vocabularies grow from a bundle's
     try:
         encoded = Encoded(encode(run.data, tables=tables, progress=watcher.stage))
-        check_labels(bound_terms(run, encoded.schema, build(run, encoded.schema)), encoded)
+        check_labels(bound_terms(run, encoded.schema, build(run, encoded.schema)), encoded, run.training.mix)
     except (ValueError, JobError) as error:
         raise JobError(f"Run `{run.name}`: {error}") from error
 

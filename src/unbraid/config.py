@@ -20,6 +20,21 @@ import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
+from unbraid.augmentations.image import Image
+from unbraid.augmentations.tabular import Tabular
+from unbraid.backbones.efficientnet_lite0 import EfficientNetLite0
+from unbraid.backbones.frozen import located
+from unbraid.backbones.given import Given
+from unbraid.backbones.minilm import MiniLM
+from unbraid.backbones.open_clip_models import OpenClip, OpenClipText
+from unbraid.backbones.small_conv import SmallConv
+from unbraid.backbones.timm_models import Timm
+from unbraid.backbones.torchvision_models import Torchvision
+from unbraid.calibration.binning import Histogram, Isotonic
+from unbraid.calibration.cpcs import CPCS
+from unbraid.calibration.scaling import Matrix, Temperature, Vector
+from unbraid.calibration.transcal import TransCal
+from unbraid.class_head import ClassFile, require_tasks
 from unbraid.data.source import Data, bundled
 from unbraid.encoders.attention import TargetAttention
 from unbraid.encoders.dare import DARE
@@ -45,10 +60,18 @@ from unbraid.interactions.flat import Flat
 from unbraid.interactions.fm import FM, FwFM
 from unbraid.interactions.gwpfm import GwPFM
 from unbraid.interactions.inner_product import InnerProduct
+from unbraid.losses.cdan import CDAN, Conditional
 from unbraid.losses.domain_adversary import DomainAdversary, DomainClassifier
+from unbraid.losses.dst import DST, DSTHeads
+from unbraid.losses.entropy import Entropy
 from unbraid.losses.esmm import ESMM
+from unbraid.losses.fixmatch import FixMatch
+from unbraid.losses.flexmatch import FlexMatch
 from unbraid.losses.focal import Focal
 from unbraid.losses.history import HistoryLoss
+from unbraid.losses.margin import Margin
+from unbraid.losses.mcc import MCC
+from unbraid.losses.pseudo_label import PseudoLabel
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads, require_encoders
@@ -56,8 +79,10 @@ from unbraid.optim.adatask import AdaTask
 from unbraid.optim.aggregated import AggregatedUpdate
 from unbraid.optim.arml import ARML
 from unbraid.optim.auto_lambda import AutoLambda
+from unbraid.optim.beta_average import BetaAverage
 from unbraid.optim.cagrad import CAGrad
 from unbraid.optim.dwa import DWA
+from unbraid.optim.ema import EMA
 from unbraid.optim.gcs import GCS
 from unbraid.optim.gradnorm import GradNorm
 from unbraid.optim.gradvac import GradVac
@@ -78,14 +103,22 @@ from unbraid.optim.mgda import MGDA
 from unbraid.optim.nash_mtl import NashMTL
 from unbraid.optim.ol_aux import OLAUX
 from unbraid.optim.rlw import RLW
+from unbraid.optim.uniform_average import UniformAverage
 from unbraid.optim.uw import UW
 from unbraid.optim.weighted import WeightedUpdate
+from unbraid.optim.wise_ft import WiSEFT
 from unbraid.schedules.d_train import DTrain
 from unbraid.schedules.fork_merge import ForkMerge
 from unbraid.schedules.individual import Individual
 from unbraid.schedules.one_stage import OneStage
 from unbraid.schedules.online import Online
 from unbraid.schedules.post_train import PostTrain
+from unbraid.selection.dev import DEV
+from unbraid.selection.entropy import TargetEntropy
+from unbraid.selection.iwv import IWV
+from unbraid.selection.mcc import TargetConfusion
+from unbraid.selection.oracle import Oracle
+from unbraid.selection.snd import SND
 from unbraid.towers.aitm import AITM
 from unbraid.towers.ame import AME
 from unbraid.towers.experts import MMoE, OMoE
@@ -103,12 +136,21 @@ kind = Field(discriminator="kind")
 HistoryChoice = Annotated[Mean | TargetAttention | DIN | DARE | TWIN | TIN | SIM | ETA | SDIM | TWINV2, kind]
 NumberChoice = Annotated[Standardise | Quantile | Piecewise | Periodic | Numeral, kind]
 VectorChoice = Annotated[Raw | Projected | Hashed | Similarity, kind]
+ImageChoice = Annotated[SmallConv | EfficientNetLite0 | Torchvision | Timm | OpenClip | Given, kind]
+TextChoice = Annotated[MiniLM | OpenClipText, kind]
 InteractionChoice = Annotated[Flat | Cross | FM | FwFM | GwPFM | InnerProduct, kind]
 TowerChoice = Annotated[
     SharedBottom | MMoE | STEM | OMoE | PLE | AITM | SingleTask | MultiEmbedding | AME | STEMAL | STAR, kind
 ]
-TermChoice = Annotated[Supervised | ESMM | HistoryLoss | Ranking | Focal | DomainAdversary, kind]
-ExtraHeadChoice = DomainClassifier
+TermChoice = Annotated[
+    Supervised | ESMM | HistoryLoss | Ranking | Focal | Margin | DomainAdversary
+    | PseudoLabel | FixMatch | FlexMatch | DST | MCC | Entropy | CDAN,
+    kind,
+]  # fmt: skip
+ExtraHeadChoice = Annotated[DomainClassifier | DSTHeads | Conditional, kind]
+AugmentChoice = Annotated[Tabular | Image, kind]
+SelectionChoice = Annotated[IWV | DEV | SND | TargetEntropy | TargetConfusion | Oracle, kind]
+AverageChoice = Annotated[BetaAverage | EMA | UniformAverage | WiSEFT, kind]
 WeightingChoice = Annotated[UW | DWA | RLW | IMTLL | AutoLambda, kind]
 AggregatorChoice = Annotated[
     PCGrad | MGDA | IMTLG | UPGrad | DualProj | AlignedMTL | FairGrad | RandomWeights | ConFIG | GradDrop
@@ -149,6 +191,9 @@ class Aggregated(Joint):
 
 UpdateChoice = Annotated[Joint | AdaTask | Weighted | Aggregated, kind]
 ScheduleChoice = Annotated[OneStage | Online | ForkMerge | DTrain | Individual | PostTrain, kind]
+CalibratorChoice = Annotated[
+    Temperature | Vector | Matrix | Histogram | Isotonic | CPCS | TransCal, kind
+]  # `unbraid calibrate`
 
 
 class RunError(ValueError):
@@ -180,6 +225,9 @@ class ModelChoice:
     vectors: VectorChoice = dataclasses.field(default_factory=Raw)
     history_of: dict[str, HistoryChoice] = dataclasses.field(default_factory=dict)
     extra_heads: tuple[ExtraHeadChoice, ...] = ()
+    classes: dict[str, ClassFile] = dataclasses.field(default_factory=dict)
+    images: ImageChoice | None = None
+    texts: TextChoice | None = None
 
     def __post_init__(self) -> None:
         if self.experts and self.interaction != Flat():
@@ -191,10 +239,11 @@ class ModelChoice:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything that a training run is: data, model, losses, update, schedule, training, seed.
+    """Everything that a training run is: data, model, losses, update, schedule, views of rows, training, seed.
 
     ``baseline`` names the columns of the target-encoding baseline: id features, ``user``, ``domain``; empty means all.
     ``init`` is a bundle to start from: its vocabulary's values stay, its weights are copied; empty means none.
+    ``selection`` judges the model at its looks at the validation split in the place of ``training.metric``.
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
@@ -207,6 +256,9 @@ class Run:
     losses: tuple[TermChoice, ...] = (Supervised(),)
     update: UpdateChoice = dataclasses.field(default_factory=Joint)
     schedule: ScheduleChoice = dataclasses.field(default_factory=OneStage)
+    augment: AugmentChoice | None = None
+    average: AverageChoice | None = None
+    selection: SelectionChoice | None = None
     training: Training = dataclasses.field(default_factory=Training)
 
     def __post_init__(self) -> None:
@@ -216,6 +268,11 @@ class Run:
             raise ValueError(f"Parameter `seed` should not be negative. Found {self.seed}.")
         require_features(self.data.features, "number", self.model.numbers_of, "model.numbers_of")
         require_encoders(self.data.histories, self.model.history, self.model.history_of)
+        require_tasks(self.data.tasks, self.model.classes)
+        for need, choice in (("image", self.model.images), ("text", self.model.texts)):
+            if (choice is None) == any(f.kind == need for f in self.data.features):
+                what = "has no backbone" if choice is None else "reads nothing"
+                raise ValueError(f"`model.{need}s` {what}: features of kind `{need}` and `model.{need}s` go together.")
         paired = {name for pair in getattr(self.model.vectors, "pairs", ()) for name in pair}
         require_features(self.data.features, "vector", paired, "model.vectors.pairs")
         if self.model.heads.unknown == "root" and not getattr(self.schedule, "keeps_root", False):
@@ -223,6 +280,17 @@ class Run:
                 f"`model.heads.unknown` is `root`, and schedule `{self.schedule.kind}` keeps no head from before there was one "
                 "per domain. Set `mean` or `error`."
             )
+        if self.average is not None and self.training.patience and not self.average.looks:
+            raise ValueError(
+                f"Average `{self.average.kind}` needs the whole training, which `training.patience` {self.training.patience} "
+                "may stop early. Set `patience` to 0, or use an average that looks are taken by (docs/methods/averages.md)."
+            )
+        if self.selection is not None and not getattr(self.schedule, "selects", False):
+            raise ValueError(
+                f"`selection` chooses among the looks of one training, and schedule `{self.schedule.kind}` has several, which it "
+                "judges by `training.metric`. Set `schedule.kind` to `one_stage`, or leave `selection` out."
+            )
+        require_views(self.losses, self.augment)
         parts = {name: getattr(self, name) for name in ("model", "losses", "update", "schedule")}
         if not self.data.domain and (keys := list(_by_domain(parts))):
             raise ValueError(f"`{'`, `'.join(keys)}` needs domains, and the data declare none: set `data.domain`.")
@@ -230,6 +298,18 @@ class Run:
         allowed = list(dict.fromkeys([*(role for role in ("user", "domain") if getattr(self.data, role)), *ids]))
         if not set(self.baseline) <= set(allowed):
             raise ValueError(f"`baseline` should name columns among {allowed}. Found {list(self.baseline)}.")
+
+
+def require_views(losses: Sequence[Any], augment: Any) -> None:
+    """Raises ValueError where a loss compares views of rows that the run does not make."""
+    for loss in losses:
+        wanted = getattr(loss, "views", "none")
+        if wanted != "none" and augment is None:
+            raise ValueError(f"Loss `{loss.kind}` compares two views of a row: set `augment`, such as kind `tabular`.")
+        if wanted == "all" and augment.of != "all":
+            raise ValueError(
+                f'Loss `{loss.kind}` reads strong views of rows with a label: set `augment.of` to "all". Found "{augment.of}".'
+            )
 
 
 def _by_domain(value: Any, path: str = "") -> Iterator[str]:
@@ -245,8 +325,9 @@ def _by_domain(value: Any, path: str = "") -> Iterator[str]:
 
 
 ADAPTER = TypeAdapter(Run)
-SLOTS = ("model.tower", "model.history", "model.interaction", "model.experts.*.interaction", "model.numbers", "model.vectors", "model.extra_heads.*",
-         "losses.*", "update", "update.weighting", "update.aggregator", "schedule")  # fmt: skip
+SLOTS = ("model.tower", "model.history", "model.interaction", "model.experts.*.interaction", "model.numbers", "model.vectors",
+         "model.images", "model.texts", "model.extra_heads.*", "losses.*", "update", "update.weighting", "update.aggregator",
+         "schedule", "augment", "average", "selection")  # fmt: skip
 
 
 def from_dict(plain: dict[str, Any], where: str = "the run") -> Run:
@@ -278,6 +359,13 @@ def with_base(run: Run, base: Path) -> Run:
     """The run with its folders absolute, so that it means the same from anywhere."""
     if run.init:
         run = dataclasses.replace(run, init=str((base / run.init).resolve()))
+    if run.model.classes:
+        there = {
+            task: dataclasses.replace(given, file=str((base / given.file).resolve()))
+            for task, given in run.model.classes.items()
+        }
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, classes=there))
+    run = dataclasses.replace(run, model=located(run.model, base))
     if bundled(run.data.folder):
         return run
     folder = str((base / run.data.folder).resolve())
@@ -295,7 +383,11 @@ def _plain(value: Any, defaults: bool) -> Any:
         for part in dataclasses.fields(value):
             item = getattr(value, part.name)
             default = part.default_factory() if part.default_factory is not dataclasses.MISSING else part.default
-            if item is None or (not defaults and item == default and part.name != "kind"):
+            if (
+                item is None
+                or isinstance(item, nn.Module)
+                or (not defaults and item == default and part.name != "kind")
+            ):
                 continue
             out[part.name] = _plain(item, defaults)
         return out

@@ -8,7 +8,7 @@ one matrix product of (users, sums) with (users, replicates), not 500 evaluation
   Poisson(1) times instead of multinomially (Chamandy et al., 2012): users become independent and are drawn in blocks.
 * Log-loss, calibration, accuracy, MAE and RMSE are ratios of sums (RMSE its root), gAUC is a ratio once each user's own
   AUC is known, and ECE needs one sum per bin.  NDCG and recall are averages over requests, which nest in users.  All
-  these replicates are exact.
+  these replicates are exact.  Bins of equal weight stay those of the whole sample.
 * AUC is a ratio of sums over *pairs* of rows, and the pairs of two users are weighted by the product of their draws.
   It is replaced by its two-sample linearisation (Hajek projection; DeLong et al., 1988): with V(i) the share of
   negatives below positive i and V(j) the share of positives above negative j,
@@ -54,7 +54,8 @@ def evaluate(
     * binary: ``auc`` (Mann-Whitney, a tie counts half); ``gauc`` (mean of the users' own AUCs, weighted by all rows of
       the user, over users with both classes); ``logloss`` (nats, from logits); ``calibration`` (sum of predictions /
       sum of labels); ``ece`` (15 bins of equal width, closed on the left, of the probability of label 1); ``accuracy``
-      (the prediction is 1 from p = 0.5 on).
+      (the prediction is 1 from p = 0.5 on); ``ece_mass`` (15 bins of equal weight in the order of p, equal p in one bin: where
+      few rows are positive nearly all of them are in the first bin of equal width).
     * with ``meta["request"]`` (negative: no request) also ``ndcg@K`` and ``recall@K`` for K in ``at``: means over the
       requests with at least one positive, each weighted by the mean weight of its rows; gain is 0 or 1; recall divides
       by all positives of the request.  Ties in the score give the expected value over random orders (McSherry and
@@ -343,7 +344,7 @@ def _measure(rows: _Rows, kind: str, at: Sequence[int]) -> _Table:
 
 
 def _binary(rows: _Rows, user: Array, users: int, at: Sequence[int]) -> dict[str, _Metric | str]:
-    names = ["auc", "gauc", "logloss", "calibration", "ece", "accuracy"]
+    names = ["auc", "gauc", "logloss", "calibration", "ece", "ece_mass", "accuracy"]
     if rows.request is not None:
         names += [f"{name}@{k}" for name in ("ndcg", "recall") for k in at]
     if why := _few(int(rows.y.sum()), len(rows.y)):
@@ -360,6 +361,7 @@ def _binary(rows: _Rows, user: Array, users: int, at: Sequence[int]) -> dict[str
         "logloss": _metric(_ratio, np.bincount(user, loss, users), total),
         "calibration": _metric(_ratio, np.bincount(user, w * p, users), np.bincount(user, positive, users)),
         "ece": _ece(p, w * (p - y), user, users, total),
+        "ece_mass": _ece(_below(w, _changes(rows.z)) / w.sum(), w * (p - y), user, users, total),
         "accuracy": _metric(_ratio, np.bincount(user, right, users), total),
     }
     return metrics if rows.request is None else metrics | _ranking(rows, user, users, at)
@@ -399,9 +401,12 @@ def _few(positives: int, rows: int, of: str = "") -> str:
     return f"{positives:,} positives and {rows - positives:,} negatives{of}; at least {LEAST} of each are needed"
 
 
-def _ece(p: Array, gap: Array, user: Array, users: int, total: Array) -> _Metric:
-    """From p (n,) and the weighted p - y (n,).  A user's gaps of one bin add up, the bins' absolute gaps do not."""
-    cell = user * BINS + np.minimum((p * BINS).astype(np.int64), BINS - 1)
+def _ece(place: Array, gap: Array, user: Array, users: int, total: Array) -> _Metric:
+    """From what bins are of, p or its rank, in [0, 1] (n,), and the weighted p - y (n,).
+
+    A user's gaps of one bin add up, the bins' absolute gaps do not.
+    """
+    cell = user * BINS + np.minimum((place * BINS).astype(np.int64), BINS - 1)
     return _metric(_gaps, np.bincount(cell, gap, users * BINS).reshape(users, BINS), total)
 
 
@@ -583,7 +588,7 @@ def lead_metric(found: Iterable[str]) -> str:
 
 def lower_is_better(metric: str) -> bool:
     """Is a smaller value of this metric the better one?"""
-    return metric in ("logloss", "rmse", "mae", "ece")
+    return metric in ("logloss", "rmse", "mae", "ece", "ece_mass")
 
 
 def metric_names(found: Metrics) -> list[str]:

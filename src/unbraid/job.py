@@ -18,9 +18,11 @@ from torch import nn
 
 from unbraid import config, store
 from unbraid.baseline import TargetEncoding
-from unbraid.bundle import Bundle, build, trained_splits, warm_start
+from unbraid.bundle import EVALUATION_ROWS, Bundle, build, trained_splits, warm_start
 from unbraid.data.encode import encode
 from unbraid.data.events import warnings_of
+from unbraid.data.features import attach
+from unbraid.data.mix import Mix
 from unbraid.data.source import Data, Tables, scan_given
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Table
@@ -30,7 +32,7 @@ from unbraid.render import render_markdown
 from unbraid.train import Local, Watcher, predict
 from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores, Term
 
-EVALUATION_ROWS = 16_384
+ORACLE = "reads labels of the target that a model without labels cannot have: its results are no results of adaptation"
 
 
 class JobError(RuntimeError):
@@ -95,16 +97,19 @@ def _train(
         watcher.note("warm start: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if run.training.device == "auto" else run.training.device
     terms = bound_terms(run, schema, model)
-    check_labels(terms, encoded)
+    check_labels(terms, encoded, run.training.mix)
     if run.data.exposure and not any("exposure" in getattr(term, "reads", ()) for term in terms):
         watcher.note("! data.exposure is counted for every row, and no loss reads it: see docs/methods/exposure.md")
     session = Local(
         encoded, terms, run.update, run.training, {t.name: t.weight for t in schema.tasks},
-        run.seed, folder, resume, device, watcher,
+        run.seed, folder, resume, device, watcher, augment=run.augment, average=run.average,
+        selection=run.selection,
     )  # fmt: skip
+    check_selection(run, session)
     model = model.to(device)
+    attach(encoded, model, augment=run.augment, progress=watcher.stage, device=device)
     with contextlib.closing(session):
-        trained = run.schedule(session, model, run.training.total_steps(len(session.rows("train"))))
+        trained = run.schedule(session, model, session.total_steps())
     session.watcher.stage("evaluating", 0, 0)
     scores = predict(trained, encoded.in_order(encoded.split("test"), EVALUATION_ROWS), schema, device=device)
     metrics = measure(run, encoded, trained, scores, session, baseline)
@@ -158,8 +163,8 @@ def _worth(folder: Path) -> bool:
 
 
 WRITES = ("run.toml", "schema.json", "vocabularies", "weights.safetensors", "scores.safetensors", "metrics.json", "report.md",
-          "environment.json", "log.jsonl", "uncertainty.safetensors", "fit-*.safetensors", "schedule-*.safetensors",
-          ".*.unbraid-*")  # fmt: skip
+          "environment.json", "log.jsonl", "uncertainty.safetensors", "calibration.safetensors", "backbones.safetensors",
+          "fit-*.safetensors", "schedule-*.safetensors", ".*.unbraid-*")  # fmt: skip
 
 
 def clear(folder: Path) -> None:
@@ -237,7 +242,15 @@ def _not_given(kind: str, missing: Sequence[str], history: Any, given: Sequence[
         return f"Loss `{kind}` of form `jrc` needs heads with two logits: set `model.heads.two` to true."
     if all(name.startswith("extra_heads.") for name in missing):
         head = missing[0].split(".")[1]
+        if any(name.startswith(f"extra_heads.{head}.") for name in given):
+            return f"Loss `{kind}` and the extra head `{head}` should have the same `of`. Found two."
         return f"Loss `{kind}` needs the extra head `{head}`: add `[[model.extra_heads]]` with kind `{head}`."
+    if all(name.startswith(("heads.vectors.", "heads.scale.")) for name in missing):
+        tasks = sorted({name.split(".", 2)[2] for name in missing})
+        return (
+            f"Loss `{kind}` needs vectors of the classes: set `model.classes.{tasks[0]}`, such as "
+            '{ kind = "file", file = "classes.npz" }.'
+        )
     if not all(name.startswith("history.") for name in missing):
         return f"Loss `{kind}` reads {', '.join(missing)}, which the model does not give. It gives {', '.join(given) or 'none'}."
     if hasattr(history, "auxiliary"):
@@ -251,9 +264,13 @@ def check_declared(terms: Sequence[Term], encoded: Encoded) -> None:
         raise JobError(f"A loss reads the {name} of each row, and the data declare none: set `data.{name}`.")
 
 
-def check_labels(terms: Sequence[Term], encoded: Encoded) -> None:
-    """`check_declared`, and let every ``check`` of a term see how the training labels contradict ``given``.  Raises JobError."""
+def check_labels(terms: Sequence[Term], encoded: Encoded, mix: Mix | None = None) -> None:
+    """`check_declared`, and let every ``check`` of a term see how the training labels contradict ``given``.
+
+    Raises JobError, also when a term teaches rows without a label (its ``unlabelled``) and batches (of ``mix``) have none.
+    """
     check_declared(terms, encoded)
+    check_unlabelled(terms, encoded, mix)
     checks = [term.check for term in terms if hasattr(term, "check")]
     orphans = encoded.orphans(encoded.split("train")) if checks else {}
     try:
@@ -261,6 +278,40 @@ def check_labels(terms: Sequence[Term], encoded: Encoded) -> None:
             check(orphans)
     except ValueError as error:
         raise JobError(str(error)) from error
+
+
+def check_unlabelled(terms: Sequence[Term], encoded: Encoded, mix: Mix | None) -> None:
+    """Raises JobError when terms teach rows without a label of some tasks, and no batch has any."""
+    tasks = {task.name for term in terms for task in getattr(term, "unlabelled", ())}
+    if not tasks or (mix is not None and mix.unlabelled and mix.pool == "all"):
+        return
+    _, observed = encoded.labels(encoded.split("train"))
+    read = torch.stack(list(observed.values())).any(0) if mix is not None and not mix.unlabelled else torch.tensor(True)
+    if not any((read & ~observed[name]).any() for name in tasks):
+        what = "no training row lacks one" if mix is None or mix.unlabelled else "`training.mix.unlabelled` is 0"
+        raise JobError(
+            f"A loss teaches rows without a label of {', '.join(sorted(tasks))}, and {what}. Null the labels that are not to be "
+            'read (`data.withhold`), or give batches such rows with `training.mix` (`unlabelled`, `pool = "all"`).'
+        )
+
+
+def check_selection(run: config.Run, session: Local) -> None:
+    """Raises JobError when the run's selection does not fit its validation rows; says it aloud when it reads hidden labels."""
+    if run.selection is None:
+        return
+    rows = session.rows("valid")
+    batch = session.data.batch(rows, {})
+    labels, observed, meta = (
+        {k: v.numpy() for k, v in part.items()} for part in (batch.labels, batch.observed, batch.meta)
+    )
+    weight = None if batch.weight is None else batch.weight.numpy()
+    plain = Scores({}, {}, labels, observed, batch.domain.numpy(), weight, rows, rows, session.schema.domains, meta)
+    try:
+        run.selection.check(plain, session.schema)
+    except ValueError as error:
+        raise JobError(str(error)) from error
+    if run.selection.oracle:
+        session.watcher.note(f"! selection `{run.selection.kind}` {ORACLE}")
 
 
 def one_class_domains(encoded: Encoded) -> list[str]:
@@ -327,6 +378,8 @@ def measure(
     metrics["lazy tables"] = sorted(name for name, t in own.items() if t.lazy)
     if session.record is not None:
         metrics["schedule"] = session.record
+    if run.selection is not None:
+        metrics["selection"] = {"kind": run.selection.kind, "oracle": run.selection.oracle, **session.best}
     if session.told:
         metrics["weights"] = dict(session.told)
     return metrics
@@ -366,6 +419,10 @@ def report(run: config.Run, metrics: Mapping[str, Any]) -> str:
              + f"; {metrics['seconds']['train']:.0f} s of training; parameters: {metrics['parameters']['tables']:,} in tables, "
              f"{metrics['parameters']['dense']:,} dense.", "", "Test split, 95 % intervals by a bootstrap over users.",
              "", render_markdown(metrics["test"], baseline)]  # fmt: skip
+    if (chosen := metrics.get("selection")) is not None:
+        value = "no look had a value" if chosen["value"] is None else f"step {chosen['step']:,}, {chosen['value']:.4g}"
+        warning = f" **{chosen['kind'].capitalize()}**: it {ORACLE}." if chosen["oracle"] else ""
+        lines.append(f"Selected by `{chosen['kind']}` on the validation split: {value}.{warning}\n")
     if "weights" in metrics:
         found = ", ".join(f"{name} {value:.3g}" for name, value in metrics["weights"].items())
         lines.append(f"Weights of the update {run.update.kind} at the end: {found}.\n")
@@ -381,22 +438,26 @@ def evaluate_bundle(
     rows: Any = None,
     folder: str | Path | None = None,
     tables: Tables | None = None,
+    raw: bool = False,
+    mc_dropout: int = 0,
 ) -> dict[str, Any]:
     """Metrics of a bundle on a split of its data (in ``folder`` now, if given) or on labelled rows of a file or frame.
+
+    Args:
+        raw, mc_dropout: as of `unbraid.bundle.Predictor`.
 
     Raises:
         JobError: no row has a label of any task.
     """
     from unbraid.bundle import Predictor
 
-    predictor = Predictor(bundle, folder)
+    predictor = Predictor(bundle, folder, raw=raw, mc_dropout=mc_dropout)
     if rows is not None:
         scores = predictor.scores(rows, tables)
         _require_labels(scores, rows, bundle.fitted.schema, predictor.data)
-        return evaluate(scores, bundle.fitted.schema, seed=bundle.run.seed)
-    encoded = Encoded(encode(predictor.data, tables=tables, fitted=bundle.fitted))
-    batches = encoded.in_order(encoded.split(split), EVALUATION_ROWS)
-    return evaluate(predict(bundle.model, batches, encoded.schema), encoded.schema, seed=bundle.run.seed)
+    else:
+        scores = predictor.split_scores(split, tables)
+    return evaluate(scores, bundle.fitted.schema, seed=bundle.run.seed)
 
 
 def _require_labels(scores: Scores, rows: Any, schema: Schema, data: Data) -> None:

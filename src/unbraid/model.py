@@ -1,7 +1,8 @@
 """The model: encoders -> views -> interaction -> tower -> heads.
 
 A view is a mapping field -> (B, D).  Every view holds the same fields, read from its own tables, those of number and vector
-encoders included; numbers and vectors that are given as they are, are the same tensors in every view.
+encoders included; numbers and vectors that are given as they are, are the same tensors in every view.  So are the vectors that
+backbones make of pictures and texts: they are read, projected or compared as given vectors are.
 
 A history encoder may give further vectors for *second heads*: one small network per task that predicts it from them alone
 (extras ``history.TASK``), so that a loss can reach every event although the view holds only a few that a search kept.
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from unbraid.class_head import Classes, ClassHead, require_tasks
 from unbraid.encoders.numbers import NumberEncoder, Spread, Standardise, require_features
 from unbraid.encoders.pooling import BagAttention, Mean, pool_bag
 from unbraid.encoders.table import VALUE, Role, Table, Views
@@ -81,7 +83,9 @@ class Model(nn.Module):
             The tower then reads one hidden vector per expert, in this order.
         numbers, vectors: the members of their slots; numbers_of: number feature -> its own member.
         history_of: history -> its own encoder, which reads value tables alone and has no second heads.
+        classes: multiclass task -> vectors of its classes, in the place of a linear head.
         extra_heads: what only losses read, while training (a classifier of domains ...): their outputs are extras.
+        backbones: kind of feature, ``image`` or ``text`` -> what makes vectors of them (`unbraid.types.Backbone`).
     """
 
     def __init__(
@@ -89,7 +93,8 @@ class Model(nn.Module):
         history: Any = None, heads: Heads | None = None, experts: Sequence[Any] = (),
         numbers: NumberEncoder | None = None, numbers_of: Mapping[str, NumberEncoder] | None = None,
         vectors: VectorEncoder | None = None, history_of: Mapping[str, Any] | None = None,
-        extra_heads: Sequence[ExtraHead] = (),
+        extra_heads: Sequence[ExtraHead] = (), classes: Mapping[str, Classes] | None = None,
+        backbones: Mapping[str, nn.Module] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.schema, config = schema, tables or Views()
@@ -114,6 +119,7 @@ class Model(nn.Module):
         self.numbers, self.vectors, self.interactions = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         require_features(schema.features, "number", numbers_of or (), "model.numbers_of")
         plain = {f.name: numbers or Standardise() for f in schema.features if f.kind == "number"}
+        self.vector_widths = vector_widths(schema, backbones or {})
         for view, width in self.embeddings.widths.items():
             self._build_given(view, width, config.std, {**plain, **(numbers_of or {})}, vectors or Raw())
         for view, width in self.embeddings.widths.items():
@@ -138,7 +144,11 @@ class Model(nn.Module):
                                      f"heads.two.{t.name}" if head.two and t.kind == "binary" else "", head)
              for t in schema.tasks}
         )  # fmt: skip
+        self._give_classes(classes or {}, head)
         initialise(self)
+        self.backbones = nn.ModuleDict(
+            dict(backbones or {})
+        )  # after what draws all weights anew: these bring their own
         self.extra_heads = nn.ModuleDict()
         if extra_heads:  # after all else is drawn, which is then what it is without them
             trunk = self._trunk_width()
@@ -183,9 +193,8 @@ class Model(nn.Module):
         """Make the view's encoders of numbers and of given vectors."""
         for name, encoder in numbers.items():
             self.numbers[f"{view_key(view)}/{name}"] = encoder.build(Spread.of(self.schema, name), width, std)
-        given = {f.name: self.schema.widths.get(f.name, 0) for f in self.schema.features if f.kind == "vector"}
-        if given:
-            self.vectors[view_key(view)] = vectors.build(given, width, std)
+        if self.vector_widths:
+            self.vectors[view_key(view)] = vectors.build(self.vector_widths, width, std)
 
     def _build_fields(self, view: str, width: int, encoders: Mapping[str, Any]) -> dict[str, int]:
         """Make the view's history encoders and bag poolers; return its fields and their widths."""
@@ -194,7 +203,7 @@ class Model(nn.Module):
         for f in self.schema.features:
             if f.kind == "number":
                 fields[f.name] = cast(Any, self.numbers[f"{view_key(view)}/{f.name}"]).width
-            elif f.kind == "vector":
+            elif f.name in self.vector_widths:
                 fields |= {f.name: vectors[f.name]} if f.name in vectors else {}
             else:
                 fields[f.name] = width
@@ -221,6 +230,17 @@ class Model(nn.Module):
         if not getattr(tower, "reads_roles", False):
             return tower.build(tasks, names, widths)
         return tower.build(tasks, names, widths, [task.name for task in self.schema.tasks if task.role == "target"])
+
+    def _give_classes(self, classes: Mapping[str, Classes], config: Heads) -> None:
+        """Put heads with given vectors of classes in the place of those tasks' own."""
+        require_tasks(self.schema.tasks, classes)
+        if classes and config.by == "domain":
+            raise ValueError("Vectors of classes are those of all domains. Set `model.heads.by` to `task`.")
+        for task, given in classes.items():
+            head = ClassHead(task, given, self.tower.widths[task], config.hidden, config.dropout)
+            if len(head.vectors) != (count := self.schema.outputs(self.schema.task(task))):
+                raise ValueError(f"Task `{task}` has {count} classes. Found {len(head.vectors)} vectors.")
+            self.heads[task_key(task)] = head
 
     @torch.no_grad()
     def _trunk_width(self) -> int:
@@ -255,13 +275,12 @@ class Model(nn.Module):
     def forward(self, batch: Batch, step: int | None = None) -> Output:
         """What the model says about a batch.  ``step`` is for members whose behaviour depends on training time."""
         out, lookups = self.trunk(batch)
-        logits, hidden, two = {}, {}, {}
+        logits, hidden, two = {}, {}, dict[str, Tensor]()
         for task in self.schema.tasks:
             head = cast(_Head, self.heads[task_key(task.name)])
             found, hidden[task.name] = head(out.tasks[task.name], batch.domain, batch.observed[task.name])
-            for name in head.gives:
-                two[name], found = found, found[:, 1] - found[:, 0]
-            logits[task.name] = found
+            logits[task.name], more = head.finish(found)
+            two |= more
         output = Output(logits, hidden, out.shared, {**out.extras, **two}, lookups)
         if not (self.training and len(self.extra_heads)):
             return output
@@ -370,17 +389,28 @@ class Model(nn.Module):
         self, batch: Batch, rows: Mapping[tuple[str, str], Mapping[str, Rows]], second: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """expert -> (B, width), in the tower's order; what only second heads read goes into ``second``."""
-        fields = {view: self._fields(view, batch, rows, second) for view in self.embeddings.widths}
+        given = self._vectors(batch)
+        fields = {view: self._fields(view, batch, rows, second, given) for view in self.embeddings.widths}
         return {name: self.interactions[view_key(name)](fields[view]) for name, view in self.experts.items()}
 
+    def _vectors(self, batch: Batch) -> dict[str, Tensor]:
+        """feature -> (B, D), of given vectors, pictures and texts; those of a backbone may be remembered, and come as vectors."""
+        found: dict[str, Tensor] = {}
+        for f in self.schema.features:
+            if f.name in self.vector_widths:
+                value = cast(Tensor, batch.features[f.name])
+                read = f.has_content and not (value.dim() == 2 and value.is_floating_point())
+                found[f.name] = self.backbones[f.kind](value) if read else value
+        return found
+
     def _fields(
-        self, view: str, batch: Batch, rows: Mapping[tuple[str, str], Mapping[str, Rows]], second: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+        self, view: str, batch: Batch, rows: Mapping[tuple[str, str], Mapping[str, Rows]], second: dict[str, Tensor],
+        given: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:  # fmt: skip
         """field -> (B, D) of one view; what only second heads read goes into ``second``."""
         fields: dict[str, Tensor] = {}
         values = rows[view, "value"]
         if len(self.vectors):
-            given = {f.name: batch.features[f.name] for f in self.schema.features if f.kind == "vector"}
             fields |= self.vectors[view_key(view)](given)
         for f in self.schema.features:
             value = batch.features[f.name]
@@ -409,6 +439,19 @@ class Model(nn.Module):
             read = torch.cat([second[key] for key, _ in self._second_of(task.name)], 1)
             extras[f"history.{task.name}"] = self.second[task_key(task.name)](read)
         return extras
+
+
+def vector_widths(schema: Schema, backbones: Mapping[str, nn.Module]) -> dict[str, int]:
+    """feature -> D, of vectors, pictures and texts.  Raises ValueError for a feature that no backbone reads."""
+    found = {}
+    for f in schema.features:
+        if f.has_content and f.kind not in backbones:
+            raise ValueError(
+                f"Feature `{f.name}` is of kind `{f.kind}`, and no backbone reads it: set `model.{f.kind}s`."
+            )
+        if f.has_content or f.kind == "vector":
+            found[f.name] = cast(Any, backbones[f.kind]).width if f.has_content else schema.widths.get(f.name, 0)
+    return found
 
 
 def require_encoders(histories: Sequence[History], encoder: Any, history_of: Mapping[str, Any]) -> None:
@@ -546,6 +589,10 @@ class _Head(nn.Module):
         if self._averages and len(self.towers):
             logits = self._with_means(logits, hidden, domain)
         return (logits.squeeze(1) if self.outputs == 1 else logits), below
+
+    def finish(self, found: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and the extras that the head gives."""
+        return (found[:, 1] - found[:, 0], {name: found for name in self.gives}) if self.gives else (found, {})
 
     @property
     def _averages(self) -> bool:

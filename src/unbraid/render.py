@@ -191,6 +191,8 @@ def budget(found: Metrics) -> str:
 def remarks(found: Metrics, domains: bool) -> list[str]:
     """What a reader of the tables should know of this comparison, one sentence each."""
     lines = []
+    if found.get("oracle"):
+        lines.append(f"Oracle: {', '.join(found['oracle'])}: selected by labels of the target, a bound and no result.")
     if found["seeds"] == 1:
         lines.append("One seed: training noise is not known and not in the intervals.")
     cells = [(task, domain, at) for task, parts in found["values"].items() for domain, at in parts.items()]
@@ -245,7 +247,8 @@ def _compared(found: Metrics, task: str, domain: str, named: bool) -> list[list[
     lines = []
     for name, metrics in at["runs"].items():
         value = metrics[at["metric"]]
-        line = [label, name, _number(value["mean"]), _number(value["sd"])]
+        shown = f"{name} (oracle)" if name in found.get("oracle", ()) else name
+        line = [label, shown, _number(value["mean"]), _number(value["sd"])]
         if name in differences:
             lines.append([*line, *_difference(differences[name])])
         else:

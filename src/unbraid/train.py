@@ -20,9 +20,26 @@ import torch
 from torch import Tensor, nn
 
 from unbraid import store
+from unbraid.data.mix import Mix, Of, Parts, batches
 from unbraid.data.table import Encoded, Read, order, prefetch, steps_per_epoch
 from unbraid.evaluate import evaluate, lower_is_better
-from unbraid.types import FORBID, NO_DOMAIN, Batch, Course, Look, Losses, Output, Schema, Scores, State, Term, Update
+from unbraid.optim.averaging import Average, Running, remeasure
+from unbraid.types import (
+    FORBID,
+    NO_DOMAIN,
+    Augmentation,
+    Batch,
+    Course,
+    Look,
+    Losses,
+    Output,
+    Schema,
+    Scores,
+    Selection,
+    State,
+    Term,
+    Update,
+)
 
 Callback = Callable[[int, Batch, Mapping[str, Tensor]], bool]  # (steps done, batch, losses) -> stop?
 
@@ -34,11 +51,13 @@ class Training:
     Args:
         batch_size: rows per step; epochs: passes over the training rows; steps: instead of epochs, when above 0.
         evaluate_every: steps between evaluations on the validation split; 0 is once per epoch.
-        metric: what early stopping and the kept weights go by: a metric averaged over target tasks (``auc``,
-            ``logloss``, ``rmse`` ...), or ``TASK.metric``.
+        metric: what early stopping and the kept weights go by, without a ``selection``: a metric averaged over target tasks
+            (``auc``, ``logloss``, ``rmse`` ...), or ``TASK.metric``.
         patience: stop after so many evaluations without a better value; the best weights are kept.  0: train to the end
             and keep the last weights.
         checkpoint_seconds, checkpoint_steps: write a checkpoint so often (0: not by that measure).
+        mix: rows with and without labels in fixed numbers per batch (`unbraid.data.mix.Mix`); ``batch_size`` counts those with
+            a label, and an epoch is one pass over these.  None: all training rows as they come.
         device: where to train; ``auto`` is CUDA when there is one.
         threads: of torch on the CPU; 0 leaves its own choice.  Small models gain little from a second thread, and on a
             machine whose cores are busy two threads can be ten times slower than one.
@@ -53,6 +72,7 @@ class Training:
     patience: int = 0
     checkpoint_seconds: float = 60.0
     checkpoint_steps: int = 0
+    mix: Mix | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
 
@@ -70,7 +90,7 @@ class Training:
 
 
 def fit(
-    model: nn.Module, batches: Iterator[Batch], terms: Sequence[Term], update: Update, *,
+    model: nn.Module, batches: Iterator[Batch], terms: Sequence[Term], update: Callable[[Losses, Output], None], *,
     steps: int, start: int = 0, callbacks: Sequence[Callback] = (),
 ) -> int:  # fmt: skip
     """Train from step ``start`` until ``steps`` steps are done or a callback says stop.  Returns the steps done."""
@@ -181,6 +201,10 @@ class Local:
     calls: int = 0
     record: Mapping[str, Any] | None = None  # what the schedule kept
     told: Mapping[str, float] = field(default_factory=dict)  # the last update's own weights, where it has some
+    augment: Augmentation | None = None  # views of training rows
+    average: Average | None = None  # of the weights of each call
+    selection: Selection | None = None  # what judges at the looks, in the place of the metric
+    best: Mapping[str, Any] = field(default_factory=dict)  # the last call's best look: value, step
     _cache: dict[str, np.ndarray] = field(default_factory=dict)
     _workers: Any = None  # processes of `fit_apart`
 
@@ -197,7 +221,8 @@ class Local:
     @property
     def look(self) -> Look:
         """How the run looks at the validation split, unless a call says otherwise."""
-        return Look(patience=self.training.patience, keep_best=self.training.patience > 0)
+        chooses = self.training.patience > 0 or self.selection is not None
+        return Look(patience=self.training.patience, keep_best=chooses)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -241,6 +266,20 @@ class Local:
     def steps_of(self, rows: int, epochs: int) -> int:
         """Steps in which ``fit`` with ``stream`` reads so many rows ``epochs`` times, each row as often."""
         return epochs * steps_per_epoch(rows, self.training.batch_size, whole=True)
+
+    def parts(self, rows: np.ndarray) -> Parts | None:
+        """What batches of training rows are made of; None: they are taken as they come.  Raises ValueError as `Mix.parts`."""
+        if self.training.mix is None:
+            return None
+        _, observed = self.data.labels(rows)
+        labelled = torch.stack(list(observed.values())).any(0).numpy()
+        return self.training.mix.parts(rows, labelled, self.column("domain", rows), self.training.batch_size)
+
+    def total_steps(self) -> int:
+        """Steps of the run's training."""
+        rows = self.rows("train")
+        parts = self.parts(rows)
+        return self.training.total_steps(len(rows) if parts is None else parts.rows)
 
     def keep(self, record: Mapping[str, Any]) -> None:
         """What the schedule found on its way (plain values), for ``metrics.json``."""
@@ -317,13 +356,14 @@ class Local:
         return [term for term in self.terms if gives is None or set(getattr(term, "needs", ())) <= set(gives)]
 
     def score(
-        self, model: nn.Module, split: str = "valid", rows: np.ndarray | None = None, read: Read | None = None
+        self, model: nn.Module, split: str = "valid", rows: np.ndarray | None = None, read: Read | None = None,
+        hidden: bool = False,
     ) -> Scores:  # fmt: skip
-        """Predictions on a split, or on some of its rows (row numbers); ``read`` as in `fit`."""
+        """Predictions on a split, or on some of its rows (row numbers); ``read`` as in `fit`, ``hidden`` as in `predict`."""
         allowed = self.rows(split)
         chosen = allowed if rows is None else _inside(np.unique(rows), allowed)
         batches = self.data.in_order(chosen, 4 * self.training.batch_size, read)
-        return predict(model, batches, self.data.schema, device=self.device)
+        return predict(model, batches, self.data.schema, hidden=hidden, device=self.device)
 
     def fork(self, model: nn.Module, state: State) -> tuple[nn.Module, State]:
         """Independent copies."""
@@ -389,6 +429,8 @@ class Local:
         call, self.calls = self.calls, self.calls + 1
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable is None or trainable(name))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("No parameter of the model trains. Give it a layer or a table that does.")
         chosen, own_seed = self.rows("train") if rows is None else rows, self._seed(seed, call)
         rehearse = Rehearse(self, model, own_seed)
         update = self.update.build(
@@ -400,6 +442,10 @@ class Local:
         elif start:
             update.seek(start)
         drawn = None if sample is None else _Sample(sample, self._rows_of(sample, chosen), steps, own_seed)
+        if self.training.mix is not None and (stream or drawn is not None):
+            raise ValueError(
+                "`training.mix` makes batches of its own, and so does the schedule. Leave one of them out."
+            )
         before = start if update_state is None else update_state.get("step", 0)
         length = (before, total or steps)
         one = _OneFit(self, call, model, update, steps, chosen, own_seed, stream, rehearse, look, drawn, read, length)
@@ -577,11 +623,16 @@ class _OneFit:
     ) -> None:  # fmt: skip
         self.session, self.call, self.model, self.update, self.stream = session, call, model, update, stream
         self.rehearse, self.sample, self.read, self.length = rehearse, sample, read, length or (0, steps)
+        self.parts = None if stream or sample is not None else session.parts(rows)
         self.look = look or replace(session.look, every=-1 if stream else 0)
         self.steps, self.rows, self.seed, training = steps, rows, seed, session.training
-        self.every = self.look.every or training.evaluate_every or steps_per_epoch(len(rows), training.batch_size)
+        length_of = len(rows) if self.parts is None else self.parts.rows
+        self.every = self.look.every or training.evaluate_every or steps_per_epoch(length_of, training.batch_size)
         self.best: dict[str, Any] = {"value": None, "step": 0, "misses": 0}
         self.best_weights: dict[str, Tensor] | None = None
+        self.average = self._averaging()
+        self.memories: list[Any] = []  # terms that remember something between steps
+        self.remembered: list[State] = []  # what they did in an earlier process
         self.saved_at = self.told_at = time.monotonic()
         self.told_step = 0
         self.seconds, self.began, self.looked = 0.0, time.monotonic(), 0.0  # of earlier processes; of evaluation
@@ -597,6 +648,10 @@ class _OneFit:
         session = self.session
         batches = self._batches(start)
         terms = [term.over(*self.length) if hasattr(term, "over") else term for term in session._terms_for(self.model)]
+        terms = [term.fresh(*self._known()) if hasattr(term, "fresh") else term for term in terms]
+        self.memories = [term for term in terms if hasattr(term, "fresh")]
+        for term, state in zip(self.memories, self.remembered, strict=bool(self.remembered)):
+            term.load_state_dict(state)
         terms = terms if self.sample is None else [self.sample.restrict(term) for term in terms]
         moved: Iterator[Batch] = (batch.to(session.device) for batch in batches)
         if self.rehearse is not None:
@@ -607,7 +662,7 @@ class _OneFit:
         try:
             if not self._out_of_patience():  # else the process died between its last look and its end
                 done = fit(
-                    self.model, moved, terms, self.update, steps=self.steps, start=start,
+                    self.model, moved, terms, self._step, steps=self.steps, start=start,
                     callbacks=(self._tell, self._look, self._keep),
                 )  # fmt: skip
         finally:
@@ -618,15 +673,75 @@ class _OneFit:
         self.update.settle()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
+        elif self.average is not None:
+            self._write_average(self.average)
         self._save(done, finished=True)
         self._remember()
 
+    # ------------------------------------------------------------------------------------------------- averaged weights
+    def _averaging(self) -> Running | None:
+        """The mean of the weights that this call keeps.  Raises ValueError if what it selects by is no mean."""
+        average = self.session.average
+        if average is not None and not average.looks and (self.look.patience or self.look.keep_best):
+            raise ValueError(
+                "The run's `average` is made at the end of a training, and this one keeps the weights of its best look at the "
+                "validation split. Set `patience` to 0, or use an average that looks are taken by (docs/methods/averages.md)."
+            )
+        return None if average is None else average.begin(self.model, self.steps)
+
+    def _step(self, losses: Losses, output: Output) -> None:
+        """The update, and the mean of the weights after it."""
+        if self.average is not None:
+            self.average.before(output.lookups)
+        self.update(losses, output)
+        if self.average is not None:
+            self.average.after(self.update.settle)
+
+    def _write_average(self, average: Running) -> None:
+        average.write()
+        rows = len(self.rows) if self.parts is None else self.parts.rows
+        count = min(steps_per_epoch(rows, self.session.training.batch_size), self.steps)
+        remeasure(self.model, self._batches_to_measure, count)
+
+    def _batches_to_measure(self) -> Iterator[Batch]:
+        given = self._batches(0)
+        try:
+            for batch in given:
+                yield batch.to(self.session.device)
+        finally:
+            given.close()  # type: ignore[attr-defined]
+
+    def _before_look(self) -> dict[str, Tensor] | None:
+        """Put the mean in the weights' place, if the run looks by it.  Returns the weights."""
+        if self.average is None or self.session.average is None or not self.session.average.looks:
+            return None
+        weights = _copies(self.model)
+        self._write_average(self.average)
+        return weights
+
     def _batches(self, start: int) -> Iterator[Batch]:
         """The training batches from step ``start`` on, on the CPU."""
-        data, size = self.session.data, self.session.training.batch_size
+        data, size, augment = self.session.data, self.session.training.batch_size, self.session.augment
+        read = self.read or data.batch
+        view = None if augment is None else augment.bind(data)
+        of: Of = "unlabelled" if augment is None else augment.of
+        if self.parts is not None:
+            return prefetch(batches(self.parts.order(self.seed, start), read, self.seed, start, view, of))
         if self.sample is None:
-            return data.shuffled(self.rows, size, self.seed, start, self.stream, self.read)
-        return prefetch((self.read or data.batch)(part) for part in self.sample.order(size, start))
+            rows = order(self.rows, size, self.seed, start, self.stream)
+        else:
+            rows = self.sample.order(size, start)
+        if view is None:
+            return prefetch(read(part) for part in rows)
+        return prefetch(batches(((part, part[:0]) for part in rows), read, self.seed, start, view, of))
+
+    def _known(self) -> tuple[np.ndarray, dict[str, Tensor], dict[str, Tensor]]:
+        """The rows, their labels, and which of these every batch with the row knows."""
+        rows, mix = np.sort(self.rows), self.session.training.mix
+        labels, observed = self.session.data.labels(rows)
+        if self.parts is not None and self.parts.unlabelled and mix is not None and mix.pool == "all":
+            observed = {task: torch.zeros_like(known) for task, known in observed.items()}
+        return rows, labels, observed
 
     def _tell(self, done: int, batch: Batch, losses: Mapping[str, Tensor]) -> bool:
         now = time.monotonic()
@@ -638,20 +753,28 @@ class _OneFit:
 
     def _look(self, done: int, batch: Batch, losses: Mapping[str, Tensor]) -> bool:
         """Evaluate when it is time; stop when patience is over."""
-        metric = self.look.metric or self.session.training.metric
         if self.every < 0 or done % self.every and done != self.steps:
             return False
         began = time.monotonic()
         self.update.settle()
-        scores = self.session.score(self.model, "valid", self.look.rows, **self._reading())
+        weights = self._before_look()
+        selection = None if self.look.metric else self.session.selection
+        wants: dict[str, Any] = {"hidden": True} if selection is not None and selection.reads_hidden else {}
+        scores = self.session.score(self.model, "valid", self.look.rows, **wants, **self._reading())
         metrics = evaluate(scores, self.session.data.schema, replicates=0)
-        value, falls = selected(metrics, metric, self.session.data.schema, self.look.tasks)
         record = {
             "call": self.call,
             "step": done,
             "losses": {k: float(v.detach()) for k, v in losses.items()},
             "valid": metrics,
         }
+        if selection is None:
+            metric = self.look.metric or self.session.training.metric
+            value, falls = selected(metrics, metric, self.session.data.schema, self.look.tasks)
+        else:
+            judged = selection(scores, self.session.data.schema)
+            metric, value, falls = selection.kind, judged.value, selection.lower_is_better
+            record["selection"] = {"kind": metric, **vars(judged)}
         old = self.best["value"]
         better = value is not None and (old is None or (value < old if falls else value > old))
         if better:
@@ -660,6 +783,8 @@ class _OneFit:
                 self.best_weights = _copies(self.model)
         else:
             self.best["misses"] += 1
+        if weights is not None:
+            self.model.load_state_dict(weights)
         if hasattr(self.update, "told"):
             record["update"] = dict(self.update.told())
         self.session.log(record)
@@ -668,10 +793,11 @@ class _OneFit:
         self.looked += self.told_at - began
         return self._out_of_patience()
 
-    def _reading(self) -> dict[str, Read]:
+    def _reading(self) -> dict[str, Any]:
         return {} if self.look.read is None else {"read": self.look.read}
 
     def _remember(self) -> None:
+        self.session.best = {key: self.best[key] for key in ("value", "step")}
         self.session.told = dict(self.update.told()) if hasattr(self.update, "told") else {}
 
     def _out_of_patience(self) -> bool:
@@ -712,6 +838,8 @@ class _OneFit:
         state |= {"rng": _random_state(), "best": self.best, "seconds": self._spent()}
         if not finished:
             state["best_weights"] = self.best_weights
+            state["average"] = None if self.average is None else self.average.state_dict()
+            state["memories"] = [term.state_dict() for term in self.memories]
         store.save(path, state)
 
     def _resume(self) -> tuple[int, bool]:
@@ -726,6 +854,9 @@ class _OneFit:
         self.model.load_state_dict(state["model"])
         self.update.load_state_dict(state["update"])
         self.best, self.best_weights = state["best"], state.get("best_weights")
+        self.remembered = state.get("memories", [])
+        if self.average is not None and not state["finished"]:
+            self.average.load_state_dict(state["average"])
         self.seconds = state["seconds"]
         _set_random_state(state["rng"])
         self.session.watcher.note(f"resumed at step {state['step']:,} of {self.steps:,}")

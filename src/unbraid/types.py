@@ -9,6 +9,7 @@ Ids: every vocabulary reserves row 0 for *unknown* (never seen in training, or b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -33,8 +34,8 @@ class Feature:
 
     Args:
         name: the feature's name, unique in a schema.
-        kind: ``id`` (a category of any type), ``number``, ``vector`` (a list of numbers of one length) or ``bag`` (a
-            list of ids of any length).
+        kind: ``id`` (a category of any type), ``number``, ``vector`` (a list of numbers of one length), ``bag`` (a list of
+            ids of any length), ``image`` (a picture: the path of its file, or its bytes) or ``text``.
         column: the column, or an SQL expression over columns (``hourmin / 100``); empty means ``name``.
         vocabulary: features and event fields of one vocabulary share tables; empty means ``name``.
         min_count: values rarer than this in the training split become *unknown*.
@@ -43,11 +44,15 @@ class Feature:
         separator: split a text column into a bag at this string.
         transform: applied to a number before it is standardised (``log1p`` keeps the sign).
         nan: what a NaN in a number means.  A null is always *missing*; a NaN is an error unless this says ``missing``.
+        template: what a text is put into, at its one ``{}``, before it is read; empty: nothing.
+
+    Raises:
+        ValueError: ``template`` is not for a text, or has no place or several for it.
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
     name: str
-    kind: Literal["id", "number", "vector", "bag"] = "id"
+    kind: Literal["id", "number", "vector", "bag", "image", "text"] = "id"
     column: str = ""
     vocabulary: str = ""
     min_count: int = 1
@@ -56,6 +61,14 @@ class Feature:
     separator: str = ""
     transform: Literal["none", "log1p"] = "none"
     nan: Literal["error", "missing"] = "error"
+    template: str = ""
+
+    def __post_init__(self) -> None:
+        if self.template and (self.kind != "text" or self.template.count("{}") != 1):
+            raise ValueError(
+                f"Feature `{self.name}`: `template` is for kind `text` and holds {{}} once, where the text goes. Found kind "
+                f"`{self.kind}`, template {self.template!r}."
+            )
 
     @property
     def source(self) -> str:
@@ -66,6 +79,51 @@ class Feature:
     def vocab(self) -> str:
         """Name of the vocabulary."""
         return self.vocabulary or self.name
+
+    @property
+    def has_content(self) -> bool:
+        """Is it a picture or a text, which a backbone makes a vector of?"""
+        return self.kind in ("image", "text")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a picture becomes the numbers that a backbone reads.
+
+    Args:
+        size: side of the square that the backbone sees, in pixels.
+        resize: the shorter side before the centre is cut out; 0: ``size``.
+        mode: ``RGB``, three channels, or ``L``, one of grey; pictures of other modes are converted.
+        mean, std: per channel, of values in [0, 1], for ``(value - mean) / std``.
+        interpolation: of the resizing.
+        augment: ``none``, the centre; ``weak``, a random crop and a random flip; ``strong``, RandAugment on top.
+        flip: may a changed picture be mirrored?  Digits and letters should not.
+    """
+
+    size: int = 224
+    resize: int = 0
+    mode: Literal["RGB", "L"] = "RGB"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    augment: Literal["none", "weak", "strong"] = "none"
+    flip: bool = True
+
+    @property
+    def random(self) -> bool:
+        """Does a picture look different every time?"""
+        return self.augment != "none"
+
+
+class Backbone(Protocol):
+    """A module that makes vectors of pictures ((B, C, H, W) float32) or of texts ((B, L) int64 tokens): (B, ``width``).
+
+    ``reads`` is ``image`` or ``text``.  One of pictures has ``transform``; one of texts has ``tokens(texts)``: (n, L) int64,
+    shorter rows filled with ``padding``, a token that no text holds; None: all texts have one length.
+    """
+
+    width: int
+    reads: str
 
 
 @dataclass(frozen=True)
@@ -210,6 +268,13 @@ class Ragged:
         take = torch.arange(len(start), device=start.device) + start
         return Ragged({name: value[take] for name, value in self.values.items()}, offsets)
 
+    @staticmethod
+    def join(parts: Sequence[Ragged]) -> Ragged:
+        """The lists of all parts, one part after the other."""
+        lengths = torch.cat([part.lengths for part in parts])
+        values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
+        return Ragged(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+
     def to(self, device: torch.device | str) -> Ragged:
         """A copy on another device."""
         return Ragged({name: value.to(device) for name, value in self.values.items()}, self.offsets.to(device))
@@ -268,6 +333,27 @@ class Batch:
                 changed[part.name] = {k: pick(v) for k, v in value.items()} if several else pick(value)
         return replace(self, **changed)
 
+    @staticmethod
+    def join(parts: Sequence[Batch]) -> Batch:
+        """The rows of all parts, one part after the other; a pair of views points to the same rows as before."""
+        starts = [0, *itertools.accumulate(len(part) for part in parts)]
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            if isinstance(values[0], Mapping):
+                return {key: _cat([value[key] for value in values]) for key in values[0]}
+            return None if values[0] is None else _cat(values)
+
+        moved = [
+            torch.where(part.pair >= 0, part.pair + start, part.pair)
+            for part, start in zip(parts, starts, strict=False)
+        ]
+        return Batch(**{part.name: joined(part.name) for part in fields(Batch)} | {"pair": torch.cat(moved)})
+
+    def unlabelled(self) -> Batch:
+        """The same rows as if no label of theirs were known."""
+        return replace(self, observed={task: torch.zeros_like(known) for task, known in self.observed.items()})
+
     def to(self, device: torch.device | str) -> Batch:
         """A copy on another device."""
 
@@ -277,6 +363,10 @@ class Batch:
             return None if value is None else value.to(device)
 
         return replace(self, **{part.name: move(getattr(self, part.name)) for part in fields(self)})
+
+
+def _cat(values: list[Any]) -> Any:
+    return Ragged.join(values) if isinstance(values[0], Ragged) else torch.cat(values)
 
 
 # -------------------------------------------------------------------------------------------- what a model says about it
@@ -408,6 +498,11 @@ class Term(Protocol):
     whose own logits it trains (all, without it): a run in which no term trains some task is an error, and so is one in which
     only terms with ``relative``, which see no more than differences between rows, do.  One that depends on how much of a
     training is done has ``over(before, total)``: the term in a call of `Session.fit` whose step 0 is step ``before`` of them.
+    One that remembers anything between steps has ``fresh(rows, labels, observed)``, the term for a call that trains on rows of
+    these numbers ((n,) int64 array, ascending), with their labels and which of these are known in all batches (task -> (n,)); it
+    then has ``state_dict`` and ``load_state_dict`` for checkpoints.  One with ``unlabelled``, tasks, teaches rows without a label
+    of these: a run in which there is none is an error.  A config with ``views`` says which rows it needs two views of (``none``,
+    ``unlabelled``, ``all``).
     """
 
     @property
@@ -442,6 +537,48 @@ class Course:
     targets: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     rehearse: Rehearsal | None = None
+
+
+class Augmentation(Protocol):
+    """Config of what makes two views of a training row.
+
+    ``bind(data)``, with the encoded table, gives a function (batch, strong, seed) -> the same rows as they look under a weak or
+    a strong change.  It reads nothing but the batch (on the CPU) and the table, and what it draws is a function of ``seed`` and
+    the batch.  ``of`` says which rows also get a strong view.
+    """
+
+    @property
+    def of(self) -> Literal["unlabelled", "all"]: ...
+    def bind(self, data: Any) -> Callable[[Batch, bool, int], Batch]: ...
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a selection says of a model: a value, or None and ``why`` there is none; ``numbers`` that tell how far to trust it."""
+
+    value: float | None
+    why: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+class Selection(Protocol):
+    """Config of what judges a model on the validation split in the place of a metric.
+
+    ``check(scores, schema)`` raises ValueError where the rows (of scores without logits) or tasks do not fit.
+    ``reads_hidden``: does it need `Scores.hidden`?  ``oracle``: does it read labels of rows that stand for those without?
+    Then everything that shows what it selected says so.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def lower_is_better(self) -> bool: ...
+    @property
+    def reads_hidden(self) -> bool: ...
+    @property
+    def oracle(self) -> bool: ...
+    def check(self, scores: Scores, schema: Schema) -> None: ...
+    def __call__(self, scores: Scores, schema: Schema) -> Judged: ...
 
 
 class Update(Protocol):
@@ -541,12 +678,28 @@ class Schedule(Protocol):
 
 
 class Calibrator(Protocol):
-    """Logits become probabilities, after training."""
+    """Config of a calibrator of one task, after training: ``fit`` gives a map, and what is not fitted cannot be called.
 
-    keeps_argmax: bool
+    The map (`unbraid.calibration.maps.Calibration`) makes of (N,) or (N, K) logits calibrated logits, whose sigmoid or softmax
+    are the probabilities.  ``keeps_argmax``: no order changes, neither of classes nor of a binary task's rows.
+    ``needs_target``: ``fit`` reads target rows and all hidden vectors; the labels of the target are never read.
+    """
 
-    def fit(self, held_out: Scores, target: Scores | None = None, train: Scores | None = None) -> Calibrator: ...
-    def transform(self, scores: Scores) -> Mapping[str, Any]: ...
+    keeps_argmax: ClassVar[bool]
+    needs_target: ClassVar[bool]
+
+    def fit(
+        self, task: Task, held_out: Scores, target: Scores | None = None, train: Scores | None = None
+    ) -> Callable[[Any], Any]:
+        """Fit on rows that did not train the model.
+
+        Args:
+            task: which one; held_out: labelled source rows; target: rows of the target; train: source rows that trained the
+                model, for their hidden vectors alone.
+
+        Raises:
+            ValueError: the task's kind or the rows do not do.
+        """
 
 
 class Probe(Protocol):

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from unbraid import store
+from unbraid.data.features import attach
 from unbraid.data.table import Encoded
 from unbraid.train import Local, Watcher
 from unbraid.types import State
@@ -41,6 +42,8 @@ OF_SESSION = (
     "seed",
     "resume",
     "device",
+    "average",
+    "augment",
 )  # what a worker's session shares with ours
 
 
@@ -267,12 +270,14 @@ def _do(task: Mapping[str, Any], pipe: Connection) -> None:
         with task["model"].open("rb") as file:
             model = pickle.load(file)
         state = None if task["state"] is None else store.load(task["state"])
+        data, shared = Encoded(task["data"]), task["session"]
+        attach(data, model, augment=shared["augment"], device=shared["device"])
         session = _Remote(
-            data=Encoded(task["data"]),
+            data=data,
             folder=task["folder"],
             calls=task["call"],
             watcher=_Reporter(pipe),
-            **task["session"],
+            **shared,
         )
         session.fit(model, task["steps"], **{**task["arguments"], "update_state": state})
         pipe.send(("finished", (session.seconds, session.steps, session.told)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from toylog import config_classes, make_data, make_log, make_run
 
 from unbraid import config, store
 from unbraid.bundle import build
+from unbraid.class_head import Classes
 from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
@@ -133,7 +135,8 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
 
 
 def model_of(choice: ModelChoice, encoded: Encoded, seed: int = 0) -> tuple[Run, Model]:
-    run = make_run(data=make_data(features=encoded.schema.features), model=choice, seed=seed)
+    data = make_data(features=encoded.schema.features, tasks=encoded.schema.tasks)
+    run = make_run(data=data, model=choice, seed=seed)
     return run, build(run, encoded.schema)
 
 
@@ -349,6 +352,17 @@ TERMS = members(config.TermChoice)
 PARENTS = {"buy": "click"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Vectors of any classes, without a file."""
+
+    def of(self, names: Sequence[str]) -> Classes:
+        return Classes(torch.randn(len(names), 5, generator=torch.Generator().manual_seed(0)), scale=5.0)
+
+
+SIZES: Any = Sizes()
+
+
 @pytest.fixture(scope="module")
 def chained(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
     tasks = (Task("click"), Task("buy", given="click"), Task("spend", kind="real"), Task("size", kind="multiclass"))
@@ -362,9 +376,11 @@ def hide_chain(batch: Batch, tasks: list[str]) -> Batch:
 
 
 def model_for(term: Any, encoded: Encoded) -> tuple[Run, Model]:
-    """A model that gives what the term reads: a plain one, one with an extra head, or whose histories have second heads."""
+    """A model that gives what the term reads: a plain one, one with an extra head or vectors of classes, or whose histories
+    have second heads."""
     second = [h for h in members(config.HistoryChoice) if "auxiliary" in {f.name for f in dataclasses.fields(h)}]
     parts: list[dict[str, Any]] = [{}, *({"extra_heads": (head(),)} for head in members(config.ExtraHeadChoice))]
+    parts.append({"classes": {"size": SIZES}, "heads": Heads(hidden=(4,))})
     for part in (*parts, *({"history": history(auxiliary=(4,))} for history in second)):
         run, model = model_of(ModelChoice(tables=Views(width=4), **part), encoded)
         if set(term().bind(encoded.schema).needs) <= set(model.gives):
@@ -405,7 +421,7 @@ def test_a_term_moves_no_task_whose_chain_is_absent(term: Any, chained: Encoded)
     for at in range(20):
         go(some(chained, start=10 * at))
     speaks = getattr(bound, "objectives", ("click", "buy", "spend", "size"))  # a loss may be one of some tasks only
-    if not set(speaks) & {task.name for task in chained.schema.tasks}:
+    if not set(speaks) & {task.name for task in chained.schema.tasks} and not getattr(bound, "unlabelled", ()):
         assert not any(name.startswith("heads.") for name in step.state_dict()["dense"]), "it reads no task's head"
     for chain in [chain for chain in (["click", "buy"], ["spend"], ["size"]) if set(chain) & set(speaks)]:
         heads = {f"{trained}task/{task}" for task in chain}
@@ -419,6 +435,15 @@ def test_a_term_moves_no_task_whose_chain_is_absent(term: Any, chained: Encoded)
         assert all(any(head in n for n in moved) for head in others)
         if not hasattr(bound, "objectives"):
             assert all(n in moved for n in rest if trained in n and n not in names)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_of_rows_without_labels_is_absent_where_all_are_known(term: Any, chained: Encoded) -> None:
+    run, model = model_for(term, chained)
+    bound, batch = term().bind(chained.schema), some(chained)
+    if getattr(bound, "unlabelled", ()):
+        known = {task: torch.ones_like(seen) for task, seen in batch.observed.items()}
+        assert bound(model(batch, 0), dataclasses.replace(batch, observed=known), 0) == {}
 
 
 # ----------------------------------------------------------------------------------------------------------------- config

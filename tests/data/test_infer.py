@@ -379,3 +379,17 @@ def test_a_column_of_its_own_in_every_row_is_no_user_and_no_feature(tmp_path: Pa
     assert "`user_id` has another value in every row, which names rows and no users" in text
     assert EACH in left_out(text, "user_id") and set(features) == {"site", "price"}
     train(text, tmp_path)
+
+
+def test_pictures_and_long_texts_are_left_out_with_what_they_need(tmp_path: Path) -> None:
+    rows = 1_200
+    frame = pl.DataFrame({
+        "user_id": [n % 60 for n in range(rows)], "photo": [f"pics/{n}.JPG" for n in range(rows)],
+        "raw": [b"%d" % n for n in range(rows)],
+        "title": [f"a long description of product {n}, in many words" for n in range(rows)], "shop": [n % 7 for n in range(rows)],
+        "click": [n % 2 for n in range(rows)],
+    })  # fmt: skip
+    frame.write_parquet(tmp_path / "log.parquet")
+    text = infer(tmp_path / "log.parquet", ["click"])
+    for name, kind, slot in (("photo", "image", "images"), ("raw", "image", "images"), ("title", "text", "texts")):
+        assert f"set `model.{slot}`" in left_out(text, name) and f'{{name = "{name}", kind = "{kind}"}}' in text

@@ -270,7 +270,7 @@ GOOD = {
         ({"histories": [{"name": "h", "fields": ["a"], "lenght": 3}]}, ["lenght", "length"]),
         ({"fields": [{"name": "a", "vocab": "b"}]}, ["vocab", "vocabulary"]),
         ({"negatives": {"item": "item", "labels": ["label"], "per_postive": 2}}, ["per_postive", "per_positive"]),
-        ({"features": [{"name": "item", "kind": "image"}]}, ["kind", "number"]),
+        ({"features": [{"name": "item", "kind": "picture"}]}, ["kind", "number"]),
         ({"time_unit": "minutes"}, ["time_unit", "ms"]),
     ],
 )

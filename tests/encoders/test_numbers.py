@@ -428,7 +428,7 @@ def test_standardise_is_what_there_was(single, encoded):
                     for slot in ({}, {"numbers": Standardise()}))  # fmt: skip
     assert torch.equal(plain(batch).logits["click"], named(batch).logits["click"])
     assert len(list(plain.numbers.parameters())) == 0 and not plain.numbers.state_dict()
-    fields = plain._fields("shared", batch, plain._read(batch)[0], {})
+    fields = plain._fields("shared", batch, plain._read(batch)[0], {}, plain._vectors(batch))
     assert torch.equal(fields["price"], batch.features["price"]) and fields["price"].shape == (40, 2)
 
 

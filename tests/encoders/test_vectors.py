@@ -201,7 +201,7 @@ def test_a_pair_must_name_vectors_in_a_run_too(single):
 def test_fields_of_a_view(single, encoded, member):
     model = Model(encoded.schema, SharedBottom(), Views(kind="several", widths=(4, 6)), vectors=member)
     batch = encoded.batch(np.arange(20))
-    fields = model._fields("view1", batch, model._read(batch)[0], {})
+    fields = model._fields("view1", batch, model._read(batch)[0], {}, model._vectors(batch))
     name = "text_vector.other_vector" if member.kind == "similarity" else "text_vector"
     assert ("text_vector" in fields) == (member.kind != "similarity")
     assert fields[name].shape == (20, 3 if member.kind == "raw" else 6)
@@ -223,7 +223,8 @@ def test_raw_is_what_there_was(single, encoded):
     fields = plain.interactions["view/shared"].fields
     assert fields.index("text_vector") == 4 and not plain.vectors.state_dict()
     assert torch.equal(
-        plain._fields("shared", batch, plain._read(batch)[0], {})["text_vector"], batch.features["text_vector"]
+        plain._fields("shared", batch, plain._read(batch)[0], {}, plain._vectors(batch))["text_vector"],
+        batch.features["text_vector"],
     )
 
 
@@ -265,7 +266,7 @@ def test_a_missing_vector_reads_the_missing_row(single, tmp_path):
     table = Encoded(encode(make_data(cache=str(tmp_path)), tables={"log": log}))
     model = Model(table.schema, SharedBottom(), Views(width=4), vectors=Hashed(bits=5))
     batch = table.batch(np.flatnonzero((log["user"] == 3).to_numpy()))
-    out = model._fields("shared", batch, model._read(batch)[0], {})["text_vector"]
+    out = model._fields("shared", batch, model._read(batch)[0], {}, model._vectors(batch))["text_vector"]
     assert torch.equal(out, model.vectors["view/shared"].hashes[0].missing.expand_as(out)) and len(out) > 3
 
 

@@ -363,9 +363,7 @@ def test_either_without_the_other_is_refused() -> None:
     run = run_of()
     with pytest.raises(JobError, match="^Loss `domain_adversary` needs the extra head `domain`: add"):
         train(replace(run, model=replace(run.model, extra_heads=())), tables={"log": make_log()}, baseline=False)
-    with pytest.raises(
-        JobError, match=r"^No loss reads the extra head `domain`.* kind `domain_adversary`, or leave"
-    ):
+    with pytest.raises(JobError, match=r"^No loss reads the extra head `domain`.* kind `domain_adversary`, or leave"):
         train(replace(run, losses=(Supervised(),)), tables={"log": make_log()}, baseline=False)
     with pytest.raises(JobError, match="No loss trains the logits of task click, buy"):
         train(replace(run, losses=(DomainAdversary(),)), tables={"log": make_log()}, baseline=False)

@@ -17,9 +17,11 @@ import numpy as np
 import polars as pl
 from polars.exceptions import PolarsError
 
+from unbraid.data.contents import missing_files
 from unbraid.data.encode import encode
 from unbraid.data.events import warnings_of
-from unbraid.data.fit import bag_lists, id_values
+from unbraid.data.fit import bag_lists, content_expression, id_values
+from unbraid.data.images import looked_at
 from unbraid.data.source import (
     SPLIT,
     SPLITS,
@@ -36,6 +38,7 @@ from unbraid.data.source import (
     kept_rows,
     plausible,
     refuse_float_time,
+    root_of,
     scan_of,
     to_time,
     with_split,
@@ -70,7 +73,8 @@ def describe(data: Data, base: Path = Path(), *, tables: Tables | None = None) -
     look = _Look(data, base, tables)
     found: Found = {
         "rows": look.rows(), "users": look.users(), "time": look.time(), "joins": look.joins, "tasks": look.tasks(),
-        "domains": look.domains(), "ids": look.ids(), "numbers": look.numbers(), "missing": look.missing(),
+        "domains": look.domains(), "ids": look.ids(), "numbers": look.numbers(), "contents": look.contents(),
+        "missing": look.missing(),
         "histories": look.histories(),
     }  # fmt: skip
     look.warn_about(found)
@@ -395,6 +399,32 @@ class _Look:
         text = f"kind `number` needs numbers. Found {dtype} in `{feature.source}`."
         self.warnings.append(f"Feature `{feature.name}`: {text}")
         return None
+
+    def contents(self) -> Found:
+        """Per picture or text feature how many different ones there are, and what they look like; files that are missing."""
+        found: Found = {}
+        for feature in self.data.features:
+            about = self._try(partial(self._content, feature), None) if feature.has_content else None
+            if about is not None:
+                found[feature.name] = about
+        return found
+
+    def _content(self, feature: Feature) -> Found:
+        plan = self.plan.select(value=content_expression(feature, self.schema)).drop_nulls()
+        values = plan.group_by("value", maintain_order=True).len("rows").collect(engine="streaming")
+        found: Found = {"kind": feature.kind, "distinct": len(values)}
+        if feature.kind == "text":
+            lengths = values["value"].str.len_chars()
+            return found | {"median": lengths.median(), "longest": lengths.max()}
+        if values["value"].dtype != pl.String:
+            return found | {"missing files": 0, **looked_at(values["value"].to_list(), Path())}
+        root = root_of(self.data, self.base)
+        names, counts = values["value"].to_list(), values["rows"].to_list()
+        missing = [place for place, name in enumerate(names) if not (root / name).is_file()]
+        if missing:
+            self.warnings.append(missing_files(feature.name, names, missing, counts, root))
+        there = sorted(set(range(len(names))) - set(missing))
+        return found | {"missing files": len(missing), **looked_at([names[place] for place in there], root)}
 
     def missing(self) -> Found:
         """Nulls, and NaNs of floating-point columns, per feature."""

@@ -107,6 +107,12 @@ def _feature_tables(found: Found) -> Iterable[Any]:
             holes = missing.get(name, {})
             table.add_row(name, *stats, _whole(holes.get("nulls")), _whole(holes.get("nans", 0)))
         yield table
+    if found["contents"]:
+        table = _table("Pictures and texts", "feature", ("different", "missing", "looks like"))
+        for name, i in found["contents"].items():
+            nulls = missing.get(name, {}).get("nulls")
+            table.add_row(name, f"{i['distinct']:,}", _whole(nulls), _content_text(i))
+        yield table
     if found["histories"]:
         table = _table("Histories (events per row)", "history", ("mean", "median", "p95", "max", "empty"))
         for name, i in found["histories"].items():
@@ -122,6 +128,15 @@ def _cell_text(cell: Found) -> str:
     if "mean" in cell:
         return "-" if cell["mean"] is None else f"{cell['mean']:.4g} sd {cell['sd']:.3g}"
     return _share(cell.get("rate"))
+
+
+def _content_text(about: Found) -> str:
+    """What pictures or texts look like."""
+    if about["kind"] == "text":
+        return "-" if about["median"] is None else f"{about['median']:.0f} characters, at most {about['longest']:,}"
+    small, large = about["sides"]
+    files = f", {about['missing files']:,} files missing" if about["missing files"] else ""
+    return ("-" if small is None else f"{small} to {large} pixels, {', '.join(about['modes'])}") + files
 
 
 def _share(value: float | None) -> str:

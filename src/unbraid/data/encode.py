@@ -21,10 +21,12 @@ import numpy as np
 import polars as pl
 
 from unbraid.data import vocabulary
+from unbraid.data.contents import Writer
 from unbraid.data.events import write_events
 from unbraid.data.exposure import earlier, keys_of
 from unbraid.data.fit import (
     Progress,
+    content_expression,
     fit,
     id_values,
     ids_of,
@@ -43,7 +45,9 @@ from unbraid.data.source import (
     expression,
     files_of,
     kept_rows,
+    label_expression,
     reading,
+    root_of,
     rows_plan,
     to_time,
 )  # fmt: skip
@@ -78,6 +82,8 @@ def fingerprint(
         else:
             stats = [(str(p.resolve()), p.stat()) for p in files_of(data.folder, name, base)]
             sources.append((name, [(p, s.st_size, s.st_mtime_ns) for p, s in stats]))
+    if any(f.has_content for f in data.features):
+        sources.append(str(root_of(data, base)))  # of paths in tables in memory, too
     state = [f.digest() if f else "" for f in (fitted, grow)]
     text = json.dumps([FORMAT, declared, sources, *state], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -190,22 +196,26 @@ def write(
         _, per_second = to_time(pl.lit(0), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`")
     done, shown = 0, [f"exposure.{i}" for i in range(len(data.exposure)) if labels]
     keys: list[np.ndarray] = []
+    root = root_of(data, base)
+    writers = {f.name: Writer(folder, place, f, root) for place, f in enumerate(data.features) if f.has_content}
     with contextlib.closing(Columns(folder)) as columns:
         progress("encoding rows", 0, total)
         for frame in chunks(plan.select(**exprs)):
-            write_rows(frame, data, fitted, columns, checks, labels)
+            write_rows(frame, data, fitted, columns, checks, labels, writers)
             if shown:
                 keys.append(keys_of([frame[name] for name in shown]))
             done += len(frame)
             progress("encoding rows", done, total)
         if keys:  # rows of one key are in any order and any chunk
             columns.append("exposure", earlier(np.concatenate(keys), columns.read("time")))
+        for writer in writers.values():
+            writer.finish(progress)
         if teach:
             checks.finish()
         if data.histories:
             users = canonical_type(_dtype(data.user, schema))
             write_events(data, base, tables, fitted, columns, users, per_second, progress)
-        columns.describe(rows=done, per_second=per_second)
+        columns.describe(rows=done, per_second=per_second, root=str(root))
     fitted.save(folder)
 
 
@@ -234,6 +244,8 @@ def row_expressions(data: Data, schema: Mapping[str, Any], labels: bool) -> dict
             exprs[f"feature.{f.name}"] = number_expression(f, schema)
         elif f.kind == "vector":
             exprs[f"feature.{f.name}"] = expression(f.source, schema, f"Feature `{f.name}`").cast(pl.List(pl.Float32))
+        elif f.has_content:
+            exprs[f"feature.{f.name}"] = content_expression(f, schema)
         else:
             lists, kind = ids_of(f, schema)
             exprs[f"feature.{f.name}"] = lists.cast(pl.List(canonical_type(kind.inner)))
@@ -252,7 +264,7 @@ def row_expressions(data: Data, schema: Mapping[str, Any], labels: bool) -> dict
     for task in data.tasks:
         if not labels and not _available(task.source, schema):
             continue
-        expr = expression(task.source, schema, f"Task `{task.name}`")
+        expr = label_expression(data, task, schema)
         kind = _dtype(task.source, schema)
         if task.kind != "multiclass" and not (kind.is_numeric() or kind in (pl.Boolean, pl.Null)):
             what = "0 or 1 (null where not known)" if task.kind == "binary" else "numbers"
@@ -281,9 +293,10 @@ def _available(source: str, schema: Mapping[str, Any]) -> bool:
 
 
 def write_rows(
-    frame: pl.DataFrame, data: Data, fitted: Fitted, columns: Columns, checks: LabelChecks, labels: bool
-) -> None:
-    """Encode and append one chunk of rows."""
+    frame: pl.DataFrame, data: Data, fitted: Fitted, columns: Columns, checks: LabelChecks, labels: bool,
+    writers: Mapping[str, Writer],
+) -> None:  # fmt: skip
+    """Encode and append one chunk of rows; ``writers``: of pictures and texts, by feature."""
     for f in data.features:
         column = frame[f"feature.{f.name}"]
         if f.kind == "id":
@@ -294,6 +307,8 @@ def write_rows(
             columns.append(f"feature.{f.name}", column.to_numpy())  # a null becomes NaN
         elif f.kind == "vector":
             columns.append(f"feature.{f.name}", _vectors(f, column, fitted.schema.widths[f.name]))
+        elif f.has_content:
+            columns.append(f"feature.{f.name}", writers[f.name].codes(column))
         else:
             inner = column.explode(empty_as_null=False, keep_nulls=False)
             columns.append(f"feature.{f.name}", codes_of(fitted, f.vocab, inner, f"Feature `{f.name}`"))

@@ -117,26 +117,30 @@ class Prepared:
         data: the declaration; its folder is that of the tables.
         tables: file name -> frame.
         lengths: (R,) for each row, how many events of its user are strictly before it; None: rows without users and events.
-        notes: what a reader should know.
+        notes: what a reader should know; training, model: what the run file says of them (`unbraid.train.Training`,
+            `unbraid.config.ModelChoice`).
     """
 
     data: Data
     tables: Mapping[str, pl.DataFrame]
     lengths: np.ndarray | None
     notes: tuple[str, ...] = ()
+    training: Any = None
+    model: Any = None
 
     def facts(self) -> dict[str, Any]:
-        """Users, events, rows and positives per split (of several tasks by task), history lengths; what there is of these."""
+        """Users, events, rows and positives per split (of several tasks by task; of classes, labels), history lengths; what
+        there is of these."""
         rows, tasks = self.tables["rows.parquet"], self.data.tasks
-        per_split = rows.group_by("split").agg(
-            pl.len(), *(pl.col(task.source).sum().alias(task.name) for task in tasks)
-        )
+        sums = {t.name: pl.col(t.source).sum() if t.kind == "binary" else pl.col(t.source).count() for t in tasks}
+        per_split = rows.group_by("split").agg(pl.len(), **sums)
         found = {row["split"]: row for row in per_split.rows(named=True)}
         counts = {name: found.get(name, {"len": 0, **{task.name: 0 for task in tasks}}) for name in src.SPLITS}
         ones = {name: {task.name: int(each[task.name] or 0) for task in tasks} for name, each in counts.items()}
         facts: dict[str, Any] = {
             "rows": {name: int(each["len"]) for name, each in counts.items()},
             "positives": ones if len(tasks) > 1 else {name: each[tasks[0].name] for name, each in ones.items()},
+            "counted": "labelled" if tasks[0].kind == "multiclass" else "positive",
             "notes": list(self.notes),
         }
         if self.lengths is None:
@@ -449,12 +453,13 @@ def write(prepared: Prepared, out: Path, name: str, *, overwrite: bool = False) 
     for file in reversed(FILES):
         (out / file).unlink(missing_ok=True)
     ids = tuple(f.name for f in prepared.data.features if f.kind == "id")
+    usual = config.ModelChoice(history=TargetAttention()) if prepared.data.histories else config.ModelChoice()
     run = config.Run(
         name=name,
         data=prepared.data,
         baseline=ids,
-        model=config.ModelChoice(history=TargetAttention()) if prepared.data.histories else config.ModelChoice(),
-        training=Training(batch_size=2048, epochs=2.0),
+        model=prepared.model or usual,
+        training=prepared.training or Training(batch_size=2048, epochs=2.0),
     )
     for file, frame in prepared.tables.items():
         frame.write_parquet(out / file)

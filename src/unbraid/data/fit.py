@@ -26,6 +26,7 @@ from unbraid.data.source import (
     expression,
     instant,
     kept_rows,
+    label_expression,
     reading,
     rows_plan,
     to_time,
@@ -34,7 +35,7 @@ from unbraid.data.source import (
 )
 from unbraid.data.text import holds_whole_numbers
 from unbraid.data.vocabulary import Vocabulary, canonical, canonical_type
-from unbraid.types import FIRST_VALUE, GAP, POSITION, Feature, Schema
+from unbraid.types import FIRST_VALUE, GAP, POSITION, Feature, Schema, Task
 
 QUANTILES = 256  # values of a number that are remembered
 GAP_BUCKETS = 34  # unknown, missing, then floor(log2(seconds + 1)): 2**32 seconds are 136 years
@@ -58,7 +59,7 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
     quantiles = {name: found for name, (_, found, _) in learnt.items()}
     whole = {name: found for name, (_, _, found) in learnt.items()}
     widths = {f.name: _fit_width(f, train, schema) for f in data.features if f.kind == "vector"}
-    classes = {t.name: _fit_classes(t.source, t.name, train, schema) for t in data.tasks if t.kind == "multiclass"}
+    classes = {t.name: _fit_classes(data, t, train, schema) for t in data.tasks if t.kind == "multiclass"}
     domains = tuple(vocabularies["domain "].names()) if data.domain else ("(unknown)", "(missing)", "all")
     sizes = {name: v.size for name, v in vocabularies.items() if name != "domain "}
     if data.histories:
@@ -226,6 +227,17 @@ def number_expression(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
     return expr.sign() * expr.abs().log1p() if feature.transform == "log1p" else expr
 
 
+def content_expression(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
+    """A picture's path or bytes, or a text.  Raises DataError for a column of another type."""
+    where = f"Feature `{feature.name}`"
+    expr, dtype = expression(feature.source, schema, where), _dtype(feature.source, schema)
+    words = dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null) or dtype.is_integer()  # of files called 1, 2, ...
+    if not words and (feature.kind == "text" or dtype != pl.Binary):
+        what = "texts" if feature.kind == "text" else "paths of files, or their bytes (Parquet's binary)"
+        raise DataError(f"{where}: kind `{feature.kind}` needs {what}. Found {dtype} in `{feature.source}`.")
+    return expr if dtype == pl.Binary else expr.cast(pl.String)
+
+
 def _fit_number(
     feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]
 ) -> tuple[tuple[float, float], tuple[float, ...], bool]:
@@ -277,9 +289,11 @@ def _fit_width(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any])
     return widths[0]
 
 
-def _fit_classes(source: str, name: str, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[str, ...]:
-    expr = canonical(expression(source, schema, f"Task `{name}`"), _dtype(source, schema))
+def _fit_classes(data: Data, task: Task, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[str, ...]:
+    expr = canonical(label_expression(data, task, schema), _dtype(task.source, schema))
     values = train.select(expr.drop_nulls().unique().sort().cast(pl.String).alias("value")).collect()["value"]
     if len(values) < 2:
-        raise DataError(f"Task `{name}`: the training split has {len(values)} class(es) of `{source}`; two are needed.")
+        raise DataError(
+            f"Task `{task.name}`: the training split has {len(values)} class(es) of `{task.source}`; two are needed."
+        )
     return tuple(values)

@@ -61,6 +61,7 @@ FORMATS = (
 )
 UNITS = (("s", 3e8, 5e9), ("ms", 3e11, 5e12), ("us", 3e14, 5e15), ("ns", 3e17, 5e18))  # 1980 to 2128 in each unit
 SUFFIXES = (".parquet", ".csv")
+PICTURES = r"(?i)\.(jpe?g|png|bmp|gif|webp|tiff?)$"
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -522,8 +523,10 @@ def _kind(c: Column) -> Guess:
         members = int(c.values.str.split(mark).explode().n_unique())
         feature = of_column(c.name, "bag", separator=mark, **_least(members))
         return Guess(c, feature, f"bag: lists of {members:,} distinct words")
+    if c.dtype == pl.Binary or (c.dtype == pl.String and _mean(c.values.str.contains(PICTURES)) > SURE):
+        return Guess(c, of_column(c.name, "image"), "pictures", "pictures: take it in and set `model.images`")
     if c.dtype == pl.String and _mean(c.values.str.len_chars()) > 40 and c.distinct > MANY:
-        return Guess(c, of_column(c.name, "id"), "text", "long texts; embed them first and join a vector")
+        return Guess(c, of_column(c.name, "text"), "text", "long texts: take it in and set `model.texts`")
     if c.dtype in (pl.String, pl.Boolean, pl.Categorical, pl.Enum):
         return _id(c)
     return Guess(c, of_column(c.name, "id"), str(c.dtype), "" if c.dtype.is_temporal() else _unread(c))

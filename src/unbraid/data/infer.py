@@ -52,27 +52,27 @@ def _lines(look: Look) -> Iterable[str]:
     seen = f"all {look.total:,} rows" if look.step == 1 else f"every {look.step}th of {look.total:,} rows"
     yield _comment(f"Written by `unbraid init` from a look at {seen} of {look.table}. Comments say why.")
     yield "# Check what was left out below, then: unbraid data describe THIS_FILE; unbraid train THIS_FILE"
-    yield from (f"name = {_toml(name)}", "", "[data]")
+    yield from (f"name = {inline(name)}", "", "[data]")
     yield from _data(look)
     yield from ("", *_array("tasks", _tasks(look)), "", *_array("features", _features(look)))
     yield from ("", *_histories(look), "", "[data.split]  " + _comment(look.split_why))
-    yield from (f"{k} = {_toml(v)}{_when(look, v)}" for k, v in look.split.items())
+    yield from (f"{k} = {inline(v)}{_when(look, v)}" for k, v in look.split.items())
     yield from ("", *_model(look))
 
 
 # ---------------------------------------------------------------------------------------------------------------- TOML
-def _toml(value: Any) -> str:
+def inline(value: Any) -> str:
     """A value on one line."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(k)} = {inline(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(inline, value)) + "]"
     text = json.dumps(value, ensure_ascii=False)  # JSON's texts, numbers and booleans are TOML's
     return text.replace("\x7f", "\\u007f")
 
 
 def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else inline(name)
 
 
 def _comment(text: str) -> str:
@@ -81,23 +81,23 @@ def _comment(text: str) -> str:
 
 def _array(key: str, members: Lines) -> list[str]:
     """An array of inline tables, one a line."""
-    lines = (f"  {'# ' if out else ''}{_toml(table)},  {_comment(why)}" for out, table, why in members)
+    lines = (f"  {'# ' if out else ''}{inline(table)},  {_comment(why)}" for out, table, why in members)
     return [f"{key} = [", *lines, "]"]
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
 def _data(look: Look) -> Iterable[str]:
-    yield f"folder = {_toml(str(look.folder))}"
-    yield f"rows = {_toml(look.table)}"
+    yield f"folder = {inline(str(look.folder))}"
+    yield f"rows = {inline(look.table)}"
     if look.keep:
-        yield f"keep = {_toml(look.keep)}  # rows without a time cannot be split"
+        yield f"keep = {inline(look.keep)}  # rows without a time cannot be split"
     if look.duplicates:
         yield f"drop_duplicates = true  # {look.duplicates:,} rows equal an earlier row in every column"
     yield _user(look)
     if look.time:
-        yield f"time = {_toml(look.time_sql)}  {_comment(look.time_why)}"
+        yield f"time = {inline(look.time_sql)}  {_comment(look.time_why)}"
         if _dtype(look.time_sql, look.frame.schema).is_integer():
-            yield f"time_unit = {_toml(look.time_unit)}"
+            yield f"time_unit = {inline(look.time_unit)}"
     else:
         yield '# time = ""  # no column looks like a time'
     yield from _domain(look)
@@ -112,19 +112,19 @@ def _user(look: Look) -> str:
     why = f"what tells rows apart; {look.no_user}"
     if look.user:
         why = "given" if look.roles["user"] else f"named like a user, {look.columns[look.user].distinct:,} distinct"
-    return f"user = {_toml(look.user_sql)}  {_comment(why)}"
+    return f"user = {inline(look.user_sql)}  {_comment(why)}"
 
 
 def _domain(look: Look) -> Iterable[str]:
     given = look.roles["domain"]
     if given:
-        yield f"domain = {_toml(given)}  # given: metrics are printed for each of its values"
+        yield f"domain = {inline(given)}  # given: metrics are printed for each of its values"
         return
     for c in look.columns.values():
         free = c.name not in (*look.labels, look.user, look.time) and not c.nested
         if free and c.named(DOMAINS) and 2 <= c.distinct <= 50:
             text = f"{c.distinct} values: if these are scenarios, metrics are printed for each"
-            yield f"# domain = {_toml(c.name)}  # {text}"
+            yield f"# domain = {inline(c.name)}  # {text}"
 
 
 def _tasks(look: Look) -> Lines:
@@ -199,5 +199,5 @@ def _model(look: Look) -> Iterable[str]:
     if look.item and look.user and look.time:
         yield from ("", "[model.history]", 'kind = "mean"  # target_attention weighs events by what is predicted')
     yield from ("", "[training]", f"batch_size = {1024 if look.total >= 20_000 else 256}", "epochs = 3")
-    yield f"metric = {_toml(metric)}  # on the validation split"
+    yield f"metric = {inline(metric)}  # on the validation split"
     yield "patience = 1  # stop after an evaluation without a better value, and keep the best weights"

@@ -23,7 +23,7 @@ from unbraid.data.vocabulary import canonical, canonical_type, stable_hash
 from unbraid.types import BUILT_IN, FORBID, GAP, POSITION, Feature, Field, History, Task
 
 SPLITS = ("train", "valid", "test")
-SPLIT, ROW_KEY = "__split", "__row"
+SPLIT, ROW_KEY, WITHHELD = "__split", "__row", "__withheld"
 Tables = Mapping[str, pl.DataFrame | pl.LazyFrame]  # tables handed over in memory, by the name that the run uses
 OTHER_ROWS = re.compile(
     r"\b(?:avg|sum|count|min|max|median|first|last|std\w*|var\w*|quantile\w*|corr|covar\w*|over)\s*\(", re.I
@@ -174,6 +174,8 @@ class Data:
         exposure: columns (or SQL expressions) that say what was shown to whom (user and item): rows know how many rows before
             them, in order of time, agree in all of these.
         time_unit: of an integer time column.
+        withhold: SQL over the rows' own columns (``site = 'new'``): where it holds, labels of the training and validation splits
+            are not read, as if they were null, and none of any split is in a history; the test split still measures.
         text, joins, features, fields, events, histories, tasks, split, negatives: see their classes.
         cache: folder of encoded data; empty for the user's cache folder.
     """
@@ -198,6 +200,7 @@ class Data:
     events: tuple[Events, ...] = ()
     histories: tuple[History, ...] = ()
     split: Split = field(default_factory=Split)
+    withhold: str = ""
     negatives: Negatives | None = None
     cache: str = ""
 
@@ -263,6 +266,8 @@ class Data:
             raise ValueError("Histories need `data.user`, `data.time` and at least one `[[data.events]]`.")
         if self.exposure and (not self.time or self.negatives):
             raise ValueError("`exposure` needs `data.time`, and no sampled negatives: copies were shown to nobody.")
+        if self.withhold and self.negatives:
+            raise ValueError("`withhold` hides labels of the log, and sampled negatives make labels of their own.")
         if self.split.kind == "time" and not self.time:
             raise ValueError("A split by time needs `data.time`.")
         if self.split.kind == "user" and not self.user:
@@ -279,7 +284,7 @@ class Data:
     def reads(self) -> Reads:
         """How it reads columns of text, by name; columns inside SQL alone are what they seem to be."""
         bags = [f.source for f in self.features if f.kind == "bag"]
-        ids = [f.source for f in self.features if f.kind == "id"]
+        ids = [f.source for f in self.features if f.kind == "id" or f.has_content]
         ids += [t.source for t in self.tasks if t.kind == "multiclass"]
         ids += [self.user, self.domain, self.request, *self.exposure, *(join.on for join in self.joins)]
         fields = {f.name for f in self.fields}
@@ -295,6 +300,11 @@ def bundled(name: str) -> Path | None:
     """Folder of a data set that ships with the package, or None."""
     folder = Path(__file__).parent / name
     return folder if name.isidentifier() and (folder / "README.md").exists() else None
+
+
+def root_of(data: Data, base: Path) -> Path:
+    """The folder that tables, and paths in their columns, are relative to."""
+    return (bundled(data.folder) or base / data.folder).resolve()
 
 
 def files_of(folder: str, table: str, base: Path) -> list[Path]:
@@ -599,7 +609,31 @@ def kept_rows(data: Data, base: Path, tables: Tables | None) -> pl.LazyFrame:
     plan = scan_of(data, data.rows, base, tables)
     if data.keep:
         plan = plan.filter(expression(data.keep, plan.collect_schema(), "data.keep"))
-    return plan.unique(maintain_order=True, keep="first") if data.drop_duplicates else plan
+    if data.drop_duplicates:
+        plan = plan.unique(maintain_order=True, keep="first")
+    if data.withhold:
+        where = expression(data.withhold, plan.collect_schema(), "data.withhold")
+        plan = plan.with_columns(where.fill_null(False).alias(WITHHELD))
+    return plan
+
+
+def label_expression(data: Data, task: Task, schema: Mapping[str, Any]) -> pl.Expr:
+    """A task's labels; null where `Data.withhold` keeps them from training and validation."""
+    expr = expression(task.source, schema, f"Task `{task.name}`")
+    if WITHHELD not in schema:
+        return expr
+    return pl.when(~(pl.col(WITHHELD) & (pl.col(SPLIT) < SPLITS.index("test")))).then(expr)
+
+
+def _without_labels(data: Data, plan: pl.LazyFrame) -> pl.LazyFrame:
+    """Rows as events, null in every column that tells a label which is withheld."""
+    have = plan.collect_schema()
+    if WITHHELD not in have:
+        return plan
+    sources = [expression(task.source, have, f"Task `{task.name}`") for task in data.tasks]
+    names = sorted({name for expr in sources for name in expr.meta.root_names()})
+    shown = [pl.when(~pl.col(WITHHELD)).then(pl.col(name)).alias(name) for name in names]
+    return plan.with_columns(shown).drop(WITHHELD)
 
 
 def rows_plan(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame | None = None) -> pl.LazyFrame:
@@ -622,6 +656,7 @@ def event_plans(data: Data, base: Path, tables: Tables | None, split: bool = Tru
             plan = kept_rows(data, base, tables)
             if split:
                 plan = with_split(plan, data)
+            plan = _without_labels(data, plan)
         else:
             plan = scan_of(data, source.table, base, tables)
         if source.where:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unbraid.data.contents import Contents
 from unbraid.data.events import gather
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import SPLITS, DataError
-from unbraid.types import EXACT, Batch, Ragged, Schema
+from unbraid.types import EXACT, Batch, Ragged, Schema, Transform
 
 Read = Callable[[np.ndarray], Batch]  # row numbers (n,) -> their batch
 
@@ -42,6 +43,14 @@ class Encoded:
             for f in self.schema.features
             if f.kind == "bag"
         }
+        self.contents = {
+            f.name: Contents(folder, place, f, Path(about["root"]))
+            for place, f in enumerate(self.schema.features)
+            if f.has_content
+        }
+        self.readers: dict[str, Callable[[np.ndarray], Tensor]] = {}  # picture or text feature -> what reads its rows
+        self.most = 2**31  # rows of a batch that is read in order: less where these are pictures
+        self.transforms: dict[str, Transform] = {}  # picture feature -> how the model's backbone sees it
 
     def _open(self, name: str, about: dict) -> np.ndarray:
         path, shape = self.folder / about["file"], tuple(about["shape"])
@@ -98,6 +107,12 @@ class Encoded:
                 out[f.name] = _tensor(column[rows].astype(np.int64))
             elif f.kind == "vector":
                 out[f.name] = _tensor(column[rows])
+            elif f.has_content:
+                if f.name not in self.readers:
+                    raise DataError(
+                        f"Feature `{f.name}` is of kind `{f.kind}`, and no backbone reads it: set `model.{f.kind}s`."
+                    )
+                out[f.name] = self.readers[f.name](rows)
             elif f.kind == "number":
                 mean, std = self.schema.numbers[f.name]
                 exact = column[rows]
@@ -116,6 +131,24 @@ class Encoded:
             values, offsets = gather(self.columns, history.name, history.fields, rows, self.about["per_second"])
             out[history.name] = Ragged({k: _tensor(v) for k, v in values.items()}, _tensor(offsets))
         return out
+
+    def pictures(
+        self, rows: np.ndarray, transform: Transform, seed: int = 0, step: int = 0, feature: str = ""
+    ) -> Tensor:
+        """(n, C, size, size) float32 pictures of the given rows ((n,) int64), of any thread.
+
+        Args:
+            transform: how they are seen; what a random one draws is a function of seed, step and row.
+            feature: whose pictures; empty: of the only feature that has any.
+
+        Raises:
+            ValueError: there is no such feature, or several and none is named; DataError: a file is no whole picture.
+        """
+        names = [name for name in self.contents if self.contents[name].feature.kind == "image"]
+        if not (feature in names or (not feature and len(names) == 1)):
+            raise ValueError(f"`feature` should name one of the pictures, {names}. Found `{feature}`.")
+        name = feature or names[0]
+        return self.contents[name].pictures(self.columns[f"feature.{name}"][rows], transform, rows, seed, step)
 
     def labels(self, rows: np.ndarray) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """task -> (n,) labels, and which of them are observed."""
@@ -159,8 +192,12 @@ class Encoded:
 
     # -------------------------------------------------------------------------------------------------------- in order
     def in_order(self, rows: np.ndarray, size: int, read: Read | None = None) -> Iterator[Batch]:
-        """The rows in batches, first to last; ``read``: what makes a batch of row numbers, in the place of `batch`."""
-        read = read or self.batch
+        """The rows in batches of at most ``size``, first to last.
+
+        Args:
+            read: what makes a batch of row numbers, in the place of `batch`.
+        """
+        read, size = read or self.batch, min(size, self.most)
         return prefetch(read(rows[at : at + size]) for at in range(0, len(rows), size))
 
     def shuffled(

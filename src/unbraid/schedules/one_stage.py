@@ -15,6 +15,7 @@ class OneStage:
     """Train once."""
 
     __pydantic_config__: ClassVar[dict] = FORBID
+    selects: ClassVar[bool] = True  # what it returns is chosen by the looks of its one call of `fit`
     kind: Literal["one_stage"] = field(default="one_stage", kw_only=True)
 
     def __call__(self, session: Session, model: nn.Module, steps: int) -> nn.Module:
