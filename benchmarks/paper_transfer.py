@@ -73,7 +73,7 @@ MULTICLASS = {"vanilla": Vanilla(), "temperature": Temperature(), "vector": Vect
               "histogram": Histogram(), "isotonic": Isotonic(), **TRANSFERRED, "transcal_bounded": TransCal(solver="bounded"),
               "transcal_official": TransCal(solver="official"), "oracle": Oracle()}  # fmt: skip
 BINARY = {"vanilla": Vanilla(), "temperature": Temperature(), "histogram": Histogram(), "isotonic": Isotonic(), **TRANSFERRED,
-          "transcal_slope": TransCal(slope=True)}  # fmt: skip
+          "transcal_intercept": TransCal(slope=False)}  # fmt: skip
 
 
 @dataclass(frozen=True)
