@@ -52,7 +52,7 @@ from unbraid.losses.domain_adversary import DomainAdversary, DomainClassifier
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads
 from unbraid.optim.joint import Joint
-from unbraid.render import markdown
+from unbraid.render import budget, markdown
 from unbraid.towers.star import STAR
 from unbraid.train import Training
 from unbraid.types import Course, Scores
@@ -360,7 +360,7 @@ def shown(table: Mapping[str, Any]) -> str:
         parts.append([name, *(_value(run["auc"]) for run in runs.values())])
     against = [f"against {other} [95 %], p" for other in (table["reference"], joint)]
     head = ["method", "step size", "mean AUC ± sd", *against, "Delta_m", "steps", f"CPU time, of {joint}"]
-    return f"{markdown(head, lines, 1)}\n\n{markdown(['AUC', *tasks], parts, 1)}\n"
+    return f"{markdown(head, lines, 1)}\n\n{markdown(['AUC', *tasks], parts, 1)}\n\n{budget(table)}\n"
 
 
 def _value(found: Mapping[str, Any] | None) -> str:
