@@ -248,6 +248,23 @@ def test_the_stream_of_days_runs() -> None:
 
 
 @pytest.mark.slow
+def test_a_tab_without_labels_is_adapted_to_and_calibrated(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "paper_transfer.py"
+    command = [sys.executable, str(script), "kuairand", "--out", str(tmp_path), "--quick", "--seeds", "1", "--jobs", "1",
+               "--cases", "to_tab_4", "--only", "mcc"]  # fmt: skip
+    shown = [subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout for _ in range(2)]
+    assert shown[0] == shown[1], "nothing is trained twice"
+    found = json.loads(shown[0].splitlines()[-1])
+    assert found["auc"]["to_tab_4"].keys() == {"labels_only", "mcc"} and found["quick"]
+    table = json.loads((tmp_path / "quick" / "kuairand" / "tables.json").read_text())["to_tab_4"]
+    names = {"vanilla", "temperature", "histogram", "isotonic", "cpcs", "transcal", "transcal_intercept"}
+    for each in table["calibrators"].values():
+        assert each.keys() == names and all(each[name]["calibration"][0] > 0 for name in names)
+    vanilla = table["calibrators"]["mcc"]["vanilla"]["calibration"][0]
+    assert vanilla == pytest.approx(table["calibration_ratio"]["mcc"][0], rel=1e-6), "as the run itself measured it"
+
+
+@pytest.mark.slow
 def test_the_cost_of_a_gradient_per_task_is_measured(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "interference_cost.py"
     command = [sys.executable, str(script), "--quick", "--cache", str(tmp_path), "--only", "adatask_2tasks_cost"]
