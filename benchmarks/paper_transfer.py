@@ -8,7 +8,7 @@
 Labels of the target are read by nothing but the metrics of the test split: they are withheld (`Data.withhold`), or not in the
 table at all.  No method is tuned to a target: every run has the settings below, the same steps, and keeps its last weights, so
 that nothing is selected, by an oracle or otherwise.  The reference, ``labels_only``, trains on the rows with labels in the same
-batches without the others; ``all_labels`` of *fashion*, which reads every training label, says what there is to gain.
+batches without the others; ``all_labels`` of *fashion*, which reads 3,000 labels a class, says what there is to gain.
 
 Calibrators are fitted to the validation rows of the source and, those that read a target, to the target's test rows without
 their labels, and measured on these (as in TransCal's own experiments: the target at hand is the one to be calibrated).
@@ -118,6 +118,18 @@ def methods(base: Run, views: Tabular, *, shift: bool, mcc: MCC) -> dict[str, Ru
     return found
 
 
+VIEWS = Tabular(weak=Change(noise=0.05), strong=Change(noise=0.15, values=0.15))
+
+
+def of_pixels(folder: Path, size: int, steps: int) -> Run:
+    """An MLP on the pixels of a prepared folder, with as many rows without labels per batch as with."""
+    training = Training(
+        batch_size=size, steps=steps, evaluate_every=steps, metric="accuracy", threads=1, mix=Mix(unlabelled=size)
+    )
+    model = ModelChoice(tower=SharedBottom(bottom=(256, 64), tower=()))
+    return Run(data=config.load(folder / "run.toml").data, model=model, update=Joint(lr=1e-3), training=training)
+
+
 def of_digits(out: Path, quick: bool) -> dict[str, Case]:
     """Both directions.  The MLP and the views are those of small pictures: noise, and pixels that are dropped."""
     cases = {}
@@ -125,26 +137,9 @@ def of_digits(out: Path, quick: bool) -> dict[str, Case]:
         folder = out / f"to-{target}"
         if not (folder / "run.toml").exists():
             write(digits(Pair(target=target)), folder, "digits", overwrite=folder.exists())  # type: ignore[arg-type]
-        data = config.load(folder / "run.toml").data
-        training = Training(
-            batch_size=36,
-            steps=20 if quick else 1500,
-            evaluate_every=500,
-            metric="accuracy",
-            threads=1,
-            mix=Mix(unlabelled=36),
-        )
-        base = Run(
-            data=data,
-            model=ModelChoice(tower=SharedBottom(bottom=(256, 64), tower=())),
-            update=Joint(lr=1e-3),
-            training=training,
-        )
+        base = of_pixels(folder, 36, 20 if quick else 1500)
         cases[f"to_{target}"] = Case(methods(base, VIEWS, shift=True, mcc=MCC()), target)
     return cases
-
-
-VIEWS = Tabular(weak=Change(noise=0.05), strong=Change(noise=0.15, values=0.15))
 
 
 def of_fashion(out: Path, source: Path, quick: bool) -> dict[str, Case]:
@@ -154,21 +149,7 @@ def of_fashion(out: Path, source: Path, quick: bool) -> dict[str, Case]:
         folder = out / f"labels-{labels}"
         if not (folder / "run.toml").exists():
             write(fashion_mnist(source, Few(labels=labels)), folder, "fashion-mnist", overwrite=folder.exists())
-        data = config.load(folder / "run.toml").data
-        training = Training(
-            batch_size=64,
-            steps=20 if quick else 1500,
-            evaluate_every=1500,
-            metric="accuracy",
-            threads=1,
-            mix=Mix(unlabelled=64),
-        )
-        base = Run(
-            data=data,
-            model=ModelChoice(tower=SharedBottom(bottom=(256, 64), tower=())),
-            update=Joint(lr=1e-3),
-            training=training,
-        )
+        base = of_pixels(folder, 64, 20 if quick else 1500)
         cases[f"labels_{labels}"] = Case(methods(base, VIEWS, shift=False, mcc=MCC()))
     folder = out / "labels-all"
     if not (folder / "run.toml").exists():
