@@ -22,6 +22,7 @@ from unbraid.calibration.transcal import TransCal
 from unbraid.cli import app
 from unbraid.config import RunError
 from unbraid.job import evaluate_bundle, train
+from unbraid.selection.entropy import TargetEntropy
 from unbraid.types import Task
 from unbraid.uncertainty.ensemble import Ensemble
 from unbraid.uncertainty.explore import UCB
@@ -154,6 +155,8 @@ def test_early_stopping_is_said(bundle: Bundle) -> None:
     stopped = replace(bundle, run=replace(bundle.run, training=replace(bundle.run.training, patience=2)))
     assert "early stopping chose" in calibrate(stopped, PLATT, tables=TABLES)[2][0]
     assert calibrate(bundle, PLATT, tables=TABLES)[2] == []
+    chosen = replace(stopped, run=replace(stopped.run, selection=TargetEntropy()))
+    assert "selection `entropy` chose the weights" in calibrate(chosen, PLATT, tables=TABLES)[2][0]
 
 
 def test_tasks_that_cannot_be(bundle: Bundle) -> None:
@@ -161,7 +164,7 @@ def test_tasks_that_cannot_be(bundle: Bundle) -> None:
         calibrate(bundle, PLATT, domain="shop", tables=TABLES)
     with pytest.raises(ValueError, match="There is no task `cart`"):
         calibrate(bundle, PLATT, tasks=["cart"], tables=TABLES)
-    with pytest.raises(ValueError, match="No task can be calibrated. task click .* binary"):
+    with pytest.raises(ValueError, match="No task can be calibrated. Task `click` is binary"):
         calibrate(bundle, method_of("vector"), tables=TABLES)
     with pytest.raises(RunError, match="`transcal` has no `powr`. Allowed: solver, power"):
         method_of("transcal", ["powr=1"])

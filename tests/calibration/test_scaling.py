@@ -130,6 +130,13 @@ def test_a_planted_matrix_is_found() -> None:
     assert np.abs(softmax(found(z), axis=1) - softmax(truth, axis=1)).max() < 0.06
 
 
+def test_few_rows_for_many_numbers_are_said() -> None:
+    assert Vector().fit(MULTI, multiclass(n=60)).warnings == (), "6 numbers"
+    assert "59 held-out rows for 6 numbers: set `penalty`" in Vector().fit(MULTI, multiclass(n=59)).warnings[-1]
+    assert "60 held-out rows for 12 numbers" in Matrix().fit(MULTI, multiclass(n=60)).warnings[-1]
+    assert Matrix(penalty=0.1).fit(MULTI, multiclass(n=60)).warnings == (), "the penalty is an answer to that"
+
+
 def test_a_large_penalty_leaves_the_logits() -> None:
     rows = multiclass()
     np.testing.assert_allclose(Matrix(penalty=1e6).fit(MULTI, rows)(rows.logits["t"]), rows.logits["t"], atol=1e-3)

@@ -188,8 +188,9 @@ def _double(batch: Batch) -> Batch:
     return dataclasses.replace(batch, features=features)
 
 
-def test_the_model_never_reads_meta_labels_or_row(encoded: Encoded) -> None:
-    _, model = model_of(ModelChoice(), encoded)
+@pytest.mark.parametrize("choice", choices())
+def test_the_model_never_reads_meta_labels_or_row(choice: ModelChoice, encoded: Encoded) -> None:
+    _, model = model_of(choice, encoded)
     model.eval()
     batch = some(encoded)
     labels = {k: torch.zeros_like(v) for k, v in batch.labels.items()}

@@ -47,6 +47,17 @@ def test_the_worked_example(scale: float, strength: float, each: tuple[float, fl
     assert float(found.mean()) == pytest.approx(mean, abs=1e-6)
 
 
+def test_the_worked_examples_logits() -> None:
+    """The gradient of cross-entropy tells its softmax, which is that of the printed logits, and of these less s lambda."""
+    logits = (10 * FEATURES @ T.T).requires_grad_()
+    (grad,) = torch.autograd.grad(margin_loss(logits, T, Y, 10, 0.3).sum(), logits)
+    printed = torch.tensor([[9.434564, 10.034564, 4.048285], [2.590074, 6.965260, 6.980149]], dtype=torch.float64)
+    found = grad + torch.eye(3, dtype=torch.float64)[Y]
+    torch.testing.assert_close(found, printed.softmax(1), rtol=0, atol=5e-7)
+    theirs = 10 * (FEATURES - 0.3 * T[Y]) @ T.T
+    torch.testing.assert_close(theirs, printed - 3.0, rtol=0, atol=6e-7)
+
+
 def code_form(f: Tensor, vectors: Tensor, labels: Tensor, scale: float, strength: float) -> Tensor:
     """The authors' code, written out: softmax of s (f - lambda t_y) T^T."""
     logits = scale * (f - strength * vectors[labels]) @ vectors.T

@@ -17,6 +17,7 @@ from unbraid.augmentations.tabular import Tabular
 from unbraid.job import JobError, train
 from unbraid.losses.mcc import MCC, class_confusion, confusion_gap, floor
 from unbraid.losses.supervised import Supervised
+from unbraid.losses.unlabelled import row_entropy
 from unbraid.types import Batch, Output, Schema, Task
 
 Z = torch.tensor([[2.0, 1.0, 0.1, -1.0], [0.5, 2.5, 0.0, 0.3], [-0.5, 0.2, 1.5, 1.4]], dtype=torch.float64)
@@ -66,6 +67,31 @@ def gradient(loss: Tensor, of: Tensor) -> Tensor:
 def test_the_worked_example(temperature: float, want: float) -> None:
     assert float(class_confusion(Z, temperature)) == pytest.approx(want, abs=6e-9)
     assert float(class_confusion(Z.float(), temperature)) == pytest.approx(want, abs=1e-6)
+
+
+def test_the_worked_examples_rows() -> None:
+    """Probabilities, entropies, weights and the matrix itself, printed to six digits; and the guard of the authors' logarithm."""
+    want: dict[str, Any] = {
+        "p": [[.638066, .234731, .095435, .031767], [.101892, .752885, .061801, .083422], [.058518, .117841, .432394, .391246]],
+        "entropy": [.960673, .825656, 1.147772],
+        "sure": [1.382635, 1.437947, 1.317343],
+        "weight": [1.002412, 1.042513, .955075],
+        "matrix": [.422205, .236696, .091771, .051047],
+    }  # fmt: skip
+    p = Z.softmax(1)
+    entropy = row_entropy(p.log())
+    sure = 1 + torch.exp(-entropy)
+    weight = 3 * sure / sure.sum()
+    found = {"p": p, "entropy": entropy, "sure": sure, "weight": weight, "matrix": (weight * p[:, 0]) @ p}
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], torch.tensor(value).double(), rtol=0, atol=6e-7, msg=name)
+    soft = 1 + torch.exp(-row_entropy((Z / 2.5).log_softmax(1)))
+    torch.testing.assert_close(
+        3 * soft / soft.sum(), torch.tensor([1.002587, 1.003274, 0.994139]).double(), rtol=0, atol=6e-7
+    )
+    guarded = 1 + torch.exp((p * (p + 1e-5).log()).sum(1))
+    theirs = 1 - ((guarded @ p.square()) / (guarded @ p)).mean()
+    assert f"{float(theirs):.7f}" == "0.5607748" and abs(float(theirs - class_confusion(Z, 1.0))) < 1e-7
 
 
 def test_the_worked_examples_matrices() -> None:

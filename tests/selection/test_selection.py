@@ -296,25 +296,6 @@ def told(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("selection", BLIND, ids=lambda s: s.kind)
-def test_hidden_labels_change_nothing(selection: Any, tmp_path: Path) -> None:
-    """Random labels in the place of those of the target, in all splits: weights, looks and the chosen step are the same."""
-    log = make_log()
-    rng = np.random.default_rng(5)
-    hidden = pl.col("site") == "mail"
-    noise = [pl.Series(name, rng.integers(0, 2, len(log))) for name in ("click", "buy")]
-    other = log.with_columns(pl.when(hidden).then(new).otherwise(pl.col(new.name)).alias(new.name) for new in noise)
-    assert (log["click"] != other["click"]).sum() > 10
-    run = a_run(selection=selection)
-    one = train(run, tmp_path / "a", tables={"log": log}, baseline=False)
-    two = train(run, tmp_path / "b", tables={"log": other}, baseline=False)
-    state = two.bundle.model.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in one.bundle.model.state_dict().items())
-    assert [each["selection"] for each in told(tmp_path / "a")] == [each["selection"] for each in told(tmp_path / "b")]
-    assert one.metrics["selection"] == two.metrics["selection"] and one.metrics["selection"]["value"] is not None
-    assert one.metrics["test"] != two.metrics["test"], "the test split still measures"
-
-
 @pytest.mark.parametrize("selection", [SND(), IWV()], ids=["higher", "lower"])
 def test_the_kept_weights_are_those_of_the_best_look(selection: Any, tmp_path: Path) -> None:
     log = {"log": make_log()}
