@@ -256,6 +256,15 @@ def test_describe_says_what_pictures_and_texts_are(tmp_path: Path, capsys: Any) 
     assert describe(data, tables={"rows": in_bytes})["contents"]["picture"]["distinct"] == 1
 
 
+def test_describe_names_files_that_are_no_pictures(tmp_path: Path) -> None:
+    rows = make_rows(tmp_path)
+    first = rows["picture"][0]
+    (tmp_path / first).write_bytes(b"no picture")
+    found = describe(make_data(tmp_path), tables={"rows": rows})
+    assert found["contents"]["picture"]["side"] is not None, "the others are looked at all the same"
+    assert any(f"1 of {len(rows)} files are no pictures: {first}. Replace" in warning for warning in found["warnings"])
+
+
 def test_describe_goes_on_where_a_column_is_of_another_type(tmp_path: Path) -> None:
     found = describe(make_data(tmp_path), tables={"rows": make_rows(tmp_path).with_columns(picture=pl.lit(1.5))})
     assert "contents" in found and any("kind `image` needs paths" in warning for warning in found["warnings"])
@@ -277,7 +286,9 @@ def test_from_a_folder_to_predictions(tmp_path: Path) -> None:
     assert len(text.splitlines()) < 15
     (tmp_path / "run.toml").write_text(text)
     assert "Pictures and texts" in call("data", "describe", tmp_path / "run.toml").stdout
-    call("train", tmp_path / "run.toml", "--out", tmp_path / "out", "--set", "training.epochs=5")
+    told = call("train", tmp_path / "run.toml", "--out", tmp_path / "out", "--set", "training.epochs=5").output
+    assert "! task label, domain sketch: no labels in the training split" in told and "domain photo: " not in told
+    assert "95 % intervals by a bootstrap over rows." in (tmp_path / "out/report.md").read_text()
     call("predict", tmp_path / "out", tmp_path / "pets/rows.parquet", "--out", tmp_path / "scored.parquet")
     scored = pl.read_parquet(tmp_path / "scored.parquet")
     sketches = scored.filter(pl.col("domain") == "sketch")
@@ -295,3 +306,15 @@ def test_init_without_labels_still_asks_for_them(tmp_path: Path) -> None:
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "a.parquet")
     result = CliRunner().invoke(app, ["init", str(tmp_path)])
     assert result.exit_code == 2 and "At least one label column is needed" in result.output
+    for folder, words in ((tmp_path / "nowhere", "There is no file or folder"), (tmp_path / "empty", "Found neither")):
+        if words == "Found neither":
+            folder.mkdir()
+        result = CliRunner().invoke(app, ["init", str(folder)])
+        assert result.exit_code == 2 and words in result.output and "At least" not in result.output
+
+
+def test_init_of_pictures_takes_no_columns(tmp_path: Path) -> None:
+    write(tmp_path / "pets/cat/1.png", array(1, 1, (12, 12)))
+    for option, words in (("--domain", "no --user, no --time"), ("--label", "is read without `--label`")):
+        result = CliRunner().invoke(app, ["init", str(tmp_path / "pets"), option, "sketch"])
+        assert result.exit_code == 2 and words in " ".join(result.output.split())

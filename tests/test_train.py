@@ -23,7 +23,7 @@ from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.stem import STEM
-from unbraid.train import Local, Training, Watcher, selected
+from unbraid.train import Local, Training, Watcher, check_metric, selected
 from unbraid.types import Feature, History, Task
 
 TABLES = {"log": make_log()}
@@ -162,8 +162,14 @@ def test_a_run_resumed_after_its_best_step_still_ends_with_those_weights(tmp_pat
 
 
 def test_selection_metric_must_exist() -> None:
-    with pytest.raises(ValueError, match="`training.metric` is `rmse`, which no task has"):
-        train(make_run(training=Training(batch_size=64, steps=2, metric="rmse")), tables=TABLES)
+    class Steps(Watcher):
+        def step(self, *_: Any) -> None:
+            raise AssertionError("a step was taken")
+
+    for wrong in ("rmse", "acurracy", "click.rmse", "nothing.auc"):
+        with pytest.raises(ValueError, match=f"`training.metric` is `{wrong}`, which no task has. Metrics: .*auc"):
+            train(make_run(training=Training(batch_size=64, steps=2, metric=wrong)), tables=TABLES, watcher=Steps())
+    check_metric("ndcg@5", make_schema("a"))
     assert selected({"a": {"auc": {"value": None}}}, "auc", make_schema("a")) == (None, False)
 
 

@@ -115,6 +115,11 @@ def _refuse(bundle: Bundle, valid: bool, domain: str) -> list[str]:
             f"Schedule `{run.schedule.kind}` trained on the validation rows, too: the model is surer of them than of new ones. "
             "Give labelled rows that it did not see (`--held-out`)."
         )
+    if valid and run.selection is not None:
+        return [
+            f"selection `{run.selection.kind}` chose the weights on the validation split: where it read labels of these rows, "
+            "the model looks slightly better on them than it is"
+        ]
     if valid and run.training.patience:
         return [
             "early stopping chose the weights by these validation rows, on which the model looks slightly better than it is"
@@ -151,17 +156,17 @@ def _fits(
 ) -> tuple[dict[str, Calibration], list[str]]:
     """Task -> its fit, and what was left out.  Raises ValueError for a task that was named, or when none is left."""
     fitted: dict[str, Calibration] = {}
-    skipped = []
+    skipped: dict[str, ValueError] = {}
     for task in [schema.task(name) for name in tasks] or schema.tasks:
         try:
             fitted[task.name] = method.fit(task, held, aimed, train)  # type: ignore[assignment]
         except ValueError as error:
             if tasks:
                 raise
-            skipped.append(f"task {task.name} is left as it is: {error}")
+            skipped[task.name] = error
     if not fitted:
-        raise ValueError("No task can be calibrated. " + " ".join(skipped))
-    return fitted, skipped
+        raise ValueError("No task can be calibrated. " + " ".join(map(str, skipped.values())))
+    return fitted, [f"task {name} is left as it is: {error}" for name, error in skipped.items()]
 
 
 def chosen(scores: Scores, rows: Any, what: str) -> Scores:

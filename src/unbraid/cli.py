@@ -130,6 +130,10 @@ def train(
         Path | None, typer.Option(help="Start from this bundle: its values keep their rows, new ones are added.")
     ] = None,
     baseline: Annotated[bool, typer.Option(help="Fit target encoding, too, and print it beside the model.")] = True,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard=FOLDER or mlflow=URI: log the run there, too. Repeat it.")
+    ] = None,
+    track_every: Annotated[int, typer.Option(help="Of --track: the losses of every so many steps.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Train a run, print the test metrics of every task and domain, and write a bundle."""
@@ -146,8 +150,11 @@ def train(
         folder = out or Path("runs") / choice.name
         with Console(quiet=as_json) as watcher:
             watcher.note(f"run `{choice.name}`, seed {choice.seed}")
-            result = job(choice, folder, resume=resume, overwrite=overwrite, baseline=baseline, watcher=watcher)
-    except (config.RunError, JobError, ValueError, OSError, FloatingPointError) as error:
+            result = job(
+                choice, folder, resume=resume, overwrite=overwrite, baseline=baseline, watcher=watcher, track=track or (),
+                track_every=track_every,
+            )  # fmt: skip
+    except (config.RunError, JobError, ValueError, OSError, FloatingPointError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
         fail(RuntimeError("interrupted; continue with the same command and --resume"))
@@ -379,6 +386,10 @@ def init(
 
     try:
         if not label and is_tree(data):
+            if user or time or domain not in ("", "folder"):
+                raise ValueError(
+                    f"{data} holds pictures and no columns: no --user, no --time, --domain `folder` or none."
+                )
             text, found = first_run(data, domain == "folder")
             print("\n".join(found), file=sys.stderr)
         else:

@@ -35,6 +35,12 @@ Array = np.ndarray
 Metrics = dict[str, Any]
 
 BINS = 15  # of ECE: the number in Guo et al. (2017), which most papers keep
+NAMES = {
+    "binary": ("auc", "gauc", "logloss", "calibration", "ece", "ece_mass", "accuracy"),
+    "multiclass": ("accuracy", "logloss", "ece"),
+    "real": ("rmse", "mae"),
+}
+RANKING = ("ndcg", "recall")  # at each cut-off, of binary tasks of a log with requests
 LEAST = 10  # a binary metric that rests on fewer positives or negatives is withheld
 BLOCK = 1024  # users drawn at once: with 500 replicates 2 MB of float32, which stays in the cache
 
@@ -344,9 +350,9 @@ def _measure(rows: _Rows, kind: str, at: Sequence[int]) -> _Table:
 
 
 def _binary(rows: _Rows, user: Array, users: int, at: Sequence[int]) -> dict[str, _Metric | str]:
-    names = ["auc", "gauc", "logloss", "calibration", "ece", "ece_mass", "accuracy"]
+    names = [*NAMES["binary"]]
     if rows.request is not None:
-        names += [f"{name}@{k}" for name in ("ndcg", "recall") for k in at]
+        names += [f"{name}@{k}" for name in RANKING for k in at]
     if why := _few(int(rows.y.sum()), len(rows.y)):
         return dict.fromkeys(names, why)
     y, w, z = rows.y, rows.w, rows.z.astype(float)
@@ -369,7 +375,7 @@ def _binary(rows: _Rows, user: Array, users: int, at: Sequence[int]) -> dict[str
 
 def _multiclass(rows: _Rows, user: Array, users: int) -> dict[str, _Metric | str]:
     if not len(rows.y):
-        return dict.fromkeys(("accuracy", "logloss", "ece"), "no observed rows")
+        return dict.fromkeys(NAMES["multiclass"], "no observed rows")
     z, w, total = rows.z.astype(float), rows.w, np.bincount(user, rows.w, users)
     z -= z.max(1, keepdims=True)
     norm = np.exp(z).sum(1)
@@ -384,7 +390,7 @@ def _multiclass(rows: _Rows, user: Array, users: int) -> dict[str, _Metric | str
 
 def _real(rows: _Rows, user: Array, users: int) -> dict[str, _Metric | str]:
     if not len(rows.y):
-        return dict.fromkeys(("rmse", "mae"), "no observed rows")
+        return dict.fromkeys(NAMES["real"], "no observed rows")
     error, total = rows.z.astype(float) - rows.y, np.bincount(user, rows.w, users)
     return {
         "rmse": _metric(_root, np.bincount(user, rows.w * error**2, users), total),

@@ -29,6 +29,7 @@ from unbraid.encoders.table import Table
 from unbraid.evaluate import evaluate
 from unbraid.model import Model
 from unbraid.render import render_markdown
+from unbraid.track import Tracker
 from unbraid.train import Local, Watcher, predict
 from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores, Term
 
@@ -51,6 +52,7 @@ class Result:
 def train(
     run: config.Run, out: str | Path | None = None, *, tables: Tables | None = None, resume: bool = False,
     overwrite: bool = False, baseline: bool = True, keep_scores: bool = False, watcher: Watcher | None = None,
+    track: Sequence[str] = (), track_every: int = 10,
 ) -> Result:  # fmt: skip
     """Encode, train, evaluate and write the bundle.
 
@@ -58,20 +60,25 @@ def train(
         run: what to do; out: the bundle's folder (None: nothing is written); tables: tables in memory by name.
         resume: continue the unfinished run in ``out``; overwrite: delete what is in ``out`` first.
         baseline: fit and report target encoding, too; keep_scores: write the test split's `Scores` to ``scores.safetensors``.
+        track: ``tensorboard=FOLDER``, ``mlflow=URI``: where to write what happens (docs/tracking.md), the losses of every
+            ``track_every``-th step.
 
     Raises:
         JobError: ``out`` holds another run, or a finished one; DataError, BundleError, OSError as they say.
+        ValueError, ImportError: ``track`` cannot be written to, or its library is missing.
     """
     watcher = watcher or Watcher()
     if run.training.threads:
         torch.set_num_threads(run.training.threads)
     folder = None if out is None else Path(out)
+    tracker = Tracker(watcher, track, track_every, run, folder, resume) if track else None
     if folder is not None and _prepare(folder, run, resume, overwrite):
         watcher.note(f"{folder} is finished; nothing to resume")
         bundle = Bundle.load(folder)
         return Result(bundle, bundle.metrics, folder)
     try:
-        return _train(run, folder, tables, resume, baseline, keep_scores, watcher)
+        with tracker or contextlib.nullcontext(watcher) as told:
+            return _train(run, folder, tables, resume, baseline, keep_scores, told)
     except (ValueError, JobError, FloatingPointError):  # a mistake to mend: the folder is free for the next try
         if folder is not None and not _worth(folder):
             clear(folder)
@@ -123,6 +130,7 @@ def _train(
         for path in folder.glob("*.safetensors"):  # a finished run needs its checkpoints no more
             if path.name.startswith(("fit-", "schedule-")):
                 path.unlink()
+    watcher.measured(metrics)
     return Result(bundle, metrics, folder)
 
 
@@ -164,7 +172,7 @@ def _worth(folder: Path) -> bool:
 
 WRITES = ("run.toml", "schema.json", "vocabularies", "weights.safetensors", "scores.safetensors", "metrics.json", "report.md",
           "environment.json", "log.jsonl", "uncertainty.safetensors", "calibration.safetensors", "backbones.safetensors",
-          "fit-*.safetensors", "schedule-*.safetensors", ".*.unbraid-*")  # fmt: skip
+          "track.json", "fit-*.safetensors", "schedule-*.safetensors", ".*.unbraid-*")  # fmt: skip
 
 
 def clear(folder: Path) -> None:
@@ -320,12 +328,13 @@ def one_class_domains(encoded: Encoded) -> list[str]:
     rows = encoded.split("train")
     domain = encoded.columns["domain"][rows] if "domain" in encoded.columns else np.full(len(rows), FIRST_VALUE)
     labels, observed = encoded.labels(rows)
-    for task in (t for t in encoded.schema.tasks if t.kind == "binary"):
+    for task in (t for t in encoded.schema.tasks if t.kind != "real"):
+        names = encoded.schema.classes[task.name] if task.kind == "multiclass" else ("0s", "1s")
         label, known = labels[task.name].numpy(), observed[task.name].numpy()
         for code in np.unique(domain):
             found = np.unique(label[(domain == code) & known])
             if len(found) < 2:
-                what = f"only {found[0]:g}s" if len(found) else "no labels"
+                what = f"only {names[int(found[0])]}" if len(found) else "no labels"
                 warnings.append(
                     f"task {task.name}, domain {encoded.schema.domains[code]}: {what} in the training split"
                 )
@@ -415,9 +424,10 @@ def _codes(encoded: Encoded, name: str, train: np.ndarray, test: np.ndarray) -> 
 def report(run: config.Run, metrics: Mapping[str, Any]) -> str:
     """The Markdown report."""
     baseline = metrics.get("baseline", {}).get("target_encoding")
+    over = "users" if run.data.user else "requests" if run.data.request else "rows"  # what `evaluate` draws
     lines = [f"# {run.name}", "", f"Seed {run.seed}; rows: " + ", ".join(f"{k} {v:,}" for k, v in metrics["rows"].items())
              + f"; {metrics['seconds']['train']:.0f} s of training; parameters: {metrics['parameters']['tables']:,} in tables, "
-             f"{metrics['parameters']['dense']:,} dense.", "", "Test split, 95 % intervals by a bootstrap over users.",
+             f"{metrics['parameters']['dense']:,} dense.", "", f"Test split, 95 % intervals by a bootstrap over {over}.",
              "", render_markdown(metrics["test"], baseline)]  # fmt: skip
     if (chosen := metrics.get("selection")) is not None:
         value = "no look had a value" if chosen["value"] is None else f"step {chosen['step']:,}, {chosen['value']:.4g}"

@@ -46,7 +46,7 @@ FITS = ("all", "no requests", "lead", "no positives", "no rows", "no intervals")
 def _at(level: str, metrics: Metrics, baseline: Metrics | None, names: int = 0) -> Table:
     """The table that leaves out what this level and those before it say; ``names``: the longest task and domain, if any."""
     out = FITS[: FITS.index(level) + 1]
-    titles, lines = _cells(metrics, baseline, brief="lead" in out, requests="no requests" not in out)
+    titles, lines = metric_cells(metrics, baseline, brief="lead" in out, requests="no requests" not in out)
     gone = [titles.index(name) for name in ("rows", "positives") if f"no {name}" in out]
     rows = [titles, *lines]
     if "no intervals" in out:
@@ -63,6 +63,11 @@ def _wide(made: Table) -> int:
     return sum(2 + (column.min_width or 0) for column in made.columns)
 
 
+def metric_name(name: str) -> str:
+    """A metric as tables write it, such as ``AUC``."""
+    return _TITLES.get(name, name)
+
+
 def shortened(name: str, most: int = 28) -> str:
     """A name of at most so many letters: the middle of a longer one is left out."""
     return name if len(name) <= most else f"{name[: most - most // 2 - 1]}…{name[-(most // 2) :]}"
@@ -70,7 +75,7 @@ def shortened(name: str, most: int = 28) -> str:
 
 def render_markdown(metrics: Metrics, baseline: Metrics | None = None) -> str:
     """The same table in Markdown."""
-    return markdown(*_cells(metrics, baseline), left=2)
+    return markdown(*metric_cells(metrics, baseline), left=2)
 
 
 def table(titles: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> Table:
@@ -91,7 +96,7 @@ def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]], left: int) -
     return "\n".join("| " + " | ".join(line) + " |" for line in safe) + "\n"
 
 
-def _cells(
+def metric_cells(
     metrics: Metrics, baseline: Metrics | None, brief: bool = False, requests: bool = True
 ) -> tuple[list[str], list[list[str]]]:  # fmt: skip
     """Titles and text of the tables.  A binary task's accuracy says little at 2 % positives and gets no column."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from unbraid import store
 from unbraid.data.mix import Mix, Of, Parts, batches
 from unbraid.data.table import Encoded, Read, order, prefetch, steps_per_epoch
-from unbraid.evaluate import evaluate, lower_is_better
+from unbraid.evaluate import NAMES, RANKING, evaluate, lower_is_better
 from unbraid.optim.averaging import Average, Running, remeasure
 from unbraid.types import (
     FORBID,
@@ -171,8 +171,20 @@ class Watcher:
     def step(self, done: int, total: int, rows_per_second: float, losses: Mapping[str, float]) -> None:
         """Some training steps are done."""
 
+    def begins(self, call: int, before: int) -> None:
+        """What follows is of this call of ``fit``; so many steps are those of calls before it."""
+
+    def trained(self, step: int, losses: Mapping[str, Tensor]) -> None:
+        """A step of the call is done (not told of calls in processes of their own).  Reading a loss waits for the device."""
+
+    def saving(self) -> None:
+        """A checkpoint is about to be written."""
+
+    def measured(self, metrics: Mapping[str, Any]) -> None:
+        """The run is finished: what ``metrics.json`` holds."""
+
     def evaluated(self, step: int, metric: str, value: float | None, best: bool, values: Mapping[str, Any]) -> None:
-        """The validation split was evaluated."""
+        """The validation split was evaluated; ``best``: so far, and its weights are kept."""
 
     def note(self, text: str) -> None:
         """Anything else."""
@@ -628,6 +640,8 @@ class _OneFit:
         self.steps, self.rows, self.seed, training = steps, rows, seed, session.training
         length_of = len(rows) if self.parts is None else self.parts.rows
         self.every = self.look.every or training.evaluate_every or steps_per_epoch(length_of, training.batch_size)
+        if self.every > 0 and (metric := self.look.metric or ("" if session.selection else training.metric)):
+            check_metric(metric, session.data.schema, self.look.tasks)
         self.best: dict[str, Any] = {"value": None, "step": 0, "misses": 0}
         self.best_weights: dict[str, Tensor] | None = None
         self.average = self._averaging()
@@ -657,6 +671,7 @@ class _OneFit:
         if self.rehearse is not None:
             moved = self.rehearse.watch(moved, start, terms, self.read)
         self.told_step, self.began = start, time.monotonic()
+        session.watcher.begins(self.call, session.steps)
         session.watcher.stage("training", start, self.steps)
         done = start
         try:
@@ -683,9 +698,10 @@ class _OneFit:
         """The mean of the weights that this call keeps.  Raises ValueError if what it selects by is no mean."""
         average = self.session.average
         if average is not None and not average.looks and (self.look.patience or self.look.keep_best):
+            fix = "Set `patience` to 0" if self.look.patience else "Leave out what chooses a look (`selection`)"
             raise ValueError(
                 "The run's `average` is made at the end of a training, and this one keeps the weights of its best look at the "
-                "validation split. Set `patience` to 0, or use an average that looks are taken by (docs/methods/averages.md)."
+                f"validation split. {fix}, or use an average that looks are taken by (docs/methods/averages.md)."
             )
         return None if average is None else average.begin(self.model, self.steps)
 
@@ -744,6 +760,7 @@ class _OneFit:
         return rows, labels, observed
 
     def _tell(self, done: int, batch: Batch, losses: Mapping[str, Tensor]) -> bool:
+        self.session.watcher.trained(done, losses)
         now = time.monotonic()
         if now - self.told_at > 0.2 or done == self.steps:
             speed = (done - self.told_step) * len(batch) / max(now - self.told_at, 1e-9)
@@ -788,7 +805,7 @@ class _OneFit:
         if hasattr(self.update, "told"):
             record["update"] = dict(self.update.told())
         self.session.log(record)
-        self.session.watcher.evaluated(done, metric, value, better, metrics)
+        self.session.watcher.evaluated(done, metric, value, better and self.look.keep_best, metrics)
         self.told_at, self.told_step = time.monotonic(), done  # rows/s are of training
         self.looked += self.told_at - began
         return self._out_of_patience()
@@ -829,6 +846,7 @@ class _OneFit:
         path = self._path()
         if path is None:
             return
+        self.session.watcher.saving()
         state: State = {
             "step": done,
             "finished": finished,
@@ -888,6 +906,16 @@ def _set_random_state(state: State) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def check_metric(metric: str, schema: Schema, tasks: Sequence[str] = (), key: str = "training.metric") -> None:
+    """Raises ValueError, before a step is taken, for a metric that none of the tasks of `selected` can have."""
+    task, _, name = metric.rpartition(".")
+    names = [task] if task else list(tasks) or [t.name for t in schema.tasks if t.role == "target"]
+    have = {t.name: sorted(NAMES[t.kind]) for t in schema.tasks}
+    ranks = name.partition("@")[0] in RANKING  # whether there are requests to rank in, the first look will tell
+    if not any(name in have[n] or (ranks and schema.task(n).kind == "binary") for n in names if n in have):
+        raise ValueError(f"`{key}` is `{metric}`, which no task has. Metrics: {have}.")
 
 
 def selected(

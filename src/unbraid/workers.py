@@ -148,6 +148,7 @@ class _Board:
 
     def __init__(self, session: Local, first: int, count: int, steps: int) -> None:
         self.session, self.first, self.total = session, first, count * steps
+        self.steps, self.before = steps, session.steps
         self.done, self.speed, self.losses = [0] * count, [0.0] * count, dict[str, float]()
 
     def read(self, place: int, message: tuple[str, Any]) -> bool:
@@ -162,8 +163,11 @@ class _Board:
             watcher.step(sum(self.done), self.total, sum(self.speed), self.losses)
         elif what in ("log", "cut_log"):
             getattr(self.session, what)(*value)
-        elif what in ("note", "evaluated"):
-            getattr(watcher, what)(*value)
+        elif what == "note":
+            watcher.note(*value)
+        elif what == "evaluated":
+            watcher.begins(self.first + place, self.before + place * self.steps)
+            watcher.evaluated(*value)
         elif what == "finished":
             self.session.seconds += value[0]
             self.session.steps += value[1]

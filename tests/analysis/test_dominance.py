@@ -322,6 +322,11 @@ def test_the_figure(tmp_path: Path) -> None:
     assert sorted(shown.tolist()) == sorted(site["mean"].tolist() for site in largest)
     (line,) = [line for line in drawn.axes[2].lines if line.get_label().startswith("all")]
     assert line.get_ydata() == pytest.approx(found.values["history"]["dominated"])
+    one = dict(found.values["history"])
+    one |= {"step": one["step"][:1], "dominated": one["dominated"][:1]}
+    one["sites"] = {site: shares[:1] for site, shares in one["sites"].items()}
+    brief = dominance.plot(replace(found, values={**found.values, "history": one})).axes[2].lines
+    assert brief and {line.get_marker() for line in brief} == {"o"}, "one look is a point, not an invisible line"
     assert "share of `spend`" in dominance.plot(found, objective="spend").axes[0].get_xlabel()
     with pytest.raises(ValueError, match="There is no objective `x`. Objectives: spend, big"):
         dominance.plot(found, objective="x")

@@ -537,6 +537,7 @@ def test_a_broken_folder_is_never_taken_for_whole(opened):
         ((Task("y", kind="real"),), {"y": [0.0, float("inf"), 1, 1, 2, 3]}, ["Task `y`", "1 labels are infinite"]),
         ((Task("y", kind="real"),), {"y": list("abcdef")}, ["Task `y`", "numbers", "String"]),
         ((Task("y", kind="multiclass"),), {"y": list("aabbac")}, ["Task `y`", "['c']", "training split", "('a', 'b')"]),
+        ((Task("y", kind="multiclass"),), {"y": [0, 1, NAN, 1, NAN, 1]}, ["Task `y`", "2 labels are NaN", "nulls"]),
         ((Task("y", kind="multiclass"),), {"y": list("aaaabc")}, ["Task `y`", "1 class", "two are needed"]),
         ((Task("nothing"),), {}, ["Task `nothing`", "no column `nothing`", "item, label, split"]),
         (

@@ -971,6 +971,7 @@ def test_metrics_report_and_figure(tmp_path: Path) -> None:
     left, right = plot(record).axes
     np.testing.assert_array_equal(left.lines[0].get_ydata(), [r["weights"]["target"] for r in record["rounds"]])
     np.testing.assert_array_equal(right.lines[3].get_ydata(), [r["value"] for r in record["rounds"]])
+    assert right.lines[4].get_label() == "the final model's step" and right.get_ylabel() == record["metric"]
 
 
 @pytest.mark.slow

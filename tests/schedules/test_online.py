@@ -416,6 +416,8 @@ def test_metrics_report_and_figure(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         orange.get_ydata(), np.array([p["frozen"]["click"]["pcoc"] for p in found["periods"]], float)
     )
+    assert drawn.axes[0].get_ylabel() == "AUC" and "predictions / sum of labels" in drawn.axes[1].get_ylabel()
+    assert all(axis.get_xlabel() == "beginning of the period" and len(axis.get_xticks()) <= 8 for axis in drawn.axes)
     for wrong in ("nothing", "spend", "size"):
         with pytest.raises(ValueError, match=r"should be a binary task, among \['click', 'buy'\]. Found " + wrong):
             plot(found, wrong)

@@ -361,5 +361,6 @@ def plot_step(finding: Finding, path: str | Path | None = None) -> Figure:
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_xlabel(f"cosine of the gradients of {values['target']} and {', '.join(values['auxiliary'])}")
     axis.set_ylabel(f"one-step transfer gain ({values['metric']})")
+    axis.ticklabel_format(axis="y", scilimits=(-3, 3))
     axis.legend(frameon=False, fontsize=8)
     return finish(drawn, path)

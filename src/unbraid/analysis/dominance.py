@@ -528,11 +528,11 @@ def plot(finding: Finding, path: str | Path | None = None, objective: str = "", 
     axes[1].invert_yaxis()
     axes[1].set_title("bottom of the model below, top above", fontsize=9)
     history = values["history"]
+    once: Any = {"marker": "o", "markersize": 3} if len(history["step"]) == 1 else {}  # no line goes through one point
     for n, site in enumerate(shown):
-        axes[2].plot(
-            history["step"], history["sites"][site], color=INK["blue"], alpha=0.25 + 0.6 * n / len(shown), linewidth=0.8
-        )
-    axes[2].plot(history["step"], history["dominated"], color=INK["orange"], label="all shared parameters")
+        alpha = 0.25 + 0.6 * n / len(shown)
+        axes[2].plot(history["step"], history["sites"][site], color=INK["blue"], alpha=alpha, linewidth=0.8, **once)
+    axes[2].plot(history["step"], history["dominated"], color=INK["orange"], label="all shared parameters", **once)
     axes[2].set_ylim(0, 1.02)
     axes[2].set_xlabel("training step (thin lines: layers, darker towards the top)")
     axes[2].set_ylabel(f"share dominated by one objective (above {1 - values['tau']:g})")

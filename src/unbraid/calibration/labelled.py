@@ -29,7 +29,9 @@ def labelled(scores: Scores, task: Task) -> Labelled:
     kind_of(task, ("binary", "multiclass"))
     keep = _counted(scores, task)
     if not len(keep):
-        raise ValueError(f"Task `{task.name}` has no labelled row to calibrate on.")
+        raise ValueError(
+            f"Task `{task.name}` has no labelled row to calibrate on. Give some that did not train the model (`--held-out`)."
+        )
     logits = np.asarray(scores.logits[task.name])[keep].astype(np.float64)
     labels = np.asarray(scores.labels[task.name])[keep]
     weight = np.ones(len(keep)) if scores.weight is None else np.asarray(scores.weight, np.float64)[keep]

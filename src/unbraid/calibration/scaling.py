@@ -40,6 +40,7 @@ BIBTEX = """@inproceedings{guo2017calibration,
 
 Array = np.ndarray
 TEMPERATURES = (0.01, 100.0)
+ROWS_PER_NUMBER = 10  # fewer rows per fitted number are said, a rule of thumb of logistic regression
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,14 @@ class _PerClass:
                          method="L-BFGS-B", jac=True,
                          options={"maxiter": 5000, "maxfun": 50_000, "ftol": 1e-15, "gtol": 1e-9})  # fmt: skip
         weight, bias = found.x[:-classes].reshape(unit.shape), found.x[-classes:]
-        notes = () if np.abs(found.x).max() < 1e3 else ("values run off: the rows are too few; set `penalty`",)
-        return Calibration(Linear(weight if self.full else np.diag(weight), bias), {"loss": float(found.fun)}, notes)
+        notes = []
+        if np.abs(found.x).max() >= 1e3:
+            notes.append("values run off: the rows are too few; set `penalty`")
+        elif not self.penalty and len(rows.labels) < ROWS_PER_NUMBER * len(found.x):
+            few = f"{len(rows.labels):,} held-out rows for {len(found.x):,} numbers"
+            notes.append(f"{few}: set `penalty`, or take one temperature")
+        new = Linear(weight if self.full else np.diag(weight), bias)
+        return Calibration(new, {"loss": float(found.fun)}, tuple(notes))
 
 
 def _cross_entropy(x: Array, rows: Labelled, unit: Array, penalty: float) -> tuple[float, Array]:

@@ -153,7 +153,7 @@ def missing_files(name: str, paths: Sequence[str], missing: Sequence[int], count
     first = ", ".join(paths[code] for code in missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
     return (
         f"Feature `{name}`: {len(missing):,} of {len(paths):,} files cannot be read, of {rows:,} rows: {first}. They were looked "
-        f"for in {root}: paths are relative to `data.folder`, or absolute."
+        f"for in {root}: paths are absolute, or relative to `data.folder` (of rows that a command reads: to `--folder`)."
     )
 
 

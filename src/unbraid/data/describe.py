@@ -17,11 +17,11 @@ import numpy as np
 import polars as pl
 from polars.exceptions import PolarsError
 
-from unbraid.data.contents import missing_files
+from unbraid.data.contents import SHOWN, missing_files
 from unbraid.data.encode import encode
 from unbraid.data.events import warnings_of
 from unbraid.data.fit import bag_lists, content_expression, id_values
-from unbraid.data.images import looked_at
+from unbraid.data.images import looked_at, not_pictures
 from unbraid.data.source import (
     SPLIT,
     SPLITS,
@@ -258,7 +258,12 @@ class _Look:
             self.warnings.append(f"Task `{task.name}`: {text}")
             return None
         if task.kind == "multiclass":
-            return canonical(expr, dtype).cast(pl.String)
+            nan = expr.is_nan().fill_null(False) if dtype.is_float() else pl.lit(False)
+            if count := self._one([nan.sum().alias("n")])["n"] if dtype.is_float() else 0:
+                self.warnings.append(
+                    f"Task `{task.name}`: {count:,} labels are NaN. Write nulls where they are not known."
+                )
+            return pl.when(~nan).then(canonical(expr, dtype).cast(pl.String))
         number = expr.cast(pl.Float64, strict=False)
         bad = (expr.is_not_null() & number.is_null()) | number.is_nan().fill_null(False)
         if task.kind == "binary":
@@ -424,6 +429,11 @@ class _Look:
         if missing:
             self.warnings.append(missing_files(feature.name, names, missing, counts, root))
         there = sorted(set(range(len(names))) - set(missing))
+        if bad := [there[place] for place in not_pictures([root / names[place] for place in there])]:
+            first = ", ".join(names[place] for place in bad[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")
+            text = f"{len(bad):,} of {len(names):,} files are no pictures: {first}. Replace them or leave them out (`data.keep`)."
+            self.warnings.append(f"Feature `{feature.name}`: {text}")
+            there = sorted(set(there) - set(bad))
         return found | {"missing files": len(missing), **looked_at([names[place] for place in there], root)}
 
     def missing(self) -> Found:

@@ -387,6 +387,11 @@ class LabelChecks:
 
     def encode(self, task: Any, column: pl.Series) -> np.ndarray:
         """Stored form of a chunk's labels.  Raises DataError for values that the kind does not allow."""
+        if column.dtype.is_float() and column.is_nan().any():  # a class, too, is not called NaN
+            raise DataError(
+                f"Task `{task.name}`: {int(column.is_nan().sum()):,} labels are NaN. Write nulls for labels "
+                "that are not known."
+            )
         if task.kind == "multiclass":
             classes = self.schema.classes[task.name]
             known = {c: i for i, c in enumerate(classes)}
@@ -400,11 +405,6 @@ class LabelChecks:
                 )
             return (
                 pl.select(pl.when(column.is_null()).then(-1).otherwise(codes)).to_series().to_numpy().astype(np.int32)
-            )
-        if column.is_nan().any():
-            raise DataError(
-                f"Task `{task.name}`: {int(column.is_nan().sum()):,} labels are NaN. Write nulls for labels "
-                "that are not known."
             )
         if task.kind == "real":
             if column.is_infinite().any():

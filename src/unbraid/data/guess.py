@@ -65,7 +65,7 @@ PICTURES = r"(?i)\.(jpe?g|png|bmp|gif|webp|tiff?)$"
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
-def _find_tables(path: Path) -> tuple[Path, list[str]]:
+def find_tables(path: Path) -> tuple[Path, list[str]]:
     """The folder and its tables: file names, folders of files, or globs over files of one schema.
 
     Raises ValueError when there are none.
@@ -76,7 +76,10 @@ def _find_tables(path: Path) -> tuple[Path, list[str]]:
         raise ValueError(f"There is no file or folder {path}.")
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else []
     if not files:
-        raise ValueError(f"{path} should be a Parquet or CSV file or a folder of them. Found neither.")
+        raise ValueError(
+            f"{path} should be a Parquet or CSV file or a folder of them. Found neither. (A folder of pictures is read without "
+            "`--label`.)"
+        )
     units: dict[str, list[Path]] = {}
     for file in files:  # a file, or a folder with files anywhere below
         units.setdefault(file.relative_to(path).parts[0], []).append(file)
@@ -164,7 +167,7 @@ class Look:
 
     def __init__(self, path: Path, labels: list[str], roles: Mapping[str, str]) -> None:
         self.path, self.labels, self.roles = path, labels, roles
-        self.folder, tables = _find_tables(path)
+        self.folder, tables = find_tables(path)
         self.plans = {t: scan(str(self.folder), t, Path()) for t in tables}
         self.table = self._rows_table()
         self._sample()

@@ -53,8 +53,9 @@ def opened(raw: bytes, name: str, mode: str) -> Any:
                 found = image.fromarray((np.asarray(found).astype(np.uint32) >> 8).astype(np.uint8))
             return found.convert(mode)
     except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
+        why = "its format is not known" if isinstance(error, image.UnidentifiedImageError) else error
         raise DataError(
-            f"{name} ({len(raw):,} bytes) is not a whole picture: {error}. Replace it, or leave its rows out with `data.keep`."
+            f"{name} ({len(raw):,} bytes) is not a whole picture: {why}. Replace it, or leave its rows out with `data.keep`."
         ) from error
 
 
@@ -80,6 +81,18 @@ def looked_at(pictures: Sequence[Any], root: Path) -> dict[str, Any]:
     sides.sort()
     ends = (sides[0], sides[-1]) if sides else (None, None)
     return {"sides": ends, "side": sides[len(sides) // 2] if sides else None, "modes": sorted(modes)}
+
+
+def not_pictures(paths: Sequence[Path]) -> list[int]:
+    """Places of the files that are no pictures by their first bytes.  One that is cut short further on passes."""
+    places = []
+    for place, path in enumerate(paths):
+        try:
+            with pillow().open(path):
+                pass
+        except OSError:
+            places.append(place)
+    return places
 
 
 def pixels(image: Any, transform: Transform, draw: np.random.Generator | None = None) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 from polars.exceptions import PolarsError
 
-from unbraid.data.guess import DOMAINS, Guess, Look, calendar, of_column, safe, unit_of
+from unbraid.data.guess import DOMAINS, Guess, Look, calendar, find_tables, of_column, safe, unit_of
 from unbraid.data.source import _dtype
 
 LENGTH = 50  # of the history
@@ -38,6 +38,7 @@ def infer(path: Path, labels: Sequence[str], *, user: str = "", time: str = "", 
         ValueError: there is no table, no such column (the message says what there is), or a label of one value.
     """
     if not labels:
+        find_tables(Path(path))  # says first where there is nothing to have a label
         raise ValueError("At least one label column is needed (`--label is_click`). Found none.")
     try:
         look = Look(Path(path), list(dict.fromkeys(labels)), {"user": user, "time": time, "domain": domain})

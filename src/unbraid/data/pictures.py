@@ -45,6 +45,7 @@ EMPTY_WORDS = {
 SCHEMA: Any = {"picture": pl.String, "label": pl.String, "domain": pl.String, "split": pl.String}
 SHARE = 0.1  # of a class in a domain that validates, and that tests, where nothing says which
 SMALL = 64  # up to this side a network from scratch is taken
+SHOWN = 5  # folders without a picture that are named
 NARROW = 9  # classes that a table shows one by one
 
 
@@ -231,7 +232,7 @@ def with_splits(frame: pl.DataFrame) -> pl.DataFrame:
 
     Without any, a tenth of every class in every domain validates and a tenth tests, one row at least where there are three.
     Where only test or only valid is given, that tests, and a tenth of the training rows validates.  Rows without a label
-    train.
+    are split like one more class: selection and calibration without labels read those that validate and test.
     """
     given = set(frame["split"].drop_nulls().unique())
     split = pl.col("split")
@@ -241,7 +242,7 @@ def with_splits(frame: pl.DataFrame) -> pl.DataFrame:
     need = [name for name in ("test", "valid") if name not in set(frame["split"].unique())]
     name = frame.columns[0]
     key = frame[name] if frame[name].dtype == pl.String else pl.Series("key", [str(n) for n in range(len(frame))])
-    free = (pl.col("split") == "train") & pl.col("label").is_not_null()
+    free = pl.col("split") == "train"
     place = pl.col("__draw").rank("ordinal").over("domain", "label", "__free") - 1
     count = pl.len().over("domain", "label", "__free")
     each = pl.when(count >= len(need) + 1).then((count * SHARE).round().clip(1)).otherwise(0)
@@ -348,4 +349,13 @@ def first_run(folder: Path, domains: bool = False) -> tuple[str, list[str]]:
     lines = [f"name = {inline(name)}  # {len(rows):,} pictures in {folder.name}, by `unbraid init`"]
     for section in ("data", "model", "training"):
         lines += [f"[{section}]", *(f"{key} = {inline(value)}" for key, value in plain[section].items())]
-    return "\n".join(lines) + "\n", [*counted(rows), f"wrote {out}"]
+    return "\n".join(lines) + "\n", [*counted(rows), *_empty_folders(folder), f"wrote {out}"]
+
+
+def _empty_folders(root: Path) -> list[str]:
+    """A warning where folders hold no picture, not even deeper: a class that is missing, perhaps."""
+    full = {parent for path in _pictures_in(root) for parent in path.relative_to(root).parents}
+    below = (path.relative_to(root) for path in root.rglob("*") if path.is_dir() and not _hidden(path, root))
+    bare = sorted(path.as_posix() for path in below if path not in full)
+    more = ", ..." if len(bare) > SHOWN else ""
+    return [f"! {len(bare):,} folder(s) without a picture: {', '.join(bare[:SHOWN])}{more}"] if bare else []

@@ -629,9 +629,11 @@ def plot(record: Mapping[str, Any], path: str | Path | None = None) -> Figure:
         right.plot(steps, [math.nan if v is None else v for v in alone], "-", lw=0.9, color=f"C{place}", label=name)
     merged = [math.nan if line["value"] is None else line["value"] for line in record["rounds"]]
     right.plot(steps, merged, "ko-", ms=3, label="merged")
-    right.axvline(record["final"]["step"], color="0.6", lw=0.8, ls=":")
+    right.axvline(record["final"]["step"], color="0.6", lw=0.8, ls=":", label="the final model's step")
     left.set_title("weight in the merge")
+    left.set_ylabel("weight, of 1")
     right.set_title(f"{record['metric']}, validation")
+    right.set_ylabel(record["metric"])
     for axis in (left, right):
         axis.set_xlabel("steps of each branch")
         axis.legend(frameon=False, fontsize=8)

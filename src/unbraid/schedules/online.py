@@ -330,8 +330,10 @@ def plot(record: Mapping[str, Any], task: str, path: str | Path | None = None) -
             axis.text(0.5, 0.5, why, transform=axis.transAxes, ha="center", va="center", wrap=True, color=INK["grey"])
         if metric == "pcoc":
             axis.axhline(1.0, color=INK["grey"], lw=0.8)
-        shown = ticks[:: max(1, len(ticks) // 8)]
+        shown = ticks[:: math.ceil(len(ticks) / 8)]
         axis.set_xticks(shown, [record["periods"][i]["begin"] for i in shown], rotation=30, ha="right", fontsize=8)
         axis.set_title(f"{TITLES[metric]}, {task}")
+        axis.set_xlabel("beginning of the period")
+        axis.set_ylabel("AUC" if metric == "auc" else "sum of predictions / sum of labels")
         axis.legend(frameon=False)
     return finish(drawn, path)
