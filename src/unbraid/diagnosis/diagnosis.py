@@ -1,0 +1,158 @@
+"""What a check says: one measured number, held against what is usual, with the remedies and what they were worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from unbraid.config import Run
+
+Grade = Literal["none", "mild", "moderate", "severe"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Which number of a run on its test rows a remedy is to better.
+
+    Args:
+        task: a task's name; domain: one value of the domain column, "" for all rows; metric: as in `unbraid.evaluate`.
+    """
+
+    task: str
+    metric: str
+    domain: str = ""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change that should help.
+
+    Args:
+        name: of the run that has it, a few letters; text: one sentence: what changes, and why that helps.
+        slot: the key of the run file that changes, such as ``update`` or ``data.features``.
+        run: ready to train, equal to the diagnosed one but for ``slot``; None where no training is asked for.
+        command: what to type instead, where ``run`` is None.
+        measure: what should be better afterwards.
+        page: of the method, relative to ``docs``.
+        toml: the run as a file's text, where ``run`` is not at hand (a report that was read from JSON).
+    """
+
+    name: str
+    text: str
+    slot: str = ""
+    run: Run | None = None
+    command: str = ""
+    measure: Measure | None = None
+    page: str = ""
+    toml: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One number, larger is worse, and how it is to be read.
+
+    Args:
+        name: of the check; where: what it was measured on (a task, a column, a table, a domain), in words.
+        value: the number; low, high: ends of its 95 % interval, None where there is none; unit: of the three.
+        usual: at or below this there is nothing to say; severe: from here on it is severe.  Fixed on planted healthy and sick logs.
+        reading: one sentence for someone who knows the data and not the method.
+        because: name and place of the diagnosis that explains this one, "" if none does: it is then ranked below that.
+        remedies: best first; paper: where the measure comes from; page: of the docs, relative to ``docs``, with its anchor.
+        evidence: plain values by name; ``plots``: a sequence of `unbraid.diagnosis.plots`, which reports draw.
+    """
+
+    name: str
+    where: str
+    value: float
+    usual: float
+    severe: float
+    reading: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    because: str = ""
+    remedies: tuple[Remedy, ...] = ()
+    paper: str = ""
+    page: str = ""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.usual < self.severe:
+            raise ValueError(f"`{self.name}`: `usual` should be below `severe`. Found {self.usual} and {self.severe}.")
+
+    @property
+    def severity(self) -> float:
+        """0 where the interval reaches down to what is usual, 1 where all of it is severe, and so on in proportion."""
+        sure = self.value if self.low is None else min(self.value, self.low)
+        return max(0.0, (sure - self.usual) / (self.severe - self.usual))
+
+    @property
+    def grade(self) -> Grade:
+        """``severe`` from a severity of 1, ``moderate`` from 1/2, ``mild`` above 0."""
+        return next((g for g, least in GRADES if self.severity >= least and self.severity > 0), "none")
+
+
+GRADES: tuple[tuple[Grade, float], ...] = (("severe", 1.0), ("moderate", 0.5), ("mild", 0.0))
+
+
+class NotApplicable(ValueError):
+    """A check has nothing to look at here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a remedy was worth when it was trained: the paired difference from the diagnosed run, at equal budget.
+
+    Args:
+        of: name of the diagnosis; remedy: its name; measure: what was compared, on the test rows.
+        before, after: means over seeds; difference: after - before, in the metric's unit; low, high: its 95 % interval; p: its
+            p-value, adjusted (Holm) over all remedies tried; seeds: how many of each.
+        better: whether the difference is in the metric's good direction; held: better, and p < .05.
+    """
+
+    of: str
+    remedy: str
+    measure: Measure
+    before: float
+    after: float
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+    seeds: int
+    better: bool
+    held: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known of one trained run; `unbraid.report` renders it.
+
+    Args:
+        title: the run's name; facts: what was read, as text by name (data, rows, sample, steps, seconds, versions).
+        tasks: task name -> kind and role, in words; metrics, baseline: as in a bundle's ``metrics.json``: of the test rows.
+        curve: one mapping per line of the training log (``step``, losses and validation metrics by name).
+        diagnoses: worst first, those of grade ``none`` among them at the end.
+        skipped: check -> why it had nothing to look at; failed: check -> what it died of.
+        proofs: of remedies that were trained.
+        toml: the diagnosed run as a file's text, against which remedies show what they change.
+    """
+
+    title: str
+    facts: Mapping[str, str]
+    tasks: Mapping[str, str]
+    metrics: Mapping[str, Any]
+    baseline: Mapping[str, Any]
+    curve: tuple[Mapping[str, Any], ...] = ()
+    diagnoses: tuple[Diagnosis, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+    proofs: tuple[Proof, ...] = ()
+    toml: str = ""
+
+    @property
+    def found(self) -> tuple[Diagnosis, ...]:
+        """The diagnoses that say something, worst first."""
+        return tuple(d for d in self.diagnoses if d.grade != "none")
