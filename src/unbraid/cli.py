@@ -12,6 +12,7 @@ import typer
 
 from unbraid.cli_calibrate import calibrate
 from unbraid.cli_data import prepare
+from unbraid.cli_diagnose import diagnose
 
 if TYPE_CHECKING:
     from unbraid.config import Run
@@ -338,6 +339,7 @@ def uncertainty(
 
 
 app.command()(calibrate)
+app.command()(diagnose)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from unbraid.encoders.pooling import Mean
 from unbraid.encoders.table import Views
 from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
+from unbraid.interactions.fm import FM
 from unbraid.interactions.gwpfm import GwPFM
 from unbraid.losses.esmm import ESMM
 from unbraid.losses.history import HistoryLoss
@@ -199,6 +200,18 @@ def tencent() -> Run:
     )
     losses = (Supervised(weight=0.9), Ranking(weight=0.1))
     return replace(run, name="tencent", model=model, losses=losses)
+
+
+def planted(data: Data, seed: int = 0) -> Run:
+    """What logs of `unbraid.data.planted.sick_log` are trained with: products of fields, one narrow network for all tasks."""
+    return Run(
+        name="planted", data=data, seed=seed,
+        model=ModelChoice(
+            history=Mean(), interaction=FM(), tables=Views(width=8, std=0.1), tower=SharedBottom(bottom=(32, 16), tower=()),
+        ),
+        update=Joint(lr=1e-2),
+        training=Training(batch_size=512, epochs=12, evaluate_every=60, patience=50, threads=1),
+    )  # fmt: skip
 
 
 RECIPES: dict[str, Callable[[], Run]] = {

@@ -56,7 +56,7 @@ class Diagnosis:
     Args:
         name: of the check; where: what it was measured on (a task, a column, a table, a domain), in words.
         value: the number; low, high: ends of its 95 % interval, None where there is none; unit: of the three.
-        usual: at or below this there is nothing to say; severe: from here on it is severe.  Fixed on planted healthy and sick logs.
+        usual: at or below this there is nothing to say; severe: from here on it is severe.
         reading: one sentence for someone who knows the data and not the method.
         because: name and place of the diagnosis that explains this one, "" if none does: it is then ranked below that.
         remedies: best first; paper: where the measure comes from; page: of the docs, relative to ``docs``, with its anchor.

@@ -1,0 +1,52 @@
+"""``unbraid diagnose``: what is wrong with a trained bundle, how sure that is, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def diagnose(
+    bundle: Annotated[Path, typer.Argument(help="A trained bundle.")],
+    html: Annotated[Path | None, typer.Option(help="Write the page here. Needs the extra `report`.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="Write JSON here.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A check, by name. Repeat it. [default: all]")] = None,
+    rows: Annotated[int, typer.Option(help="Rows of each split that a check looks at, at most.")] = 20_000,
+    steps: Annotated[int, typer.Option(help="Steps of each short training.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the sample and of the short trainings.")] = 0,
+    prove: Annotated[Path | None, typer.Option(help="Train the first remedies, too, in this folder.")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of --prove.")] = 3,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what is finished in the folder of --prove.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look into a trained bundle and its data: findings with intervals, severity and a remedy for each."""
+    import rich.console
+
+    from unbraid import report as rendered
+    from unbraid import store
+    from unbraid.bundle import Bundle
+    from unbraid.cli import fail
+    from unbraid.diagnosis.diagnose import diagnose as examine
+    from unbraid.diagnosis.prove import prove as try_out
+    from unbraid.job import JobError
+    from unbraid.progress import Console
+
+    try:
+        with Console() as watcher:
+            found = examine(bundle, rows=rows, steps=steps, seed=seed, only=tuple(only or ()), watcher=watcher)
+            if prove is not None:
+                run = Bundle.load(bundle).run
+                found = try_out(found, run, prove, seeds=seeds, resume=resume, watcher=watcher)
+        for path, render in ((html, rendered.html), (markdown, rendered.markdown), (json_file, rendered.dump)):
+            if path is not None:
+                store.write_text(path, render(found))
+    except (ValueError, OSError, ImportError, JobError) as error:
+        fail(error)
+    if as_json:
+        print(rendered.dump(found))
+    else:
+        console = rich.console.Console()
+        console.print(rendered.terminal(found, console.width))

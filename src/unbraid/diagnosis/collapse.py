@@ -1,0 +1,84 @@
+"""Do tables use their width?  The measure of `unbraid.analysis.collapse`, with levels.
+
+    value = 1 - information abundance of a table / that of a random table of its shape        0 .. 1 - 1/width
+
+Tables with fewer than twice as many rows as columns are not judged: they span few directions whatever they learn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import numpy as np
+
+from unbraid.analysis.collapse import Collapse as Probe
+from unbraid.diagnosis.case import Case
+from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remedy
+from unbraid.diagnosis.plots import Bars, Lines
+from unbraid.encoders.table import Views
+from unbraid.model import Model
+from unbraid.towers.multi_embedding import MultiEmbedding
+
+PAGE = "analyses.md#do-tables-use-their-width"
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """See the module's docstring.  ``usual``, ``severe``: shares of a random table's information abundance that are lost."""
+
+    name: ClassVar[str] = "collapse"
+    title: ClassVar[str] = "Do tables use their width?"
+    page: ClassVar[str] = PAGE
+    usual: float = 0.5
+    severe: float = 0.65
+
+    def __call__(self, case: Case) -> list[Diagnosis]:
+        """A diagnosis per table, worst first.  Raises NotApplicable without a table that is large enough."""
+        if not hasattr(cast(Model, case.model), "embeddings"):
+            raise NotApplicable("the trained module has no tables of its own")
+        found = Probe(normalise=False)(case.model, case.schema, case.batches("train")).values
+        tables = {n: t for n, t in found["tables"].items() if t["rows"] >= 2 * t["width"] and t["width"] > 1}
+        if not tables:
+            raise NotApplicable("no table has twice as many rows as columns that were read")
+        order = sorted(tables, key=lambda name: tables[name]["relative"])
+        shown = order[:20]
+        plots = (
+            Bars(
+                "Information abundance against a random table", "share of a random table's",
+                tuple(shown), tuple(float(tables[name]["relative"]) for name in shown), reference=1.0, x="table",
+            ),
+            Lines(
+                "Spectra", "rank of the singular value", "value by the largest",
+                {n: (tuple(range(1, 1 + len(tables[n]["spectrum"]))), tuple(tables[n]["spectrum"])) for n in shown[:8]},
+            ),
+        )  # fmt: skip
+        return [self._of(case, name, tables[name], plots) for name in order[:5]]
+
+    def _of(self, case: Case, name: str, table: dict[str, Any], plots: tuple[Any, ...]) -> Diagnosis:
+        spread = np.std(table["abundance"] / np.asarray(table["random"]))
+        value = 1 - float(table["relative"])
+        target = next(iter(case.targets))
+        measure = Measure(target.name, {"binary": "auc", "multiclass": "accuracy", "real": "rmse"}[target.kind])
+        run, width = case.run, case.run.model.tables.width
+        remedies: tuple[Remedy, ...] = ()
+        if run.model.tables.kind == "shared" and not run.model.experts and width >= 4:
+            tower = run.model.tower
+            several = Views(kind="several", widths=(width // 2, width // 2), std=run.model.tables.std)
+            parts = {key: getattr(tower, key) for key in ("tower", "dropout") if hasattr(tower, key)}
+            expert = tuple(getattr(tower, "bottom", ())) or (64, 32)
+            built = MultiEmbedding(expert=expert, **parts)
+            remedies = (
+                Remedy(
+                    "multi_embedding", "Several narrower sets of tables, each with an interaction of its own.", "model.tables",
+                    replace(run, name=f"{run.name}_multi_embedding", model=replace(run.model, tables=several, tower=built)),
+                    measure=measure, page="methods/multi_embedding.md",
+                ),
+            )  # fmt: skip
+        return Diagnosis(
+            "collapse", name, value, self.usual, self.severe,
+            f"Table `{name}`, {table['width']} wide, has the information abundance of {1 - value:.0%} of a random table: "
+            f"{table['abundance']:.1f} of its directions carry what it says",
+            "share lost", value - 2 * float(spread), value + 2 * float(spread), remedies=remedies,
+            paper="https://arxiv.org/abs/2310.04400", page=PAGE, evidence={"plots": plots},
+        )  # fmt: skip

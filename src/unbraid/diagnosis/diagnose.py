@@ -1,0 +1,125 @@
+"""The examination: every check looks at one trained run, what they say is ranked, and remedies are tried.
+
+What explains something else is put before it: a column that says the label is also one that changed, if it is empty where the
+label is not yet known, and a task that drowns others also conflicts with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from unbraid import config
+from unbraid.bundle import Bundle, environment
+from unbraid.data.source import Tables
+from unbraid.diagnosis.attention import Attention
+from unbraid.diagnosis.calibration import Calibrated
+from unbraid.diagnosis.case import Case
+from unbraid.diagnosis.collapse import Collapse
+from unbraid.diagnosis.diagnosis import Diagnosis, NotApplicable, Report
+from unbraid.diagnosis.drift import Drift
+from unbraid.diagnosis.duplicates import Copies
+from unbraid.diagnosis.interference import Interference
+from unbraid.diagnosis.leak import Leak
+from unbraid.diagnosis.small import Small
+from unbraid.diagnosis.units import Units
+from unbraid.diagnosis.unseen import Unseen
+from unbraid.train import Watcher
+
+
+class Check(Protocol):
+    """Looks at a case and says what it found."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    page: ClassVar[str]
+
+    def __call__(self, case: Case) -> list[Diagnosis]: ...
+
+
+CHECKS: tuple[Check, ...] = (
+    Leak(), Copies(), Units(), Unseen(), Drift(), Interference(), Attention(), Collapse(), Calibrated(), Small(),
+)  # fmt: skip
+EXPLAINS = {"leak": ("drift", "units")}  # name -> what it explains in the same place
+
+
+def diagnose(
+    bundle: Bundle | str | Path, *, rows: int = 20_000, steps: int = 100, seed: int = 0, only: Sequence[str] = (),
+    tables: Tables | None = None, checks: Sequence[Check] = CHECKS, watcher: Watcher | None = None,
+) -> Report:  # fmt: skip
+    """Examine a trained run.
+
+    Args:
+        bundle: the artefact, or its folder; tables: in-memory tables by name.
+        rows: a check looks at no more than so many rows of each split; steps: and trains copies for no more steps.
+        seed: of the sample and of the short trainings.
+        only: names of checks; empty: all.
+
+    Returns:
+        The report, without proofs (`unbraid.diagnosis.prove`).
+
+    Raises:
+        ValueError: there is no check of a name.
+        BundleError, DataError: the bundle or its data cannot be read.
+    """
+    started = time.perf_counter()
+    watcher = watcher or Watcher()
+    if unknown := sorted(set(only) - {check.name for check in checks}):
+        names = ", ".join(check.name for check in checks)
+        raise ValueError(f"Checks are {names}. Found {', '.join(unknown)}.")
+    folder = None if isinstance(bundle, Bundle) else Path(bundle)
+    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    case = Case.of(loaded, rows=rows, steps=steps, seed=seed, tables=tables, watcher=watcher)
+    found, skipped, failed = list[Diagnosis](), dict[str, str](), dict[str, str]()
+    for check in checks:
+        if only and check.name not in only:
+            continue
+        watcher.stage(check.title, 0, 0)
+        try:
+            found += check(case)
+        except NotApplicable as why:
+            skipped[check.name] = str(why)
+        except Exception as error:  # a check that dies takes nothing else with it, and is named in the report
+            failed[check.name] = f"{type(error).__name__}: {error}"
+    return Report(
+        loaded.run.name, _facts(case, time.perf_counter() - started),
+        {task.name: f"{task.kind}, {task.role}" for task in case.schema.tasks},
+        loaded.metrics.get("test", {}), next(iter(loaded.metrics.get("baseline", {}).values()), {}), _curve(folder),
+        ranked(found), skipped, failed, toml=config.dumps(case.run),
+    )  # fmt: skip
+
+
+def ranked(found: Sequence[Diagnosis]) -> tuple[Diagnosis, ...]:
+    """Worst first; what another diagnosis explains comes behind everything that none explains."""
+    ill = {(d.name, d.where) for d in found if d.grade != "none"}
+    out = []
+    for each in found:
+        cause = next(
+            (n for n, names in EXPLAINS.items() if each.name in names and (n, each.where.split(" in ")[0]) in ill), ""
+        )
+        out.append(dataclasses.replace(each, because=f"{cause}: {each.where.split(' in ')[0]}") if cause else each)
+    return tuple(sorted(out, key=lambda d: (bool(d.because) or d.grade == "none", -d.severity)))
+
+
+def _facts(case: Case, seconds: float) -> dict[str, str]:
+    splits = {split: (len(case.sample(split)), len(case.encoded.split(split))) for split in ("train", "valid", "test")}
+    made = environment()
+    return {
+        "sample": "; ".join(f"{split} {n:,} of {of:,} rows" for split, (n, of) in splits.items()),
+        "short trainings": f"{case.steps} steps each",
+        "seed": str(case.seed),
+        "seconds": f"{seconds:.1f}",
+        "versions": ", ".join(f"{name} {number}" for name, number in made["versions"].items()),
+    }
+
+
+def _curve(folder: Path | None) -> tuple[dict[str, Any], ...]:
+    """The lines of a bundle's training log."""
+    path = None if folder is None else folder / "log.jsonl"
+    if path is None or not path.exists():
+        return ()
+    return tuple(json.loads(line) for line in path.read_text().splitlines() if line.strip())

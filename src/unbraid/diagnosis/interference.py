@@ -1,0 +1,237 @@
+"""Do tasks take from each other?  Copies of the trained model train on for a few steps without some of the losses.
+
+Idea.  A correlation of gradients says little about harm (see `unbraid.analysis.conflict`).  This asks for the harm itself: from
+the trained weights, a copy trains on with all losses, another without those of task k, another with those of t alone, all on
+the same batches.  With P_t the leading metric on validation rows, of the same rows and paired over users::
+
+    drop(k, t)  = P_t(without k) - P_t(all)         > 0: k costs t something
+    alone(t)    = P_t(t alone)   - P_t(all)         > 0: the others together do
+
+Sharing that does no harm gives values at or below 0: a task that loses its companions begins to overfit.  Who does it is then
+told apart: an auxiliary task that costs a target something is harmful whatever it moves; a target whose gradients make up most
+of what moves the shared parameters (`unbraid.analysis.dominance`) drowns the others; else the tasks want different things of the
+same parameters.
+
+Steps are few, so a gain is a lower bound of what a whole training without the culprit would show.  ours; no paper has this test.
+It is the first round of the ForkMerge schedule with every subset's branch, and without the merge.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from unbraid.analysis.dominance import Dominance
+from unbraid.config import Run
+from unbraid.diagnosis.case import Case, names_of
+from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remedy
+from unbraid.diagnosis.plots import Heat
+from unbraid.optim.adatask import AdaTask
+from unbraid.schedules.fork_merge import ForkMerge
+from unbraid.towers.experts import MMoE
+from unbraid.train import predict
+from unbraid.types import Scores
+
+Gain = tuple[float, float, float]
+PAGE = "diagnosis.md#do-tasks-take-from-each-other"
+PAPER = "https://arxiv.org/abs/2301.12618"
+
+
+@dataclass(frozen=True)
+class Interference:
+    """See the module's docstring.
+
+    Args:
+        usual, severe: gains of a leading metric (AUC; of RMSE the relative decrease).
+        explains: a culprit's share of what being alone would gain, from which it is named.
+        drowns: its share of all updates of shared parameters from which a target counts as drowning the others.
+    """
+
+    name: ClassVar[str] = "interference"
+    title: ClassVar[str] = "Do tasks take from each other?"
+    page: ClassVar[str] = PAGE
+    usual: float = 0.01
+    severe: float = 0.02
+    explains: float = 0.5
+    drowns: float = 0.8
+
+    def __call__(self, case: Case) -> list[Diagnosis]:
+        """A diagnosis per target that would gain, and one for all if none would.  Raises NotApplicable for one task."""
+        if len(case.schema.tasks) < 2:
+            raise NotApplicable("there is one task, which shares with nobody")
+        if case.run.training.mix is not None:
+            raise NotApplicable("the batches of the run are mixed (`training.mix`), and a short training here is not")
+        drop, alone = self.gains(case)
+        shares = moved(case)
+        found = [self._of(case, task.name, drop, alone, shares) for task in case.targets if task.name in alone]
+        return sorted(found, key=lambda each: -each.severity)
+
+    def gains(self, case: Case) -> tuple[dict[tuple[str, str], Gain], dict[str, Gain]]:
+        """(k, t) -> what t gains without k; t -> what it gains alone.  Both with paired intervals on validation rows."""
+        tasks = [task.name for task in case.schema.tasks]
+        session = case.session()
+        weights = dict(session.weights)
+
+        def trained(kept: Mapping[str, float]) -> Scores:
+            model = copy.deepcopy(case.model)
+            session.fit(model, case.steps, weights=kept, seed=(case.seed,), stream=True)
+            return predict(model, case.batches("valid"), case.schema)
+
+        together = trained(weights)
+        drop: dict[tuple[str, str], Gain] = {}
+        alone: dict[str, Gain] = {}
+        for k in tasks if len(tasks) > 2 else ():
+            case.watcher.stage(f"without {k}", 0, 0)
+            scores = trained({**weights, k: 0.0})
+            for task in case.targets:
+                if task.name != k and (gain := case.gain(together, scores, task.name)) is not None:
+                    drop[k, task.name] = gain
+        for task in case.targets:
+            case.watcher.stage(f"{task.name} alone", 0, 0)
+            scores = trained({name: weight if name == task.name else 0.0 for name, weight in weights.items()})
+            if (gain := case.gain(together, scores, task.name)) is not None:
+                alone[task.name] = gain
+        if len(tasks) == 2:  # without the other one is alone
+            drop = {(k, t): gain for t, gain in alone.items() for k in tasks if k != t}
+        return drop, alone
+
+    def _of(
+        self, case: Case, task: str, drop: Mapping[tuple[str, str], Gain], alone: Mapping[str, Gain],
+        shares: Mapping[str, float],
+    ) -> Diagnosis:  # fmt: skip
+        """What to say of one target."""
+        by = {k: gain for (k, t), gain in drop.items() if t == task}
+        culprit = max(by, key=lambda k: by[k][1]) if by else ""
+        most = max(alone[task][0], *(gain[0] for gain in by.values())) if by else alone[task][0]
+        named = bool(culprit) and by[culprit][1] > self.usual and by[culprit][0] >= self.explains * most
+        roles = {each.name: each.role for each in case.schema.tasks}
+        value, low, high = by[culprit] if named else alone[task]
+        common: dict[str, Any] = {
+            "value": value, "low": low, "high": high, "usual": self.usual, "severe": self.severe,
+            "unit": "gain on validation rows", "paper": PAPER, "page": PAGE,
+            "evidence": {"plots": plots(case, drop, alone, shares), "share": dict(shares)},
+        }  # fmt: skip
+        steps = f"{case.steps} further steps"
+        if named and roles[culprit] == "auxiliary":
+            reading = f"{steps} without the auxiliary task `{culprit}` leave `{task}` {value:+.4f} better than with it"
+            return Diagnosis(
+                "auxiliary", f"{culprit} on {task}", reading=reading,
+                remedies=without(case.run, culprit, task), **common,
+            )  # fmt: skip
+        if named and shares.get(culprit, 0.0) >= self.drowns:
+            reading = (
+                f"`{culprit}` makes up {shares[culprit]:.0%} of what moves the shared parameters, and {steps} without it leave "
+                f"`{task}` {value:+.4f} better than with it"
+            )
+            return Diagnosis(
+                "dominance", f"{culprit} over {task}", reading=reading, remedies=balanced(case.run, task), **common
+            )
+        what = f"without `{culprit}`" if named else "alone"
+        where = f"{task} and {culprit}" if named else f"{task} and the others"
+        reading = (
+            f"{steps} of `{task}` {what} leave it {value:+.4f} better than with all tasks: they want different things"
+        )
+        if low <= self.usual:
+            reading = (
+                f"{steps} of `{task}` alone leave it {value:+.4f} [{low:+.4f}, {high:+.4f}] against all tasks together"
+            )
+        return Diagnosis("conflict", where, reading=reading, remedies=apart(case.run, task), **common)
+
+
+def moved(case: Case) -> dict[str, float]:
+    """Task -> its share of accumulated updates, mean over what is shared; empty where nothing is.
+
+    A fresh model trains, because what a trained one still moves says little of what moved it.
+    """
+    steps = min(case.steps, 30)
+    batches = case.encoded.shuffled(case.sample("train"), min(case.run.training.batch_size, 2048), seed=case.seed)
+    try:
+        found = Dominance(case.run, steps=steps)(None, case.schema, batches).values
+    except ValueError:  # no parameter is shared, or the update cannot be watched
+        return {}
+    return {name: float(share) for name, share in zip(found["objectives"], found["all"]["mean"], strict=True)}
+
+
+def plots(
+    case: Case, drop: Mapping[tuple[str, str], Gain], alone: Mapping[str, Gain], shares: Mapping[str, float]
+) -> tuple[Heat, ...]:
+    """The map of gains."""
+    targets, tasks = list(alone), [task.name for task in case.schema.tasks]
+    values = [[drop[k, t][0] if (k, t) in drop else None for t in targets] for k in tasks]
+    return (
+        Heat(
+            "What a target gains when a task's loss is left out", "target", "left out", "gain (AUC, or relative RMSE)",
+            (*(f"{k} ({shares[k]:.0%} of updates)" if k in shares else k for k in tasks), "all others"), tuple(targets),
+            (*map(tuple, values), tuple(alone[t][0] for t in targets)), scale="diverging", centre=0.0,
+            note=f"{case.steps} steps from the trained weights, validation rows. Above 0: harm.",
+        ),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- remedies
+def _measure(run: Run, task: str) -> Measure:
+    kinds = {each.name: each.kind for each in run.data.tasks}
+    return Measure(task, {"binary": "auc", "multiclass": "accuracy", "real": "rmse"}[kinds[task]])
+
+
+def without(run: Run, culprit: str, task: str) -> tuple[Remedy, ...]:
+    """Leave an auxiliary task out, or let validation rows decide its weight."""
+    kept = tuple(each for each in run.data.tasks if each.name != culprit)
+    measure = _measure(run, task)
+    return (
+        Remedy(
+            f"without_{culprit}", f"Leave the task {names_of([culprit])} out: nothing else depends on it.", "data.tasks",
+            replace(run, name=f"{run.name}_without_{culprit}", data=replace(run.data, tasks=kept)), measure=measure,
+        ),
+        Remedy(
+            "fork_merge", "Branches with and without each auxiliary task, merged by their validation score.", "schedule",
+            replace(run, name=f"{run.name}_fork_merge", schedule=ForkMerge()), measure=measure, page="methods/fork_merge.md",
+        ),
+    )  # fmt: skip
+
+
+def balanced(run: Run, task: str) -> tuple[Remedy, ...]:
+    """Accumulators per task, so that one task's size moves no other's step."""
+    if isinstance(run.update, AdaTask):
+        return ()
+    settings = {
+        name: getattr(run.update, name)
+        for name in ("lr", "betas", "eps", "weight_decay", "table_lr", "table_weight_decay")
+    }
+    return (
+        Remedy(
+            "adatask", "One optimiser state per task: the size of one task's gradients no longer sets the others' step.",
+            "update", replace(run, name=f"{run.name}_adatask", update=AdaTask(**settings)), measure=_measure(run, task),
+            page="methods/adatask.md",
+        ),
+    )  # fmt: skip
+
+
+def apart(run: Run, task: str) -> tuple[Remedy, ...]:
+    """Experts that tasks mix for themselves; wider tables."""
+    tower = run.model.tower
+    widths = tuple(getattr(tower, "bottom", ()) or getattr(tower, "expert", ()) or (64, 32))
+    tables = run.model.tables
+    found = []
+    if not isinstance(tower, MMoE):
+        experts = MMoE(
+            experts=5, expert=widths, gate=(), tower=getattr(tower, "tower", ()), dropout=getattr(tower, "dropout", 0.0)
+        )
+        found.append(
+            Remedy(
+                "mmoe", "Experts that every task mixes by a gate of its own.", "model.tower",
+                replace(run, name=f"{run.name}_mmoe", model=replace(run.model, tower=experts)), measure=_measure(run, task),
+                page="methods/mmoe.md",
+            )
+        )  # fmt: skip
+    if tables.kind == "shared":
+        wider = replace(tables, width=2 * tables.width)
+        found.append(
+            Remedy(
+                "wider", f"Tables {wider.width} wide, so that one vector has room for both.", "model.tables",
+                replace(run, name=f"{run.name}_wider", model=replace(run.model, tables=wider)), measure=_measure(run, task),
+            )
+        )  # fmt: skip
+    return tuple(found)
