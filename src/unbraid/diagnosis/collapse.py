@@ -30,8 +30,8 @@ class Collapse:
     name: ClassVar[str] = "collapse"
     title: ClassVar[str] = "Do tables use their width?"
     page: ClassVar[str] = PAGE
-    usual: float = 0.5
-    severe: float = 0.65
+    usual: float = 0.37
+    severe: float = 0.47
 
     def __call__(self, case: Case) -> list[Diagnosis]:
         """A diagnosis per table, worst first.  Raises NotApplicable without a table that is large enough."""

@@ -52,8 +52,8 @@ class Interference:
     name: ClassVar[str] = "interference"
     title: ClassVar[str] = "Do tasks take from each other?"
     page: ClassVar[str] = PAGE
-    usual: float = 0.01
-    severe: float = 0.02
+    usual: float = 0.003
+    severe: float = 0.01
     explains: float = 0.5
     drowns: float = 0.8
 
