@@ -1,7 +1,7 @@
 """The examination: every check looks at one trained run, what they say is ranked, and remedies are tried.
 
 What explains something else is put before it: a column that says the label is also one that changed, if it is empty where the
-label is not yet known, and a task that drowns others also conflicts with them.
+label is not yet known.
 """
 
 from __future__ import annotations

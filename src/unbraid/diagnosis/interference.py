@@ -215,7 +215,7 @@ def apart(run: Run, task: str) -> tuple[Remedy, ...]:
     widths = tuple(getattr(tower, "bottom", ()) or getattr(tower, "expert", ()) or (64, 32))
     tables = run.model.tables
     found = []
-    if not isinstance(tower, MMoE):
+    if tables.kind == "shared" and not isinstance(tower, MMoE):  # its experts read one view
         experts = MMoE(
             experts=5, expert=widths, gate=(), tower=getattr(tower, "tower", ()), dropout=getattr(tower, "dropout", 0.0)
         )

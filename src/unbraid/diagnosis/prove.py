@@ -1,4 +1,4 @@
-"""Was it that?  The remedies are trained beside the run itself, with the same seeds and budget, and compared in pairs."""
+"""Was it that?  The remedies are trained beside the run itself, with the same seeds, and compared in pairs."""
 
 from __future__ import annotations
 
