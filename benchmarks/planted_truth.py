@@ -33,7 +33,7 @@ from unbraid.render import markdown
 FIXED, SHOWN = range(10), range(100, 120)
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROWS, STEPS = 8000, 100
-LEVELS = {check.name: (check.usual, check.severe) for check in CHECKS}  # type: ignore[attr-defined]
+LEVELS = {check.name: (check.usual, check.severe) for check in CHECKS if hasattr(check, "severe")}  # type: ignore[attr-defined]
 OF = {"conflict": "interference", "dominance": "interference", "auxiliary": "interference"}
 MEASURES = {
     "units": ("click", "auc"),
@@ -53,7 +53,8 @@ def examined(job: tuple[Path, int, Mapping[str, float]]) -> None:
     tables, data = sick_log(seed, **ill)
     result = train(recipes.planted(data), tables=tables, baseline=False)
     report = diagnose(result.bundle, rows=ROWS, steps=STEPS, seed=seed, tables=tables)
-    found = [{k: getattr(d, k) for k in ("name", "where", "value", "low", "high")} for d in report.diagnoses]
+    kept_of = ("name", "where", "value", "low", "high", "usual", "severe")
+    found = [{k: getattr(d, k) for k in kept_of} for d in report.diagnoses]
     kept = {
         "found": found,
         "failed": dict(report.failed),
@@ -105,8 +106,8 @@ def read(out: Path, seed: int, ill: Mapping[str, float]) -> list[Diagnosis]:
     found = json.loads((out / f"{name_of(ill)}-{seed}.json").read_text())["found"]
     made = []
     for each in found:
-        usual, severe = LEVELS[OF.get(each["name"], each["name"])]
-        made.append(Diagnosis(**each, usual=usual, severe=severe, reading=""))
+        usual, severe = LEVELS.get(OF.get(each["name"], each["name"]), (each["usual"], each["severe"]))
+        made.append(Diagnosis(**{**each, "usual": usual, "severe": severe}, reading=""))
     return list(ranked(made))
 
 
