@@ -61,13 +61,13 @@ def opposed_tastes(
 
 # --------------------------------------------------------------------------------------------------------- sick logs
 ILLNESSES = ("collapse", "conflict", "dominance", "auxiliary", "units", "drift", "leak", "attention")
-RANK, EVENTS = 3, 5  # of tastes; events that a history shows
+RANK, EVENTS = 3, 8  # of tastes; events that a history shows
 
 
 def sick_log(seed: int, **strengths: float) -> tuple[dict[str, pl.DataFrame], Data]:
     """A log of three targets and two auxiliary tasks in which illnesses are planted, and how to read it.
 
-    Sizes, field counts and base rates are drawn from ``seed``: 120 to 240 users, 100 to 200 items, 8 to 16 categories, 40,000 to
+    Sizes, field counts and base rates are drawn from ``seed``: 120 to 240 users, 100 to 200 items, 24 to 40 categories, 40,000 to
     60,000 rows, 2 to 4 sites, 1 to 3 further id columns of 4 to 39 values; rates of .2 to .5 (click, hint), .08 to .3 (buy), .3
     to .5 (lure).  Users and items have factors of rank 3; with a, b, c tastes of the same items::
 
@@ -88,7 +88,7 @@ def sick_log(seed: int, **strengths: float) -> tuple[dict[str, pl.DataFrame], Da
             - ``units``: x is up to 100 times as large on one site.
             - ``drift``: x of the test rows is up to 3 higher than it was when the label was drawn.
             - ``leak``: a column, late, says click in up to all training and validation rows, and nothing in test rows.
-            - ``attention``: whether one of the last five events has the row's own category: up to 1.5 standard deviations in
+            - ``attention``: whether one of the last eight events has the row's own category: up to 1.5 standard deviations in
               the logit, at the cost of tastes (down to half).
 
     Returns:
@@ -107,7 +107,7 @@ def sick_log(seed: int, **strengths: float) -> tuple[dict[str, pl.DataFrame], Da
         return np.random.default_rng([seed, part])
 
     size = draws(0)
-    users, items, categories = size.integers(120, 241), size.integers(100, 201), int(size.integers(8, 17))
+    users, items, categories = size.integers(120, 241), size.integers(100, 201), int(size.integers(24, 41))
     rows, sites, columns = int(size.integers(40_000, 60_001)), int(size.integers(2, 5)), int(size.integers(1, 4))
     rates = {name: size.uniform(*span) for name, span in RATES.items()}
     random = draws(1)
