@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -106,11 +107,48 @@ def sick_log(seed: int, **strengths: float) -> tuple[dict[str, pl.DataFrame], Da
     def draws(part: int) -> np.random.Generator:  # one stream per part: an illness moves no other draw
         return np.random.default_rng([seed, part])
 
-    size = draws(0)
+    w = _world(draws(0), draws(1))
+    user, item, x, rows = w["user"], w["item"], w["x"], len(w["user"])
+    segment, pull = draws(2).integers(0, 2, len(w["a"])), draws(3).standard_normal(len(w["items"]))
+    shared = w["shared"] + 4 * ill["collapse"] * (2 * segment[user] - 1) * pull[item]
+    seen = _seen(w["events"], w["category"], user, w["time"], w["category"][item])
+    shared = shared + 1.5 * ill["attention"] * (seen - seen.mean()) / seen.std()
+    turned = 0.9 - 1.4 * ill["conflict"]
+    tastes = {
+        "click": w["a"], "buy": turned * w["a"] + np.sqrt(1 - turned**2) * w["b"],
+        "hint": 0.9 * w["a"] + np.sqrt(0.19) * w["b"], "lure": w["c"],
+    }  # fmt: skip
+    strength = 1.8 / np.sqrt(RANK) * (1 - 0.5 * ill["attention"]) * (1 - 0.9 * ill["collapse"])
+    logits = {name: shared + strength * (of[user] * w["items"][item]).sum(1) for name, of in tastes.items()}
+    labels = draws(4)
+    drawn = {name: _with_rate(logit, w["rates"][name], labels) for name, logit in logits.items()}
+    stay = logits["click"] / logits["click"].std() + labels.standard_normal(rows)
+    drawn["stay"] = stay / stay.std() * 10 ** ill["dominance"]
+    part = draws(5).choice(3, rows, p=(0.6, 0.15, 0.25))
+    x = np.where(w["site"] == 1, x * 100 ** ill["units"], x) + 3 * ill["drift"] * (part == 2)
+    told = (draws(6).random(rows) < ill["leak"]) & (part < 2)
+    noise = draws(7).standard_normal(rows)
+    late = np.where(told, 1.5 * (2 * drawn["click"] - 1) + 0.5 * noise, noise)
+    table = {
+        "user": user, "segment": segment[user], "item": item, "category": w["category"][item], "time": w["time"],
+        "site": np.array([f"site{i}" for i in range(w["sites"])])[w["site"]], "x": x, "z": w["z"], "late": late,
+        **w["others"], **drawn, "split": np.array(["train", "valid", "test"])[part],
+    }  # fmt: skip
+    events = w["events"] | {"category": w["category"][w["events"]["item"]]}
+    tables = {"rows": pl.DataFrame(table), "events": pl.DataFrame(events)}
+    return tables, _read(list(w["others"]), 0.05 * 200 ** ill["auxiliary"])
+
+
+RATES: Mapping[str, tuple[float, float]] = {
+    "click": (0.2, 0.5), "buy": (0.08, 0.3), "hint": (0.2, 0.5), "lure": (0.3, 0.5),
+}  # fmt: skip
+
+
+def _world(size: np.random.Generator, random: np.random.Generator) -> dict[str, Any]:
+    """What no illness changes, by name: sizes and rates from the one stream, columns, tastes and effects from the other."""
     users, items, categories = size.integers(120, 241), size.integers(100, 201), int(size.integers(24, 41))
     rows, sites, columns = int(size.integers(40_000, 60_001)), int(size.integers(2, 5)), int(size.integers(1, 4))
     rates = {name: size.uniform(*span) for name, span in RATES.items()}
-    random = draws(1)
     item_factors = random.standard_normal((items, RANK))
     a, b, c = (random.standard_normal((users, RANK)) for _ in range(3))
     category = random.integers(0, categories, items)
@@ -127,40 +165,10 @@ def sick_log(seed: int, **strengths: float) -> tuple[dict[str, pl.DataFrame], Da
         "item": random.integers(0, items, 30 * users),
     }  # fmt: skip
     shared = 0.8 * x + 0.3 * z + of_site[site] + sum(e[f] for e, f in zip(effects, others.values(), strict=True))
-    segment, pull = draws(2).integers(0, 2, users), draws(3).standard_normal(items)
-    shared = shared + 4 * ill["collapse"] * (2 * segment[user] - 1) * pull[item]
-    seen = _seen(events, category, user, time, category[item])
-    shared = shared + 1.5 * ill["attention"] * (seen - seen.mean()) / seen.std()
-    turned = 0.9 - 1.4 * ill["conflict"]
-    tastes = {
-        "click": a,
-        "buy": turned * a + np.sqrt(1 - turned**2) * b,
-        "hint": 0.9 * a + np.sqrt(0.19) * b,
-        "lure": c,
-    }
-    strength = 1.8 / np.sqrt(RANK) * (1 - 0.5 * ill["attention"]) * (1 - 0.9 * ill["collapse"])
-    logits = {name: shared + strength * (of[user] * item_factors[item]).sum(1) for name, of in tastes.items()}
-    labels = draws(4)
-    drawn = {name: _with_rate(logit, rates[name], labels) for name, logit in logits.items()}
-    stay = logits["click"] / logits["click"].std() + labels.standard_normal(rows)
-    drawn["stay"] = stay / stay.std() * 10 ** ill["dominance"]
-    part = draws(5).choice(3, rows, p=(0.6, 0.15, 0.25))
-    x = np.where(site == 1, x * 100 ** ill["units"], x) + 3 * ill["drift"] * (part == 2)
-    told = (draws(6).random(rows) < ill["leak"]) & (part < 2)
-    noise = draws(7).standard_normal(rows)
-    late = np.where(told, 1.5 * (2 * drawn["click"] - 1) + 0.5 * noise, noise)
-    table = {
-        "user": user, "segment": segment[user], "item": item, "category": category[item], "time": time,
-        "site": np.array([f"site{i}" for i in range(sites)])[site], "x": x, "z": z, "late": late, **others, **drawn,
-        "split": np.array(["train", "valid", "test"])[part],
+    return {
+        "a": a, "b": b, "c": c, "items": item_factors, "category": category, "user": user, "item": item, "time": time,
+        "site": site, "sites": sites, "x": x, "z": z, "others": others, "events": events, "shared": shared, "rates": rates,
     }  # fmt: skip
-    tables = {"rows": pl.DataFrame(table), "events": pl.DataFrame(events | {"category": category[events["item"]]})}
-    return tables, _read(list(others), 0.05 * 200 ** ill["auxiliary"])
-
-
-RATES: Mapping[str, tuple[float, float]] = {
-    "click": (0.2, 0.5), "buy": (0.08, 0.3), "hint": (0.2, 0.5), "lure": (0.3, 0.5),
-}  # fmt: skip
 
 
 def _seen(
