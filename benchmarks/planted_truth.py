@@ -2,7 +2,7 @@
 
     python benchmarks/planted_truth.py levels --out FOLDER     seeds 0-9: the values that the levels were fixed on
     python benchmarks/planted_truth.py truth --out FOLDER      seeds 100-119: who ranks first, strengths, two at once
-    python benchmarks/planted_truth.py remedies --out FOLDER   seeds 100-119: what the first remedy recovers of (sick - healthy)
+    python benchmarks/planted_truth.py remedies --out FOLDER   seeds 100-109: what the first remedies recover of (healthy - sick)
     options: --jobs 2 --only ILLNESS ... --quick
 
 A healthy log is that of the same seed with all strengths 0.  Finished cases are kept in FOLDER, with their values: the command
@@ -27,20 +27,17 @@ from unbraid import recipes, store
 from unbraid.data.planted import ILLNESSES, sick_log
 from unbraid.diagnosis.diagnose import CHECKS, diagnose, ranked
 from unbraid.diagnosis.diagnosis import Diagnosis
+from unbraid.diagnosis.interference import Interference
 from unbraid.job import train
 from unbraid.render import markdown
 
 FIXED, SHOWN = range(10), range(100, 120)
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-ROWS, STEPS = 8000, 100
+ROWS, STEPS = 8000, 200
+TRIED = 2  # remedies of an illness
 LEVELS = {check.name: (check.usual, check.severe) for check in CHECKS if hasattr(check, "severe")}  # type: ignore[attr-defined]
+LEVELS["alone"] = (Interference().usual_alone, Interference().severe_alone)
 OF = {"conflict": "interference", "dominance": "interference", "auxiliary": "interference"}
-MEASURES = {
-    "units": ("click", "auc"),
-    "drift": ("click", "logloss"),
-    "leak": ("click", "auc"),
-    "attention": ("click", "auc"),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------- a case
@@ -65,29 +62,38 @@ def examined(job: tuple[Path, int, Mapping[str, float]]) -> None:
 
 
 def treated(job: tuple[Path, int, str]) -> None:
-    """Train on a sick log as it is and with every remedy of the planted illness, and on the healthy twin."""
+    """Train on a sick log as it is and with the first remedies of the planted illness, and on the healthy twin."""
     out, seed, ill = job
     path = out / f"remedy-{ill}-{seed}.json"
     if path.exists():
         return
     tables, data = sick_log(seed, **{ill: 1.0})
-    run = recipes.planted(data)
-    sick = train(run, tables=tables, baseline=False)
-    report = diagnose(sick.bundle, rows=ROWS, steps=STEPS, seed=seed, tables=tables)
-    mine = next((d for d in report.diagnoses if d.name == ill and d.grade != "none"), None)
-    twin_tables, twin = sick_log(seed)
-    kept: dict[str, Any] = {
-        "sick": brief(sick.metrics["test"]),
-        "healthy": brief(train(recipes.planted(twin), tables=twin_tables, baseline=False).metrics["test"]),
-    }
-    for remedy in mine.remedies if mine else ():
-        if remedy.run is not None and remedy.measure is not None:
-            tried = train(remedy.run, tables=tables, baseline=False)
-            measure = (remedy.measure.task, remedy.measure.metric)
-            kept.setdefault("remedies", []).append(
-                {"name": remedy.name, "measure": measure, "test": brief(tried.metrics["test"])}
-            )
+    sick = train(recipes.planted(data), tables=tables, baseline=False)
+    check = OF.get(ill, ill)
+    report = diagnose(sick.bundle, rows=ROWS, steps=STEPS, seed=seed, tables=tables, only=[check])
+    mine = next((d for d in report.found if d.name == ill), None)
+    kept: dict[str, Any] = {"sick": brief(sick.metrics["test"]), "healthy": twin(out, seed)}
+    able = [r for r in mine.remedies if r.run is not None and r.measure is not None] if mine else []
+    for remedy in able[:TRIED]:
+        tried = train(remedy.run, tables=tables, baseline=False)
+        kept.setdefault("remedies", []).append(
+            {
+                "name": remedy.name,
+                "measure": (remedy.measure.task, remedy.measure.metric),
+                "test": brief(tried.metrics["test"]),
+            }
+        )
     store.write_text(path, json.dumps(kept))
+
+
+def twin(out: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Test metrics of the healthy log of a seed."""
+    path = out / f"twin-{seed}.json"
+    if not path.exists():
+        tables, data = sick_log(seed)
+        found = brief(train(recipes.planted(data), tables=tables, baseline=False).metrics["test"])
+        store.write_text(path, json.dumps(found))
+    return dict(json.loads(path.read_text()))
 
 
 def brief(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -106,7 +112,9 @@ def read(out: Path, seed: int, ill: Mapping[str, float]) -> list[Diagnosis]:
     found = json.loads((out / f"{name_of(ill)}-{seed}.json").read_text())["found"]
     made = []
     for each in found:
-        usual, severe = LEVELS.get(OF.get(each["name"], each["name"]), (each["usual"], each["severe"]))
+        alone = each["where"].endswith(" and the others")
+        check = "alone" if alone else OF.get(each["name"], each["name"])
+        usual, severe = LEVELS.get(check, (each["usual"], each["severe"]))
         made.append(Diagnosis(**{**each, "usual": usual, "severe": severe}, reading=""))
     return list(ranked(made))
 
@@ -123,9 +131,9 @@ def levels(out: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[str, A
     for ill in names:
         ends = {
             what: [_most(read(out, seed, strengths), ill) for seed in seeds]
-            for what, strengths in (("healthy", {}), ("half", {ill: 0.5}), ("sick", {ill: 1.0}))
+            for what, strengths in (("healthy", {}), ("sick", {ill: 1.0}))
         }
-        own = LEVELS[OF.get(ill, ill)]
+        own = LEVELS["alone" if ill == "conflict" else OF.get(ill, ill)]
         lines.append(
             [
                 ill,
@@ -135,7 +143,7 @@ def levels(out: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[str, A
             ]
         )
         found[ill] = ends
-    print(markdown(["illness", "healthy", "strength .5", "strength 1", "usual", "severe"], lines, left=1))
+    print(markdown(["illness", "healthy", "strength 1", "usual", "severe"], lines, left=1))
     return found
 
 
@@ -235,12 +243,11 @@ def main() -> None:
     pairs = [] if asked.quick else list(combinations(names, 2))
     jobs: list[Any] = []
     if asked.part == "remedies":
+        seeds = seeds[:10]
         jobs = [(out, seed, ill) for seed in seeds for ill in names]
     else:
         jobs = [(out, seed, {}) for seed in seeds] + [(out, seed, {ill: 1.0}) for seed in seeds for ill in names]
-        if asked.part == "levels":
-            jobs += [(out, seed, {ill: 0.5}) for seed in seeds for ill in names]
-        else:
+        if asked.part == "truth":
             jobs += [(out, seed, {ill: x}) for seed in seeds[:few] for x in STRENGTHS[1:-1] for ill in names]
             jobs += [(out, seed, {a: 1.0, b: 1.0}) for seed in seeds[:2] for a, b in pairs]
     work = treated if asked.part == "remedies" else examined

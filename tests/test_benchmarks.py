@@ -279,3 +279,23 @@ def test_both_forms_of_class_confusion_are_one() -> None:
     torch.testing.assert_close(matrix, closed, **EXACT)
     of = torch.autograd.grad(matrix, logits, retain_graph=True), torch.autograd.grad(closed, logits)
     torch.testing.assert_close(*of, **EXACT)
+
+
+@pytest.mark.parametrize(("candidates", "events"), [(9, 500), (3, 4)])
+def test_ranking_and_its_plain_forms_give_the_same(candidates: int, events: int) -> None:
+    serve = load("serve")
+    case = serve.Case(candidates, events, 8)
+    with torch.no_grad():
+        mine = case.ours()
+        for form in (*serve.forms_of(case).values(), lambda: case.copied(2)):
+            serve.same(mine, form())
+        with pytest.raises(AssertionError):
+            serve.same({**mine, "item": mine["item"] + 1e-3}, case.product())
+
+
+def test_the_serving_benchmark_ranks_with_the_real_ranker(tmp_path: Path) -> None:
+    pytest.importorskip("lmdb")
+    ranker, request = load("serve").ranker_of(tmp_path, 60)
+    found = ranker.rank(request)
+    assert found.events == 60 and len(found.order) == len(request.candidates) and not found.degraded
+    ranker.store.close()

@@ -274,6 +274,11 @@ def test_streams_are_compared_by_their_own_passes() -> None:
         check([one, make_run(name="b", schedule=Online(epochs=2, first_epochs=5))], 1, "", "", False)
     streams = {run.name: budget_of(run) for run in (one, more)}
     assert budget({"budget": streams}) == "Equal budget: batch_size 64, schedule.epochs 2, schedule.first_epochs 1."
+    assert (
+        budget({"budget": {}})
+        == budget({"budget": {"toy": {"steps": 0}}})
+        == ("Budget: the table of costs says what each run took.")
+    )
     mixed = budget({"budget": {"toy": budget_of(make_run()), "b": streams["b"]}})
     assert mixed.startswith("**Unequal budgets**: toy: ") and "b: epochs (not read), steps (not read)" in mixed
     assert "schedule.epochs (not read)" in mixed and "schedule.epochs 2" in mixed

@@ -1,13 +1,14 @@
 """A trained artefact on disk, and predictions from it.
 
 A bundle is a folder: ``run.toml``, ``schema.json``, ``vocabularies/``, ``weights.safetensors``, ``metrics.json``,
-``environment.json``, ``report.md``, and ``uncertainty.safetensors`` and ``calibration.safetensors`` once asked for;
-``backbones.safetensors`` holds what a frozen backbone is, whole, so that nothing else is needed to load it.
-Nothing in it is a pickle.  Loading refuses what does not match, by name.
+``environment.json``, ``report.md``, and ``report.html``, ``report.json``, ``uncertainty.safetensors`` and
+``calibration.safetensors`` once asked for; ``backbones.safetensors`` holds what a frozen backbone is, whole, so that nothing
+else is needed to load it.  Nothing in it is a pickle.  Loading refuses what does not match, by name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -30,7 +31,7 @@ from unbraid.class_head import Classes, ClassHead
 from unbraid.data.encode import encode, encode_query
 from unbraid.data.features import attach
 from unbraid.data.fitted import Fitted
-from unbraid.data.source import DataError, Tables, known_types, scan_given
+from unbraid.data.source import Data, DataError, Tables, known_types, scan_given
 from unbraid.data.table import Encoded
 from unbraid.layers import task_key
 from unbraid.mc_dropout import McDropout
@@ -301,21 +302,10 @@ class Predictor:
 
     def _scores(self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None, hidden: bool) -> Scores:
         """`scores` before any calibrator."""
-        if isinstance(rows, str | Path):
-            if not Path(rows).exists():
-                raise DataError(f"There is no file or folder {rows}.")
-            rows = scan_given(rows, self.data, lambda: self._known(tables))
-        with tempfile.TemporaryDirectory(prefix="unbraid-") as place:
-            encode_query(self.data, rows.lazy(), self.bundle.fitted, Path(place), tables=tables)
-            encoded = Encoded(Path(place))
+        with given_rows(rows, self.data, self.bundle.fitted, tables) as encoded:
             attach(encoded, self.model, keep=False, device=self.device)
             batches = encoded.in_order(encoded.split("all"), 4 * self.bundle.run.training.batch_size)
             return predict(self.model, batches, self.bundle.fitted.schema, hidden=hidden, device=self.device)
-
-    def _known(self, tables: Tables | None) -> dict[str, Any]:
-        """Column -> type of the ids that training knew."""
-        values = {name: found.values.dtype for name, found in self.bundle.fitted.vocabularies.items()}
-        return known_types(self.data, values, Path(), tables)
 
     def beliefs(
         self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None
@@ -352,11 +342,38 @@ class Predictor:
         return explained(*self.beliefs(rows, tables), self.schema, explore, self.calibrators)
 
 
+@contextlib.contextmanager
+def given_rows(
+    rows: pl.DataFrame | pl.LazyFrame | str | Path, data: Data, fitted: Fitted, tables: Tables | None = None
+) -> Iterator[Encoded]:
+    """Rows that training did not see, encoded as it knows them: a frame, or a Parquet or CSV file or folder.
+
+    Args:
+        data: what declares them; tables: tables in memory instead of files, by the name that the data use.
+
+    Raises:
+        DataError: there is no such file, or the rows are not as declared.
+    """
+    if isinstance(rows, str | Path):
+        if not Path(rows).exists():
+            raise DataError(f"There is no file or folder {rows}.")
+        values = {name: found.values.dtype for name, found in fitted.vocabularies.items()}
+        rows = scan_given(rows, data, lambda: known_types(data, values, Path(), tables))
+    with tempfile.TemporaryDirectory(prefix="unbraid-") as place:
+        encode_query(data, rows.lazy(), fitted, Path(place), tables=tables)
+        yield Encoded(Path(place))
+
+
 def as_frame(scores: Scores, schema: Schema) -> pl.DataFrame:
     """Logits as probabilities (binary, multiclass) or values (real), one column per task."""
-    columns: dict[str, Any] = {}
+    return pl.DataFrame(predictions(scores.logits, schema))
+
+
+def predictions(of: Mapping[str, Any], schema: Schema) -> dict[str, np.ndarray]:
+    """Task -> (N,) or (N, K) logits become probabilities (binary, multiclass) or values (real), float64."""
+    columns: dict[str, np.ndarray] = {}
     for task in schema.tasks:
-        logits = scores.logits[task.name].astype(np.float64)
+        logits = of[task.name].astype(np.float64)
         if task.kind == "binary":
             columns[task.name] = sigmoid(logits)
         elif task.kind == "multiclass":
@@ -364,7 +381,7 @@ def as_frame(scores: Scores, schema: Schema) -> pl.DataFrame:
             columns[task.name] = raised / raised.sum(1, keepdims=True)
         else:
             columns[task.name] = logits
-    return pl.DataFrame(columns)
+    return columns
 
 
 def explained(

@@ -13,6 +13,9 @@ import typer
 from unbraid.cli_calibrate import calibrate
 from unbraid.cli_data import prepare
 from unbraid.cli_diagnose import diagnose
+from unbraid.cli_export import export
+from unbraid.cli_serve import serve
+from unbraid.cli_store import store_app
 
 if TYPE_CHECKING:
     from unbraid.config import Run
@@ -24,6 +27,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data, and prepare public data sets.", no_args_is_help=True, rich_markup_mode=None)
 data_app.command()(prepare)
 app.add_typer(data_app, name="data")
+app.add_typer(store_app, name="store")
 
 RunFile = Annotated[Path | None, typer.Argument(help="Run file (TOML). None: the bundled log with the default recipe.")]
 Settings = Annotated[
@@ -135,6 +139,7 @@ def train(
         list[str] | None, typer.Option(help="tensorboard=FOLDER or mlflow=URI: log the run there, too. Repeat it.")
     ] = None,
     track_every: Annotated[int, typer.Option(help="Of --track: the losses of every so many steps.")] = 10,
+    report: Annotated[bool, typer.Option(help="Run the checks that train nothing, and write report.html.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Train a run, print the test metrics of every task and domain, and write a bundle."""
@@ -153,7 +158,7 @@ def train(
             watcher.note(f"run `{choice.name}`, seed {choice.seed}")
             result = job(
                 choice, folder, resume=resume, overwrite=overwrite, baseline=baseline, watcher=watcher, track=track or (),
-                track_every=track_every,
+                track_every=track_every, report=report,
             )  # fmt: skip
     except (config.RunError, JobError, ValueError, OSError, FloatingPointError, ImportError) as error:
         fail(error)
@@ -164,7 +169,13 @@ def train(
         return
     show(result.metrics["test"], result.metrics.get("baseline", {}).get("target_encoding"))
     print(f"model   {folder}   (unbraid predict {folder} ROWS.parquet --out PREDICTIONS.parquet)")
+    if result.report is not None:
+        from unbraid.report.words import headline
+
+        print(f"checks  {headline(result.report)} `unbraid diagnose {folder}` looks deeper.")
     print(f"report  {folder / 'report.md'}   metrics  {folder / 'metrics.json'}")
+    if (page := folder / "report.html").exists():
+        print(f"page    {page}   (opens in a browser, without a network)")
 
 
 @app.command()
@@ -340,6 +351,8 @@ def uncertainty(
 
 app.command()(calibrate)
 app.command()(diagnose)
+app.command()(export)
+app.command()(serve)
 
 
 @app.command()

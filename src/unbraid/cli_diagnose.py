@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from unbraid.diagnosis.diagnosis import Report
 
 
 def diagnose(
@@ -14,6 +17,7 @@ def diagnose(
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json-file", help="Write JSON here.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A check, by name. Repeat it. [default: all]")] = None,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Also checks that train a whole model.")] = False,
     rows: Annotated[int, typer.Option(help="Rows of each split that a check looks at, at most.")] = 20_000,
     steps: Annotated[int, typer.Option(help="Steps of each short training.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the sample and of the short trainings.")] = 0,
@@ -31,18 +35,29 @@ def diagnose(
     from unbraid.cli import fail
     from unbraid.diagnosis.diagnose import diagnose as examine
     from unbraid.diagnosis.prove import prove as try_out
+    from unbraid.diagnosis.prove import remedies
     from unbraid.job import JobError
     from unbraid.progress import Console
 
-    try:
-        with Console() as watcher:
-            found = examine(bundle, rows=rows, steps=steps, seed=seed, only=tuple(only or ()), watcher=watcher)
-            if prove is not None:
-                run = Bundle.load(bundle).run
-                found = try_out(found, run, prove, seeds=seeds, resume=resume, watcher=watcher)
+    def write(report: Report) -> None:
         for path, render in ((html, rendered.html), (markdown, rendered.markdown), (json_file, rendered.dump)):
             if path is not None:
-                store.write_text(path, render(found))
+                store.write_text(path, render(report))
+
+    try:
+        with Console() as watcher:
+            found = examine(
+                bundle, rows=rows, steps=steps, seed=seed, only=tuple(only or ()), thorough=thorough, watcher=watcher
+            )
+            write(found)  # trainings take long: what is known already is not lost with them
+            if prove is not None and not remedies(found):
+                watcher.note("! nothing to prove: no finding has a remedy that can be trained")
+            elif prove is not None:
+                run = Bundle.load(bundle).run
+                found = try_out(found, run, prove, seeds=seeds, resume=resume, watcher=watcher)
+                write(found)
+    except KeyboardInterrupt:
+        fail(RuntimeError("interrupted; the same command continues the trainings of --prove with --resume"))
     except (ValueError, OSError, ImportError, JobError) as error:
         fail(error)
     if as_json:

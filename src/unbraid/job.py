@@ -8,7 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import polars as pl
@@ -33,6 +33,9 @@ from unbraid.track import Tracker
 from unbraid.train import Local, Watcher, predict
 from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores, Term
 
+if TYPE_CHECKING:
+    from unbraid.diagnosis.diagnosis import Report
+
 ORACLE = "reads labels of the target that a model without labels cannot have: its results are no results of adaptation"
 
 
@@ -42,17 +45,21 @@ class JobError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `train` made: the bundle, the test metrics of the model and of the baseline, where everything lies."""
+    """What `train` made: the bundle, the test metrics of the model and of the baseline, where everything lies.
+
+    ``report`` is there if one was asked for and nothing went wrong with it.
+    """
 
     bundle: Bundle
     metrics: Mapping[str, Any]
     folder: Path | None
+    report: Report | None = None
 
 
 def train(
     run: config.Run, out: str | Path | None = None, *, tables: Tables | None = None, resume: bool = False,
     overwrite: bool = False, baseline: bool = True, keep_scores: bool = False, watcher: Watcher | None = None,
-    track: Sequence[str] = (), track_every: int = 10,
+    track: Sequence[str] = (), track_every: int = 10, report: bool = False,
 ) -> Result:  # fmt: skip
     """Encode, train, evaluate and write the bundle.
 
@@ -62,6 +69,8 @@ def train(
         baseline: fit and report target encoding, too; keep_scores: write the test split's `Scores` to ``scores.safetensors``.
         track: ``tensorboard=FOLDER``, ``mlflow=URI``: where to write what happens (docs/tracking.md), the losses of every
             ``track_every``-th step.
+        report: run the checks that train nothing, and write ``report.html``, ``report.json`` and more into ``report.md``
+            (`unbraid.report.trained`); of a finished run that is resumed, if it has none.  What goes wrong with it is noted.
 
     Raises:
         JobError: ``out`` holds another run, or a finished one; DataError, BundleError, OSError as they say.
@@ -75,14 +84,27 @@ def train(
     if folder is not None and _prepare(folder, run, resume, overwrite):
         watcher.note(f"{folder} is finished; nothing to resume")
         bundle = Bundle.load(folder)
-        return Result(bundle, bundle.metrics, folder)
+        result = Result(bundle, bundle.metrics, folder)
+        return reported(result, tables, watcher) if report and not (folder / "report.json").exists() else result
     try:
         with tracker or contextlib.nullcontext(watcher) as told:
-            return _train(run, folder, tables, resume, baseline, keep_scores, told)
+            result = _train(run, folder, tables, resume, baseline, keep_scores, told)
     except (ValueError, JobError, FloatingPointError):  # a mistake to mend: the folder is free for the next try
         if folder is not None and not _worth(folder):
             clear(folder)
         raise
+    return reported(result, tables, watcher) if report else result
+
+
+def reported(result: Result, tables: Tables | None, watcher: Watcher) -> Result:
+    """The result with its report.  The training is finished, so that whatever goes wrong here is noted and no more."""
+    from unbraid.report.trained import examine  # late: checks read this module
+
+    try:
+        return dataclasses.replace(result, report=examine(result, tables, watcher))
+    except Exception as error:
+        watcher.note(f"! no report: {type(error).__name__}: {error}")
+        return result
 
 
 def _train(
@@ -171,8 +193,8 @@ def _worth(folder: Path) -> bool:
 
 
 WRITES = ("run.toml", "schema.json", "vocabularies", "weights.safetensors", "scores.safetensors", "metrics.json", "report.md",
-          "environment.json", "log.jsonl", "uncertainty.safetensors", "calibration.safetensors", "backbones.safetensors",
-          "track.json", "fit-*.safetensors", "schedule-*.safetensors", ".*.unbraid-*")  # fmt: skip
+          "report.html", "report.json", "environment.json", "log.jsonl", "uncertainty.safetensors", "calibration.safetensors",
+          "backbones.safetensors", "track.json", "fit-*.safetensors", "schedule-*.safetensors", ".*.unbraid-*")  # fmt: skip
 
 
 def clear(folder: Path) -> None:
@@ -421,23 +443,40 @@ def _codes(encoded: Encoded, name: str, train: np.ndarray, test: np.ndarray) -> 
     return codes + FIRST_VALUE, np.where(known[place] == column[test], place + FIRST_VALUE, UNKNOWN)
 
 
-def report(run: config.Run, metrics: Mapping[str, Any]) -> str:
-    """The Markdown report."""
-    baseline = metrics.get("baseline", {}).get("target_encoding")
-    over = "users" if run.data.user else "requests" if run.data.request else "rows"  # what `evaluate` draws
-    lines = [f"# {run.name}", "", f"Seed {run.seed}; rows: " + ", ".join(f"{k} {v:,}" for k, v in metrics["rows"].items())
-             + f"; {metrics['seconds']['train']:.0f} s of training; parameters: {metrics['parameters']['tables']:,} in tables, "
-             f"{metrics['parameters']['dense']:,} dense.", "", f"Test split, 95 % intervals by a bootstrap over {over}.",
-             "", render_markdown(metrics["test"], baseline)]  # fmt: skip
+def facts(run: config.Run, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """What is to be said of a training beside its metrics, by name; a schedule's own report is several lines of Markdown."""
+    sizes, over = metrics["parameters"], "users" if run.data.user else "requests" if run.data.request else "rows"
+    said = {
+        "rows": ", ".join(f"{name} {count:,}" for name, count in metrics["rows"].items()),
+        "training": f"seed {run.seed}, {metrics['steps']:,} steps, {metrics['seconds']['train']:.0f} s",
+        "parameters": f"{sizes['tables']:,} in tables, {sizes['dense']:,} dense",
+        "intervals": f"95 %, by a bootstrap over {over}",  # what `evaluate` draws
+    }
     if (chosen := metrics.get("selection")) is not None:
         value = "no look had a value" if chosen["value"] is None else f"step {chosen['step']:,}, {chosen['value']:.4g}"
-        warning = f" **{chosen['kind'].capitalize()}**: it {ORACLE}." if chosen["oracle"] else ""
-        lines.append(f"Selected by `{chosen['kind']}` on the validation split: {value}.{warning}\n")
+        said["selection"] = f"by `{chosen['kind']}` on the validation split: {value}"
+        if chosen["oracle"]:
+            said[chosen["kind"]] = f"it {ORACLE}"
     if "weights" in metrics:
         found = ", ".join(f"{name} {value:.3g}" for name, value in metrics["weights"].items())
-        lines.append(f"Weights of the update {run.update.kind} at the end: {found}.\n")
+        said["weights"] = f"of the update {run.update.kind} at the end: {found}"
     if "schedule" in metrics and hasattr(run.schedule, "report"):
-        lines.append(run.schedule.report(metrics["schedule"]))
+        said["schedule"] = run.schedule.report(metrics["schedule"])
+    return said
+
+
+def report(run: config.Run, metrics: Mapping[str, Any]) -> str:
+    """The Markdown report of a training; `unbraid.report.trained` adds what checks say."""
+    said = facts(run, metrics)
+    lines = [f"# {run.name}", "", f"Rows: {said['rows']}; training: {said['training']}; parameters: {said['parameters']}.", "",
+             f"Test split, {said['intervals'].replace('95 %, by', '95 % intervals by')}.", "",
+             render_markdown(metrics["test"], metrics.get("baseline", {}).get("target_encoding"))]  # fmt: skip
+    if "selection" in said:
+        kind = metrics["selection"]["kind"]
+        warning = f" **{kind.capitalize()}**: {said[kind]}." if kind in said else ""
+        lines.append(f"Selected {said['selection']}.{warning}\n")
+    lines += [f"Weights {said['weights']}.\n"] if "weights" in said else []
+    lines += [said["schedule"]] if "schedule" in said else []
     return "\n".join(lines) + "\n"
 
 

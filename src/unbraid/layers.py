@@ -6,8 +6,9 @@ to draw the first weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 
@@ -30,6 +31,38 @@ def mlp(width: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequentia
 def mlp_width(width: int, hidden: Sequence[int]) -> int:
     """Width of what `mlp` gives."""
     return (width, *hidden)[-1]
+
+
+REFUSES = (
+    "rows of unknown domains are an `error`, and a graph cannot refuse a row"  # why there is no graph (`no_graph`)
+)
+
+
+def by_domain(
+    domain: Tensor, codes: int, of: Callable[[int, Tensor], Sequence[Tensor]], empty: int = 0
+) -> list[Tensor]:
+    """What ``of`` gives, each row by its own domain: (n, ...) tensors of the rows of one domain become (B, ...).
+
+    Args:
+        domain: (B,) int64 codes, below ``codes``.
+        of: (code, places (n,) of its rows) -> tensors; called once per domain that occurs.  In a graph, where nothing may
+            depend on which domains occur, once per code with all rows.
+        empty: the code that a batch without rows is given to.
+    """
+    if torch.compiler.is_exporting():
+        every = torch.arange(domain.shape[0], device=domain.device)
+        found = list(of(0, every))
+        for code in range(1, codes):
+            for at, part in enumerate(of(code, every)):
+                mine = (domain == code).view(-1, *[1] * (part.dim() - 1))
+                found[at] = torch.where(mine, part, found[at])
+        return found
+    rows, parts = [], []
+    for code in domain.unique().tolist() or [empty]:
+        rows.append((domain == code).nonzero().squeeze(1))
+        parts.append(of(code, rows[-1]))
+    place = torch.cat(rows).argsort()
+    return [torch.cat(each)[place] for each in zip(*parts, strict=True)]
 
 
 def average(states: Sequence[Tensor]) -> Tensor:

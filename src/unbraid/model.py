@@ -24,7 +24,7 @@ from unbraid.encoders.pooling import BagAttention, Mean, pool_bag
 from unbraid.encoders.table import VALUE, Role, Table, Views
 from unbraid.encoders.vectors import Raw, VectorEncoder
 from unbraid.interactions.flat import Flat
-from unbraid.layers import initialise, mlp, mlp_width, require_dropout, require_positive, task_key
+from unbraid.layers import REFUSES, by_domain, initialise, mlp, mlp_width, require_dropout, require_positive, task_key
 from unbraid.towers.domains import DomainTower, domain_names, of_domains
 from unbraid.types import (
     EXACT,
@@ -40,6 +40,7 @@ from unbraid.types import (
     Ragged,
     Rows,
     Schema,
+    Shared,
     TowerOutput,
 )
 
@@ -290,6 +291,7 @@ class Model(nn.Module):
 
     def trunk(self, batch: Batch) -> tuple[TowerOutput, tuple[Lookup, ...]]:
         """All below the heads: what the tower gives (second heads' logits among its extras), and the lookups."""
+        batch = self._with_own_lists(batch)
         rows, lookups = self._read(batch)
         second: dict[str, Tensor] = {}
         hidden = list(self._all_hidden(batch, rows, second).values())
@@ -314,6 +316,7 @@ class Model(nn.Module):
 
     def views(self, batch: Batch) -> dict[str, Tensor]:
         """view, or expert where there are any -> (B, width): what the tower reads."""
+        batch = self._with_own_lists(batch)
         rows, _ = self._read(batch)
         return self._all_hidden(batch, rows, {})
 
@@ -342,14 +345,25 @@ class Model(nn.Module):
         read, query = self._of_history(view, found, rows, target)
         return module.scores(read, events, query, fields)
 
+    def _with_own_lists(self, batch: Batch) -> Batch:
+        """The batch with a list for each row where an encoder does not read one that all rows share."""
+        given: dict[str, Any] = {h.name: batch.features[h.name] for h in self.schema.histories}
+        repeated = {
+            name: one.repeated()
+            for name, one in given.items()
+            if isinstance(one, Shared)
+            and not all(getattr(self.histories[f"{view}/{name}"], "shared", False) for view in self.embeddings.widths)
+        }
+        return replace(batch, features={**batch.features, **repeated}) if repeated else batch
+
     def _read(self, batch: Batch) -> tuple[dict[tuple[str, str], dict[str, Rows]], tuple[Lookup, ...]]:
         """(view, role) -> reader -> its reads, and the lookups."""
         ids: dict[str, Tensor] = {}
         for name in self.vocabularies:
             value = batch.features[name]
-            ids[name] = value.values[name] if isinstance(value, Ragged) else value
+            ids[name] = value.values[name] if isinstance(value, Ragged) else cast(Tensor, value)
         for history in self.schema.histories:
-            packed = cast(Ragged, batch.features[history.name])
+            packed = cast("Ragged | Shared", batch.features[history.name])
             ids |= {f"{history.name}.{name}": packed.values[name] for name in history.fields}
         return self._read_ids(ids)
 
@@ -595,6 +609,11 @@ class _Head(nn.Module):
         return (found[:, 1] - found[:, 0], {name: found for name in self.gives}) if self.gives else (found, {})
 
     @property
+    def no_graph(self) -> str:
+        """Why there is no graph of it (`unbraid.export`)."""
+        return REFUSES if len(self.linears) > 1 and self.unknown == "error" else ""
+
+    @property
     def _averages(self) -> bool:
         """Do rows of unknown domains get the mean of the known domains' logits now?"""
         return not self.training and self.unknown == "mean"
@@ -610,22 +629,26 @@ class _Head(nn.Module):
 
     def _through_towers(self, hidden: Tensor, domain: Tensor, live: list[bool]) -> Tensor:
         """(B, h) each row through its domain's MLP; of unknown domains the mean of all, where logits are means."""
-        rows, parts = [], []
-        for code in domain.unique().tolist() or [UNKNOWN]:
-            mine = (domain == code).nonzero().squeeze(1)
+
+        def of(code: int, mine: Tensor) -> tuple[Tensor]:
             if code == UNKNOWN and self._averages:
                 found = torch.stack([tower(hidden[mine]) for tower in self.towers[FIRST_VALUE:]]).mean(0)
             else:
                 found = self.towers[code](hidden[mine])
-            rows.append(mine)
-            parts.append(found if live[code] else found.detach())
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+            return (found if live[code] else found.detach(),)
+
+        return by_domain(domain, len(self.towers), of)[0]
 
     def _with_means(self, logits: Tensor, hidden: Tensor, domain: Tensor) -> Tensor:
         """The logits (B, K), those of unknown domains' rows as means over the heads: a mean of MLPs is no MLP of means."""
-        mine = (domain == UNKNOWN).nonzero().squeeze(1)
-        known = zip(self.towers[FIRST_VALUE:], self.linears[FIRST_VALUE:], strict=True)
-        return logits.index_copy(0, mine, torch.stack([linear(tower(hidden[mine])) for tower, linear in known]).mean(0))
+        known = list(zip(self.towers[FIRST_VALUE:], self.linears[FIRST_VALUE:], strict=True))
+
+        def of(unknown: int, mine: Tensor) -> tuple[Tensor]:
+            if not unknown:
+                return (logits[mine],)
+            return (torch.stack([linear(tower(hidden[mine])) for tower, linear in known]).mean(0),)
+
+        return by_domain((domain == UNKNOWN).long(), 2, of)[0]
 
     def tie(self) -> None:
         """One module in the place of all domains' own."""

@@ -188,6 +188,8 @@ def budget(found: Metrics) -> str:
     differ = [key for key in keys if any(key not in one or one[key] != each[0].get(key) for one in each)]
     if not differ:
         shown = [key for key in keys if each[0][key] and not (key == "epochs" and each[0]["steps"])]
+        if not shown:  # none was recorded, or what decides is not set
+            return "Budget: the table of costs says what each run took."
         return "Equal budget: " + ", ".join(f"{key} {each[0][key]}" for key in shown) + "."
     unequal = {n: ", ".join(f"{k} {v.get(k, '(not read)')}" for k in differ) for n, v in found["budget"].items()}
     return "**Unequal budgets**: " + "; ".join(f"{name}: {text}" for name, text in unequal.items()) + "."

@@ -128,6 +128,16 @@ def predict(
     """
     was_training = model.training
     model.eval()
+    found = scores_of(model, batches, schema, hidden=hidden, device=device)
+    model.train(was_training)
+    return found
+
+
+@torch.no_grad()
+def scores_of(
+    model: nn.Module, batches: Iterable[Batch], schema: Schema, *, hidden: bool = False, device: str = "cpu"
+) -> Scores:
+    """As `predict`, of a model that is in evaluation mode: to say so again takes longer than a small batch."""
     parts: list[dict[str, Any]] = []
     for batch in batches:
         output = model(batch.to(device))
@@ -140,7 +150,6 @@ def predict(
             "domain": batch.domain.numpy(), "row": batch.row.numpy(),
             "weight": None if batch.weight is None else batch.weight.numpy(),
         })  # fmt: skip
-    model.train(was_training)
     if not parts:
         raise ValueError("There are no rows to predict.")
     joined = {key: _join([part[key] for part in parts]) for key in parts[0]}
@@ -294,8 +303,16 @@ class Local:
         return self.training.total_steps(len(rows) if parts is None else parts.rows)
 
     def keep(self, record: Mapping[str, Any]) -> None:
-        """What the schedule found on its way (plain values), for ``metrics.json``."""
+        """What the schedule found on its way (plain values), for ``metrics.json``.
+
+        Of its ``rounds``, if it has some with ``weights``, the log has a line each.
+        """
         self.record = record
+        rounds = [line for line in record.get("rounds", ()) if "weights" in line]
+        if rounds:
+            self.cut_log("schedule", -1)  # of an interrupted process that came as far as this
+        for line in rounds:
+            self.log({"call": "schedule", "step": line["step"], "weights": dict(line["weights"])})
 
     def tell(self, text: str) -> None:
         """A line for who watches the run."""
@@ -307,7 +324,7 @@ class Local:
             with (self.folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def cut_log(self, call: int, step: int) -> None:
+    def cut_log(self, call: int | str, step: int) -> None:
         """Drop what an interrupted process logged of a call after a step: it is done, and logged, again."""
         path = None if self.folder is None else self.folder / "log.jsonl"
         if path is None or not path.exists():

@@ -280,6 +280,49 @@ class Ragged:
         return Ragged({name: value.to(device) for name, value in self.values.items()}, self.offsets.to(device))
 
 
+class Shared:
+    """One list that all B rows have, such as the history of the user whose candidates they are: n values instead of B times n.
+
+    It is no `Ragged`: what does not know it fails.  `unbraid.model.Model` gives it to encoders that know it and repeats it for
+    all others.  It is for serving: no gradient passes through it.
+
+    Args:
+        values: name -> (n,) values; rows: B.
+        memo: what encoders computed of the values and may read again.  Who makes lists of the same values for several batches
+            of one model gives them one memo.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], rows: int, memo: dict[Any, Any] | None = None) -> None:
+        self.values, self.rows, self.memo = dict(values), rows, {} if memo is None else memo
+
+    @property
+    def length(self) -> int:
+        """n, how many values there are."""
+        return len(next(iter(self.values.values()))) if self.values else 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def one(self) -> Ragged:
+        """The list alone."""
+        device = next((value.device for value in self.values.values()), None)
+        return Ragged(self.values, torch.arange(2, device=device) * self.length)
+
+    def repeated(self) -> Ragged:
+        """The same list B times."""
+        offsets = torch.arange(self.rows + 1, device=self.one().offsets.device) * self.length
+        return Ragged({name: value.repeat(self.rows) for name, value in self.values.items()}, offsets)
+
+    def select(self, rows: Tensor) -> Shared:
+        """The list of some rows ((k,) int64 or (B,) bool)."""
+        return Shared(self.values, int(rows.sum()) if rows.dtype == torch.bool else len(rows), self.memo)
+
+    def to(self, device: torch.device | str) -> Shared:
+        """A copy on another device; the memo stays if it is the same one."""
+        values = {name: value.to(device) for name, value in self.values.items()}
+        return Shared(values, self.rows, self.memo if all(values[n] is v for n, v in self.values.items()) else None)
+
+
 @dataclass(frozen=True)
 class Batch:
     """B rows of the table; domains, labelled and unlabelled rows live together.
@@ -287,7 +330,7 @@ class Batch:
     Args:
         features: name -> (B,) int64 ids; (B, 2) numbers (standardised value, missing 0/1), and ``NAME.exact`` -> (B, 1)
             float64 (the value itself after its transform, 0 where missing); (B, D) vectors; `Ragged`
-            bags (one value name: the feature's) and histories (one value name per event field).
+            bags (one value name: the feature's) and histories (one value name per event field), or `Shared` histories.
         labels: task -> (B,) float32, or int64 for multiclass; anything where unobserved.
         observed: task -> (B,) bool.
         domain: (B,) int64 codes into ``schema.domains``.
@@ -299,7 +342,9 @@ class Batch:
             weights, never for the model.
     """
 
-    features: Mapping[str, Tensor | Ragged]
+    features: Mapping[
+        str, Tensor | Ragged
+    ]  # or, where they are served, Shared: nothing that trains or analyses need know
     labels: Mapping[str, Tensor]
     observed: Mapping[str, Tensor]
     domain: Tensor
@@ -323,7 +368,7 @@ class Batch:
             raise ValueError("select() would keep one view of a row and drop the other. Select both rows of each pair.")
 
         def pick(value: Any) -> Any:
-            return value.select(index) if isinstance(value, Ragged) else value[index]
+            return value.select(index) if isinstance(value, Ragged | Shared) else value[index]
 
         changed: dict[str, Any] = {"pair": moved, "weight": None if self.weight is None else self.weight[index]}
         for part in fields(self):
@@ -366,6 +411,7 @@ class Batch:
 
 
 def _cat(values: list[Any]) -> Any:
+    values = [value.repeated() if isinstance(value, Shared) else value for value in values]
     return Ragged.join(values) if isinstance(values[0], Ragged) else torch.cat(values)
 
 

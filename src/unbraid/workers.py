@@ -251,7 +251,7 @@ class _Remote(Local):
         """Pass on a line."""
         self.watcher.pipe.send(("log", (record,)))  # type: ignore[attr-defined]
 
-    def cut_log(self, call: int, step: int) -> None:
+    def cut_log(self, call: int | str, step: int) -> None:
         """Pass on that lines are to go."""
         self.watcher.pipe.send(("cut_log", (call, step)))  # type: ignore[attr-defined]
 

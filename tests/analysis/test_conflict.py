@@ -94,6 +94,47 @@ def test_cosines_are_over_what_both_reach(encoded: Encoded, kind: str) -> None:
     assert all(torch.equal(before[name], part) for name, part in model.state_dict().items()), "the model is as it was"
 
 
+@pytest.mark.parametrize("kind", LAZY)
+def test_cosines_by_leaf_are_those_of_each_leaf_alone(encoded: Encoded, kind: str) -> None:
+    run = run_of(Views(width=4, std=0.3, lazy_rows=LAZY[kind]))
+    model, batches = model_of(run, encoded), batches_of(encoded)[:3]
+    values = Conflict(run)(model, encoded.schema, batches).values
+    tables = {id(table.weight): name for name, table in model.tables.items()}
+    label = {name: tables.get(id(p), name) for name, p in model.named_parameters()}
+    want: dict[str, list[float]] = {}
+    for batch in batches:
+        click, buy = (whole(copy.deepcopy(model), batch, task) for task in ("click", "buy"))
+        for name in label:
+            if name in click and name in buy:
+                a, b = click[name].flatten(), buy[name].flatten()
+                want.setdefault(label[name], []).append(float(a @ b / a.norm() / b.norm()))
+    assert values["leaves"] == list(want), "from the bottom of the model up, heads and towers left out"
+    assert values["parameters"].tolist() == [p.numel() for n, p in model.named_parameters() if label[n] in want]
+    assert any(name in model.tables for name in want) and any("weight" in name for name in want)
+    assert values["by_leaf"].shape == (len(want), 2, 2)
+    for found, each in zip(values["by_leaf"], want.values(), strict=True):
+        assert found[0, 1] == found[1, 0] == pytest.approx(np.mean(each), abs=1e-10)
+        assert found.diagonal() == pytest.approx(1)
+
+
+def test_cosines_of_inner_products_are_those_of_a_loop() -> None:
+    rng = np.random.default_rng(0)
+    reach = rng.random((4, 3, 5)) < 0.7  # batch, objective, leaf
+    reach[0, 1], reach[1, :, 2] = False, [True, False, False]  # an objective is not in a batch; a leaf is one's own
+    of = [
+        {f"t{k}": {f"p{n}": torch.from_numpy(rng.normal(size=n + 1)) for n in range(5) if each[k, n]} for k in range(3)}
+        for each in reach
+    ]
+    names, leaves = [f"t{k}" for k in range(3)], [f"p{n}" for n in range(5)]
+    table = np.stack([conflict._laid_out(*conflict.inner(grads), names, leaves) for grads in of])
+    found = conflict.cosines(table)
+    for s, grads in enumerate(of):
+        for i, a in enumerate(names):
+            for j, b in enumerate(names):
+                assert found[s, i, j] == pytest.approx(cosine(grads[a], grads[b]), abs=1e-10, nan_ok=True)
+    assert np.isnan(found[0, 1]).all() and np.isfinite(found).sum() > 20
+
+
 def test_opposite_labels_conflict_and_equal_ones_do_not(tmp_path: Path) -> None:
     data = make_data(
         cache=str(tmp_path), tasks=(Task("click"), Task("again", column="click"), Task("not", column="1 - click"))
@@ -124,6 +165,7 @@ def test_nothing_shared_has_no_cosine(encoded: Encoded) -> None:
     found = Conflict(run, steps=2)(model_of(run, encoded), encoded.schema, batches_of(encoded))
     off = found.values["cosine"][:, 0, 1]
     assert len(off) == 2 and np.isnan(off).all() and np.isnan(found.values["mean"][0, 1])
+    assert found.values["leaves"] == [] and found.values["by_leaf"].shape == (0, 2, 2)
     assert "no two objectives had gradients for the same parameters" in found.reading
 
 

@@ -13,11 +13,12 @@ import torch
 from unbraid import config, recipes
 from unbraid.data.planted import ILLNESSES, sick_log
 from unbraid.diagnosis.case import Case, interval, unlabelled, without_feature
-from unbraid.diagnosis.diagnose import diagnose, ranked
-from unbraid.diagnosis.diagnosis import Diagnosis
+from unbraid.diagnosis.diagnose import CHECKS, chosen_of, diagnose, ranked
+from unbraid.diagnosis.diagnosis import Diagnosis, Measure
 from unbraid.diagnosis.drift import with_column
 from unbraid.diagnosis.interference import Interference
 from unbraid.diagnosis.leak import alone, hanley
+from unbraid.diagnosis.transfer import NegativeTransfer
 from unbraid.diagnosis.units import against_others, rescaled, spread
 from unbraid.job import train
 
@@ -106,6 +107,54 @@ def test_what_a_leak_explains_stands_behind_and_worst_is_first():
     )
     assert [(d.name, d.where) for d in found] == [("leak", "late"), ("drift", "x"), ("drift", "late"), ("small", "a")]
     assert found[2].because == "leak: late"
+
+
+def test_a_cause_is_found_by_its_subject_and_the_worst_one_is_named():
+    def one(name, where, value, subject=""):
+        return Diagnosis(name, where, value, 0.0, 1.0, "", subject=subject)
+
+    found = ranked([
+        one("negative_transfer", "buy in home", 9.0, "buy"), one("negative_transfer", "click", 2.0, "click"),
+        one("conflict", "buy and click", 0.5, "buy"), one("auxiliary", "hint on buy", 0.7, "buy"),
+        one("dominance", "stay over click", 0.0, "click"), one("units", "x in mail", 3.0, "x"), one("leak", "x", 0.1),
+        one("leak", "buy", 0.1),
+    ])  # fmt: skip
+    assert {d.where: d.because for d in found if d.because} == {
+        "buy in home": "auxiliary: hint on buy",
+        "x in mail": "leak: x",
+    }
+    assert [d.where for d in found[:2]] == ["click", "hint on buy"], "a cause that finds nothing explains nothing"
+
+
+def test_checks_that_train_a_whole_model_are_asked_for():
+    plain = [check.name for check in CHECKS]
+    assert [check.name for check in chosen_of(CHECKS, (), False)] == plain
+    assert [check.name for check in chosen_of(CHECKS, (), True)] == [*plain, "negative_transfer"]
+    (found,) = chosen_of(CHECKS, ("negative_transfer",), False)
+    assert found.steps == 400
+    mine = NegativeTransfer(usual=0.1, severe=0.2)
+    assert chosen_of((mine,), (), True) == [mine]
+    assert [check.name for check in chosen_of(CHECKS, ("units", "leak"), True)] == ["leak", "units"]
+
+
+def test_the_metric_that_a_task_is_judged_by(small):
+    bundle, tables = small
+    schema = Case.of(bundle, rows=500, tables=tables).schema
+    kinds = [
+        replace(task, kind=kind) for task, kind in zip(schema.tasks, ("binary", "multiclass", "real"), strict=False)
+    ]
+    found = [Measure.of(replace(schema, tasks=tuple(kinds)), task.name) for task in kinds]
+    assert [(each.task, each.metric, each.domain) for each in found] == [
+        (task.name, metric, "") for task, metric in zip(kinds, ("auc", "accuracy", "rmse"), strict=True)
+    ]
+    assert Measure.of(bundle.run.data, "click") == Measure("click", "auc")
+
+
+def test_negative_transfer_is_reached_by_its_name(small):
+    bundle, tables = small
+    report = diagnose(bundle, rows=3000, steps=3, only=["negative_transfer"], tables=tables)
+    assert not report.failed and {d.name for d in report.diagnoses} == {"negative_transfer"}
+    assert {d.subject for d in report.diagnoses} == {"click", "buy", "stay"}
 
 
 # ------------------------------------------------------------------------------------------------------ a small bundle

@@ -11,7 +11,7 @@ from toylog import make_run
 
 from unbraid import config
 from unbraid.compare import tabulate, with_means
-from unbraid.diagnosis.diagnosis import Diagnosis, Measure, Proof, Remedy, Report
+from unbraid.diagnosis.diagnosis import Diagnosis, Measure, Proof, Remedy, Report, Spent
 from unbraid.diagnosis.plots import Bars, Heat, Histogram, Lines, Plot, Reliability, histogram
 from unbraid.evaluate import Metrics, evaluate, replicate
 from unbraid.types import Schema, Scores, Task
@@ -145,7 +145,10 @@ def make_report(**changes: Any) -> Report:
         "history length", "seen", 0.1, 0.3, 0.6, "Few histories are cut off.", evidence={"plots": (shown["histogram"],)}
     )
     overfit = Diagnosis("overfit", "like", 0.04, 0.03, 0.1, "Validation is as good as training.", low=0.01, high=0.07)
-    proof = Proof("conflict", "uw", Measure("like", "auc"), 0.611, 0.634, 0.023, 0.009, 0.037, 0.004, 3, True, True)
+    proof = Proof(
+        "conflict", "click and like", "uw", Measure("like", "auc"), 0.611, 0.634, 0.023, 0.009, 0.037, 0.004, 3, True, True,
+        Spent(200, 11.2), Spent(600, 35.1),
+    )  # fmt: skip
     report = Report(
         title="toy", facts={"data": "log, 600 rows", "steps": "200", "seconds": "11", "versions": "torch 2.13.0"},
         tasks={"click": "binary, target", "like": "binary, target", "long_view": "binary, auxiliary"},

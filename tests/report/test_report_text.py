@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import tomllib
 from dataclasses import replace
@@ -14,8 +15,9 @@ from reportkit import HOSTILE, hostile, make_report
 from rich.console import Console
 
 from unbraid import config
-from unbraid.diagnosis.diagnosis import Diagnosis, Measure, Proof, Report
+from unbraid.diagnosis.diagnosis import Diagnosis, Measure, Proof, Report, Spent
 from unbraid.report import dump, load, markdown, terminal
+from unbraid.report.text import findings
 from unbraid.report.words import change, curves, headline, number, replies, sure, worth
 
 GOLDEN = Path(__file__).parent / "golden.md"
@@ -85,13 +87,32 @@ def test_how_sure(value: float, low: float | None, high: float | None, said: str
 
 
 def test_what_a_remedy_was_worth() -> None:
-    proof = Proof("x", "uw", Measure("like", "auc", "mail"), 0.6, 0.61, 0.01, 0.002, 0.018, 0.0002, 3, True, True)
-    assert worth(proof) == (
-        "Tried (uw, 3 seeds): AUC of like, domain mail went from 0.6 to 0.61, +0.01 [+0.002, +0.018], p < .001: it helps."
+    measure, spent = Measure("like", "auc", "mail"), Spent(200.0, 11.2)
+    proof = Proof(
+        "x", "y", "uw", measure, 0.6, 0.61, 0.01, 0.002, 0.018, 0.0002, 3, True, True, spent, Spent(200.0, 12.0)
     )
-    assert worth(replace(proof, held=False, p=0.2)).endswith("p = 0.200: better, but not more than chance.")
-    assert worth(replace(proof, held=False, better=False)).endswith("it does not help.")
+    assert worth(proof) == (
+        "Tried (uw, 3 seeds): AUC of like, domain mail went from 0.6 to 0.61, +0.01 [+0.002, +0.018], p < .001: it helps "
+        "(equal budgets: 200 steps; 11.2 s as it is, 12 s with it)."
+    )
+    assert "p = 0.200: better, but not more than chance (" in worth(replace(proof, held=False, p=0.2))
+    assert ": it does not help (" in worth(replace(proof, held=False, better=False))
     assert "1 seed)" in worth(replace(proof, seeds=1, low=None, p=None))
+    longer = worth(replace(proof, spent_after=Spent(1400.5, 61.0)))
+    assert longer.endswith("it helps (unequal budgets: 200 steps in 11.2 s as it is, 1,400 steps in 61 s with it).")
+    none = replace(
+        proof, before=None, after=None, difference=None, low=None, high=None, p=None, better=False, held=False
+    )
+    assert "went from - to -, -: it could not be measured (" in worth(none)
+
+
+def test_every_rendering_says_that_budgets_are_unequal() -> None:
+    said = "unequal budgets: 200 steps in 11.2 s as it is, 600 steps in 35.1 s with it"
+    report = make_report()
+    assert said in " ".join(printed(report, 118).split()) and said in markdown(report)
+    (proof,) = json.loads(dump(report))["proofs"]
+    assert proof["spent_before"] == {"steps": 200, "seconds": 11.2} and proof["spent_after"]["steps"] == 600
+    assert load(dump(report)).proofs == report.proofs
 
 
 def test_a_finding_answers_four_questions() -> None:
@@ -105,6 +126,8 @@ def test_a_finding_answers_four_questions() -> None:
 
 def test_a_proof_stands_with_the_finding_whose_remedy_it_tried() -> None:
     report = make_report()
+    twin = replace(report.diagnoses[0], where="another place")
+    assert [bool(r.worth) for r in replies(make_report(diagnoses=(report.diagnoses[0], twin)))] == [True, False]
     other = replace(report.diagnoses[0], where="elsewhere", remedies=report.diagnoses[1].remedies)
     assert [bool(r.worth) for r in replies(make_report(diagnoses=(report.diagnoses[0], other)))] == [True, False]
 
@@ -163,6 +186,31 @@ def test_the_terminal_says_grades_in_words_and_obeys_no_control_letters() -> Non
     assert "\x1b" not in text
     loud = printed(make_report(facts={}, failed={"x": "died\x1b[2J\nof it"}), 80)
     assert "\x1b" not in loud and "x: died [2J of it" in loud
+
+
+def test_a_fact_of_several_lines_is_a_section_and_intervals_are_as_the_facts_say() -> None:
+    facts = {
+        "rows": "train 9",
+        "schedule": "## Rounds\n\n| a |\n",
+        "intervals": "95 %, by a bootstrap over rows",
+        "deeper": "Dig.",
+    }
+    report = make_report(facts=facts)
+    text = markdown(report)
+    assert "- rows: train 9" in text and "## Schedule\n\n```text\n## Rounds\n\n| a |\n```" in text
+    assert "intervals: 95 %, by a bootstrap over rows." in text and "over users" not in text
+    assert "(leak). Dig." in text and "(leak). Dig." in " ".join(printed(report, 118).split())
+
+
+def test_findings_are_the_same_page_without_its_metrics() -> None:
+    report = make_report()
+    said, whole = findings(report), markdown(report)
+    assert "## Metrics" not in said and "## Facts" not in said
+    assert (
+        all(line in whole for line in said.splitlines())
+        and said.startswith("**3 findings")
+        and "leak: KeyError" in said
+    )
 
 
 def test_nothing_found_is_said_with_what_was_looked_at() -> None:

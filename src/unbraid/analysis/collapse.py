@@ -86,7 +86,12 @@ def abundance(values: Array) -> float:
 
 
 def random_abundance(rows: int, width: int, seed: int, *, normalise: bool = False) -> float:
-    """Information abundance of a drawn (rows, width) matrix of independent standard normal numbers.
+    """Information abundance of a drawn (rows, width) matrix of independent standard normal numbers."""
+    return abundance(random_spectrum(rows, width, seed, normalise=normalise))
+
+
+def random_spectrum(rows: int, width: int, seed: int, *, normalise: bool = False) -> Array:
+    """Singular values, largest first, of a drawn (rows, width) matrix of independent standard normal numbers.
 
     Without ``normalise`` the matrix itself is never drawn: its singular values have the law of those of a triangular one,
     chi-distributed on the diagonal and normal below it (Bartlett 1933).
@@ -97,10 +102,10 @@ def random_abundance(rows: int, width: int, seed: int, *, normalise: bool = Fals
         total = torch.zeros(width, width, dtype=torch.float64)
         for part in parts:
             total += gram(torch.from_numpy(part), normalise=True)
-        return abundance(spectrum(total, rows))
+        return spectrum(total, rows)
     few, many = sorted((rows, width))
     drawn = np.tril(rng.standard_normal((few, few)), -1) + np.diag(np.sqrt(rng.chisquare(many - np.arange(few))))
-    return abundance(np.linalg.svd(drawn, compute_uv=False))
+    return np.asarray(np.linalg.svd(drawn, compute_uv=False))
 
 
 # -------------------------------------------------------------------------------------------------------------- the probe

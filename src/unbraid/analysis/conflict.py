@@ -7,7 +7,8 @@ Idea.  Methods that repair gradients hold that a negative cosine means harm.  Ta
 with the target's gradient and lambda times the auxiliary one's: the held-out score after it, minus that after the target's step
 alone, is the harm itself.  The paper finds neither follows from the other.
 
-Equations.  g_i is the gradient of objective i's loss, unweighted; cosines are over the parameters that both objectives reach::
+Equations.  g_i is the gradient of objective i's loss, unweighted; cosines are over the parameters that both objectives reach,
+all of them or those of one leaf (a layer's weight, its bias, a table)::
 
     cos_ij    = <g_i, g_j> / (|g_i| |g_j|)                                       in conflict: < 0
     theta(l)  = theta - eta (g_tgt + l g_aux)         all parameters, heads included, plain gradient descent
@@ -15,7 +16,8 @@ Equations.  g_i is the gradient of objective i's loss, unweighted; cosines are o
     fit       = the cubic in cos that is least squares through the points (cos, TG) of all batches and all l > 0
 
 How this differs.  The model is any of the library's, in training mode, with dropout drawn from a seed of its own.  Of a lazy
-table, or of one read by few, the rows of the batch are the parameters.  That one fit goes through the points of all l is ours.
+table, or of one read by few, the rows of the batch are the parameters.  That one fit goes through the points of all l is ours,
+and so are cosines by leaf.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unbraid.analysis.dominance import depths
 from unbraid.analysis.plots import INK, device_of, figure, finish
 from unbraid.analysis.transfer import REFERENCE
 from unbraid.config import Run
@@ -112,31 +115,75 @@ class Conflict:
         """The finding; the model is not changed.
 
         ``values``: ``objectives`` (K names), ``cosine`` (S, K, K) by batch, ``mean`` (K, K), ``conflicting`` (K, K), the share
-        of batches with a cosine below 0 among those that have one.  NaN where a pair has none: an objective is not in the batch,
-        or no parameter is reached by both.
+        of batches with a cosine below 0 among those that have one; ``leaves`` (L names from the bottom of the model up: what two
+        objectives reach, a parameter or a table, ``view/vocabulary/role``), ``parameters`` (L,), how many each has, ``by_leaf``
+        (L, K, K), mean cosines over the leaf alone.  NaN where a pair has none: an objective is not in the batch, or no parameter
+        is reached by both.
 
         Raises:
             ValueError: no batch, or fewer than two objectives.
         """
-        probed, found = Probed(self.run, model, schema), cast(list[Mapping[str, Mapping[str, Tensor]]], [])
-        pairs: list[dict[tuple[str, str], float]] = []
-        for step, batch in enumerate(islice(batches, self.steps)):
-            of = probed.gradients(batch, self.seed + step).of
-            pairs.append({(a, b): cosine(of[a], of[b]) for a in of for b in of})
-            found.append(dict.fromkeys(of, {}))
-        names = list(dict.fromkeys(name for grads in found for name in grads))
+        probed = Probed(self.run, model, schema)
+        found = [inner(probed.gradients(b, self.seed + n).of) for n, b in enumerate(islice(batches, self.steps))]
+        names = list(dict.fromkeys(name for who, _ in found for name in who))
         if len(names) < 2:
             raise ValueError(f"Cosines need at least one batch and two objectives. Found objectives {names}.")
-        table = np.array([[[each.get((a, b), np.nan) for b in names] for a in names] for each in pairs])
-        known = np.isfinite(table)
-        seen = np.maximum(known.sum(0), 1)
-        mean = np.where(known.any(0), np.where(known, table, 0).sum(0) / seen, np.nan)
-        share = np.where(known.any(0), (known & (np.where(known, table, 0) < 0)).sum(0) / seen, np.nan)
-        values = {"objectives": names, "cosine": table, "mean": mean, "conflicting": share}
+        every = {leaf: leaf for _, of in found for leaf in of}  # leaf -> parameter's name, or table's
+        every |= {name: table for table, name in probed.update.dense_tables.items() if name in every}
+        place = depths(probed.model)
+        every = dict(sorted(every.items(), key=lambda pair: place[pair[1]]))
+        products = np.stack([_laid_out(who, of, names, [*every]) for who, of in found])  # (S, L, K, K)
+        table = cosines(products)
+        sign = np.where(np.isfinite(table), table < 0, np.nan)
+        shared = np.isfinite(products[..., ~np.eye(len(names), dtype=bool)]).any((0, 2))  # (L,)
+        leaves = [leaf for leaf, kept in zip(every, shared, strict=True) if kept]
+        values = {
+            "objectives": names, "cosine": table, "mean": _mean(table), "conflicting": _mean(sign),
+            "leaves": [every[leaf] for leaf in leaves],
+            "parameters": np.array([probed.place(leaf).numel() for leaf in leaves], int),
+            "by_leaf": _mean(np.stack([cosines(products[:, n : n + 1]) for n in np.flatnonzero(shared)], 1))
+            if leaves else np.zeros((0, len(names), len(names))),
+        }  # fmt: skip
         return Finding(
             "conflict", values, unit="cosine of gradients", reading=_of_conflict(values), reference=REFERENCE,
             remedy="Measure the transfer gain before repairing gradients: a negative cosine need not harm.",
         )  # fmt: skip
+
+
+def inner(of: Mapping[str, Mapping[str, Tensor]]) -> tuple[list[str], dict[str, tuple[list[int], Array]]]:
+    """Objectives, and leaf -> places of the k that reach it and (k, k) inner products of their gradients there."""
+    found = {}
+    for leaf in dict.fromkeys(leaf for grads in of.values() for leaf in grads):
+        at = [n for n, grads in enumerate(of.values()) if leaf in grads]
+        rows = torch.stack([grads[leaf].flatten() for grads in of.values() if leaf in grads]).double()
+        found[leaf] = at, (rows @ rows.T).cpu().numpy()
+    return list(of), found
+
+
+def _laid_out(
+    who: Sequence[str], of: Mapping[str, tuple[list[int], Array]], names: list[str], leaves: Sequence[str]
+) -> Array:  # fmt: skip
+    """(L, K, K) inner products by leaf and all objectives; NaN for those that do not reach a leaf."""
+    out = np.full((len(leaves), len(names), len(names)), np.nan)
+    for n, leaf in enumerate(leaves):
+        if leaf in of:
+            at = [names.index(who[k]) for k in of[leaf][0]]
+            out[n][np.ix_(at, at)] = of[leaf][1]
+    return out
+
+
+def cosines(products: Array) -> Array:
+    """(S, K, K) cosines over the leaves that both of a pair reach, of (S, L, K, K) inner products; NaN where there is none."""
+    both = np.isfinite(products)
+    own = np.diagonal(products, axis1=2, axis2=3)  # (S, L, K) squared norms
+    square = np.where(both, own[..., :, None], 0).sum(1) * np.where(both, own[..., None, :], 0).sum(1)
+    return np.where(square > 0, np.where(both, products, 0).sum(1), np.nan) / np.sqrt(np.where(square > 0, square, 1))
+
+
+def _mean(table: Array) -> Array:
+    """Mean over batches of what is known; NaN where nothing is."""
+    known = np.isfinite(table)
+    return np.where(known.any(0), np.where(known, table, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
 
 
 def _of_conflict(values: Mapping[str, Any]) -> str:

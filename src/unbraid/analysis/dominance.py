@@ -75,6 +75,12 @@ def relative(accumulated: Tensor, power: float = 1.0) -> Tensor:
     return torch.where(total > 0, raised / total.where(total > 0, torch.ones_like(total)), 1 / len(raised))
 
 
+def depths(model: Model) -> dict[str, int]:
+    """Parameter, or table -> its place from the bottom of the model up."""
+    tables = {id(table.weight): name for name, table in model.tables.items()}
+    return {tables.get(id(p), name): n for n, (name, p) in enumerate(model.named_parameters())}
+
+
 @dataclass
 class Site:
     """What is accumulated for one parameter, or one table: averages as of each row's (or the parameter's) last move.
@@ -376,8 +382,7 @@ class Dominance:
             what = "No parameter was reached by two objectives." if recorder.step else "There is no batch to train on."
             raise ValueError(what)
         label = {name: table for table, name in recorder.look.dense_tables.items()}  # of a dense table
-        tables = {id(table.weight): name for name, table in probed.tables.items()}
-        place = {tables.get(id(p), name): n for n, (name, p) in enumerate(probed.named_parameters())}
+        place = depths(probed)
         shown = {site: label.get(site, site) for site in recorder.sites}
         names = sorted(shown, key=lambda site: place[shown[site]])
         objectives = list(dict.fromkeys(o for leaf in recorder.look.reached.values() for o in leaf))

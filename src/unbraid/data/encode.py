@@ -176,6 +176,17 @@ class Columns:
                 file.close()
 
 
+class InMemory:
+    """The same columns as arrays."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Append (n, ...) values."""
+        self.arrays[name] = np.concatenate([self.arrays[name], values]) if name in self.arrays else values
+
+
 def write(
     data: Data, base: Path, tables: Tables | None, fitted: Fitted, folder: Path, *,
     query: pl.LazyFrame | None = None, teach: bool = False, progress: Progress = no_progress,
@@ -293,7 +304,7 @@ def _available(source: str, schema: Mapping[str, Any]) -> bool:
 
 
 def write_rows(
-    frame: pl.DataFrame, data: Data, fitted: Fitted, columns: Columns, checks: LabelChecks, labels: bool,
+    frame: pl.DataFrame, data: Data, fitted: Fitted, columns: Columns | InMemory, checks: LabelChecks, labels: bool,
     writers: Mapping[str, Writer],
 ) -> None:  # fmt: skip
     """Encode and append one chunk of rows; ``writers``: of pictures and texts, by feature."""
@@ -302,9 +313,11 @@ def write_rows(
         if f.kind == "id":
             columns.append(f"feature.{f.name}", codes_of(fitted, f.vocab, column, f"Feature `{f.name}`"))
         elif f.kind == "number":
-            single = column.drop_nulls().cast(pl.Float32)
-            refuse_bad_numbers(f, int(single.is_nan().sum()), int(single.is_infinite().sum()))
-            columns.append(f"feature.{f.name}", column.to_numpy())  # a null becomes NaN
+            values = column.to_numpy()  # a null becomes NaN
+            with np.errstate(over="ignore"):
+                single = values.astype(np.float32)
+            refuse_bad_numbers(f, int(np.isnan(single).sum()) - column.null_count(), int(np.isinf(single).sum()))
+            columns.append(f"feature.{f.name}", values)
         elif f.kind == "vector":
             columns.append(f"feature.{f.name}", _vectors(f, column, fitted.schema.widths[f.name]))
         elif f.has_content:

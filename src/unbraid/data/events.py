@@ -104,7 +104,6 @@ def _event_chunks(
 ) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
     """Encoded events of known users of one source: user, time, one column per field, one bool per filtered history."""
     from unbraid.data.encode import chunks
-    from unbraid.data.fit import event_values
 
     have, where = plan.collect_schema(), f"data.events `{source.table}`"
     exprs = {"user": src.users_of_events(data, have, users, where)}
@@ -115,40 +114,54 @@ def _event_chunks(
         if rate != per_second:
             units = f"{rate:g} and {per_second:g} per second"
             raise src.DataError(f"{where}: its time and `data.time` are in different units ({units}).")
-    lists = []
-    for name, column in source.columns.items():
-        exprs[name], dtype = event_values(column, have, source.table)
-        if isinstance(dtype, pl.List):
-            lists.append(name)
-    for frame in chunks(plan.select(**exprs).filter(pl.col("user").is_not_null())):
-        frame = frame.explode(lists, empty_as_null=False, keep_nulls=False) if lists else frame
+    values, lists = event_expressions(source, have)
+    for frame in chunks(plan.select(**exprs, **values).filter(pl.col("user").is_not_null())):
+        frame = exploded(frame, lists)
         if source.time != "none" and frame["time"].null_count():
             nulls = frame["time"].null_count()
             raise src.DataError(f'{where}: {nulls:,} events have no time. Filter them, or use time = "none".')
         codes = known.encode(pl.Series(stable_hash(frame["user"]).view(np.int64)))
         mine = codes >= FIRST_VALUE
         if mine.any():
-            yield {"user": codes[mine], **_encode_events(data, source, frame.filter(pl.Series(mine)), fitted)}
+            yield {"user": codes[mine], **encode_events(data, source, frame.filter(pl.Series(mine)), fitted)}
 
 
-def _encode_events(data: src.Data, source: src.Events, frame: pl.DataFrame, fitted: Fitted) -> dict[str, np.ndarray]:
+def event_expressions(source: src.Events, have: Mapping[str, Any]) -> tuple[dict[str, pl.Expr], list[str]]:
+    """What is read of an event beside its user and time, from columns of types ``have``; and which of it are lists."""
+    from unbraid.data.fit import event_values
+
+    read = {name: event_values(column, have, source.table) for name, column in source.columns.items()}
+    lists = [name for name, (_, dtype) in read.items() if isinstance(dtype, pl.List)]
+    return {name: expr for name, (expr, _) in read.items()}, lists
+
+
+def exploded(frame: pl.DataFrame, lists: list[str]) -> pl.DataFrame:
+    """One row per event: the members of lists one after the other."""
+    return frame.explode(lists, empty_as_null=False, keep_nulls=False) if lists else frame
+
+
+def encode_events(data: src.Data, source: src.Events, frame: pl.DataFrame, fitted: Fitted) -> dict[str, np.ndarray]:
+    """``time``, a column per field, and ``where.I`` per filtered history, of what `event_expressions` read of some events."""
     from unbraid.data.encode import codes_of
 
     out = {"time": np.full(len(frame), NO_TIME) if source.time == "none" else frame["time"].to_numpy()}
+    read = {field.name for field in data.fields} & set(frame.columns)
+    values = frame.select(canonical(pl.col(name), frame.schema[name]) for name in sorted(read))
     for field in data.fields:
-        if field.name in frame.columns:
-            values = frame.select(canonical(pl.col(field.name), frame.schema[field.name])).to_series()
-            out[field.name] = codes_of(fitted, field.vocab, values, f"Event field `{field.name}` of `{source.table}`")
+        if field.name in read:
+            where = f"Event field `{field.name}` of `{source.table}`"
+            out[field.name] = codes_of(fitted, field.vocab, values[field.name], where)
         else:
             out[field.name] = np.full(len(frame), MISSING, dtype=fitted.vocabularies[field.vocab].dtype)
     names = {f.name for f in data.fields} | set(frame.columns) | {n for s in data.events for n in s.columns}
     full = frame.with_columns(pl.lit(None).alias(n) for n in sorted(names - set(frame.columns)))
+    keeps = {}
     for i, history in enumerate(data.histories):
         if history.where:
             keep = src.expression(history.where, full.collect_schema(), f"History `{history.name}`")
-            kept = full.with_columns(keep.fill_null(False).cast(pl.Boolean).alias(src.SPLIT))
-            out[f"where.{i}"] = kept[src.SPLIT].to_numpy()
-    return out
+            keeps[f"where.{i}"] = keep.fill_null(False).cast(pl.Boolean)
+    kept = full.with_columns(**keeps)  # not select: a constant is one per event
+    return out | {name: kept[name].to_numpy() for name in keeps}
 
 
 def _slices(

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +34,26 @@ class Encoded:
             about = json.loads((folder / "columns.json").read_text())
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} is not an encoded table: {error}. Delete it; it is made again.") from error
-        self.folder, self.fitted, self.about = folder, Fitted.load(folder), about
-        self.schema: Schema = self.fitted.schema
-        self.columns: dict[str, np.ndarray] = {name: self._open(name, c) for name, c in about["columns"].items()}
+        self.folder = folder
+        self._hold({name: self._open(name, c) for name, c in about["columns"].items()}, Fitted.load(folder), about)
+
+    @classmethod
+    def of(cls, columns: Mapping[str, np.ndarray], fitted: Fitted, about: Mapping[str, Any], folder: Path) -> Encoded:
+        """The table of columns in memory.
+
+        Args:
+            about: ``rows``, ``per_second`` and ``root``, as ``columns.json`` has them.
+            folder: of the contents of pictures and texts; without any, it is not read.
+        """
+        encoded = cls.__new__(cls)
+        encoded.folder = folder
+        encoded._hold(columns, fitted, about)
+        return encoded
+
+    def _hold(self, columns: Mapping[str, np.ndarray], fitted: Fitted, about: Mapping[str, Any]) -> None:
+        self.fitted, self.about = fitted, about
+        self.schema: Schema = fitted.schema
+        self.columns: dict[str, np.ndarray] = dict(columns)
         self.rows: int = about["rows"]
         # a bag's offsets are kept as lengths on disk (4 bytes a row) and summed once here
         self.offsets = {
@@ -44,7 +62,7 @@ class Encoded:
             if f.kind == "bag"
         }
         self.contents = {
-            f.name: Contents(folder, place, f, Path(about["root"]))
+            f.name: Contents(self.folder, place, f, Path(about["root"]))
             for place, f in enumerate(self.schema.features)
             if f.has_content
         }
@@ -72,7 +90,7 @@ class Encoded:
         return np.flatnonzero(self.columns["split"] == SPLITS.index(name))
 
     # ------------------------------------------------------------------------------------------------------- one batch
-    def batch(self, rows: np.ndarray, features: Mapping[str, Tensor | Ragged] | None = None) -> Batch:
+    def batch(self, rows: np.ndarray, features: Mapping[str, Any] | None = None) -> Batch:
         """The given rows ((n,) int64) as a batch; ``features``: what to give in the place of the table's."""
         columns, n = self.columns, len(rows)
         labels, observed = self.labels(rows)
@@ -88,7 +106,7 @@ class Encoded:
             elif isinstance(task.sampling_rate, float | int) and task.sampling_rate != 1.0:
                 meta[f"sampling_rate.{task.name}"] = torch.full((n,), float(task.sampling_rate))
         return Batch(
-            features=self._features(rows) if features is None else features,
+            features=self.inputs(rows) | self.histories(rows) if features is None else features,
             labels=labels,
             observed=observed,
             domain=_tensor(domain),
@@ -99,7 +117,8 @@ class Encoded:
             meta=meta,
         )
 
-    def _features(self, rows: np.ndarray) -> dict[str, Tensor | Ragged]:
+    def inputs(self, rows: np.ndarray) -> dict[str, Tensor | Ragged]:
+        """The features of some rows, without their histories."""
         out: dict[str, Tensor | Ragged] = {}
         for f in self.schema.features:
             column = self.columns[f"feature.{f.name}"]
@@ -127,6 +146,11 @@ class Encoded:
                 offsets = np.concatenate([[0], np.cumsum(stops - starts)])
                 at = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], stops - starts)
                 out[f.name] = Ragged({f.name: _tensor(column[at].astype(np.int64))}, _tensor(offsets))
+        return out
+
+    def histories(self, rows: np.ndarray) -> dict[str, Tensor | Ragged]:
+        """The histories of some rows."""
+        out: dict[str, Tensor | Ragged] = {}
         for history in self.schema.histories:
             values, offsets = gather(self.columns, history.name, history.fields, rows, self.about["per_second"])
             out[history.name] = Ragged({k: _tensor(v) for k, v in values.items()}, _tensor(offsets))

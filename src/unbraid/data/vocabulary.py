@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from unbraid.types import FIRST_VALUE, MISSING, UNKNOWN
+
+FEW_ROWS = 4_096  # up to so many, values are found one by one: joins cost more to prepare
+FEW_VALUES = 65_536  # up to so many, in a dictionary that is kept; among more by bisection
 
 
 def canonical(expr: pl.Expr, dtype: Any) -> pl.Expr:
@@ -28,8 +32,9 @@ def stable_hash(values: pl.Series, seed: int = 0) -> np.ndarray:
 
     A null hashes to 0.
     """
+    nulls = values.null_count() > 0
     if values.dtype in (pl.Int64, pl.Float64):
-        bits = values.fill_null(0).to_numpy().view(np.uint64)
+        bits = (values.fill_null(0) if nulls else values).to_numpy().view(np.uint64)
     else:  # Python touches each distinct text once, not each row
         unique = values.drop_nulls().unique()
         digests = [int.from_bytes(hashlib.blake2b(v.encode(), digest_size=8).digest()) for v in unique]
@@ -41,7 +46,8 @@ def stable_hash(values: pl.Series, seed: int = 0) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
-    x[values.is_null().to_numpy()] = 0
+    if nulls:
+        x[values.is_null().to_numpy()] = 0
     return x
 
 
@@ -74,7 +80,7 @@ class Vocabulary:
     def encode(self, column: pl.Series) -> np.ndarray:
         """(n,) codes of a column in the vocabulary's type."""
         codes = self._known(column)
-        missing = column.is_null().to_numpy()
+        missing = column.is_null().to_numpy() if column.null_count() else np.zeros(len(column), dtype=bool)
         if self.buckets:
             strange = np.flatnonzero((codes == UNKNOWN) & ~missing)
             if len(strange):
@@ -83,14 +89,24 @@ class Vocabulary:
         codes[missing] = MISSING
         return codes.astype(self.dtype)
 
+    @cached_property
+    def _codes(self) -> dict[Any, int]:
+        return {value: FIRST_VALUE + i for i, value in enumerate(self.values.to_list())}
+
     def _known(self, column: pl.Series) -> np.ndarray:
         if column.dtype == pl.Int64 and len(self.values):
-            known, asked = self.values.to_numpy(), column.fill_null(0).to_numpy()
+            known, asked = self.values.to_numpy(), (column.fill_null(0) if column.null_count() else column).to_numpy()
             # in order, the search of a large vocabulary stays in the processor's cache
             order = np.argsort(asked) if len(known) > 2**16 else slice(None)
             place = np.empty(len(asked), dtype=np.int64)
             place[order] = np.searchsorted(known, asked[order]).clip(max=len(known) - 1)
             return np.where(known[place] == asked, place + FIRST_VALUE, UNKNOWN)
+        if len(column) <= FEW_ROWS and len(self.values) <= FEW_VALUES:
+            return np.array([self._codes.get(value, UNKNOWN) for value in column.to_list()], dtype=np.int64)
+        if len(column) <= FEW_ROWS:
+            given = column.fill_null(self.values[0])
+            at = self.values.search_sorted(given).to_numpy().astype(np.int64).clip(max=len(self.values) - 1)
+            return np.where((self.values.gather(at) == given).to_numpy(), at + FIRST_VALUE, UNKNOWN)
         table = pl.DataFrame({"value": self.values, "code": np.arange(len(self.values)) + FIRST_VALUE})
         joined = pl.DataFrame({"value": column}).join(table, on="value", how="left", maintain_order="left")
         return joined["code"].fill_null(UNKNOWN).to_numpy().astype(np.int64)

@@ -9,6 +9,9 @@ one half of the users and scores the other::
 
 The search module of long histories needs no attention weights for this, and neither does a mean: whatever the encoder is, what it
 misses of the match is here.  ``newest`` limits m to so many newest events (0: all).
+
+Where the encoder scores events, two maps stand beside: what an event of the row's own value says at each position, as it is
+counted on training rows and as attention has it, and their rank correlation (`unbraid.diagnosis.retrieval`).
 """
 
 from __future__ import annotations
@@ -20,15 +23,18 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from unbraid.analysis.correlation import Truth
 from unbraid.diagnosis.case import Case, paired
 from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remedy
 from unbraid.diagnosis.plots import Bars, Lines
+from unbraid.diagnosis.retrieval import Grids, Match, counted, grids, heats, matches, scored
 from unbraid.encoders.attention import TargetAttention
 from unbraid.encoders.dare import DARE
 from unbraid.evaluate import Drawn, replicate
 from unbraid.types import FIRST_VALUE, Ragged, Scores
 
 PAGE = "diagnosis.md#does-it-see-the-match"
+Compared = tuple[Truth, Grids]
 
 
 @dataclass(frozen=True)
@@ -44,23 +50,17 @@ class Attention:
 
     def __call__(self, case: Case) -> list[Diagnosis]:
         """A diagnosis per history and field.  Raises NotApplicable where no event field is also a feature of the row."""
-        pairs = [
-            (history.name, field, feature.name)
-            for history in case.schema.histories
-            for field in history.fields
-            for feature in case.schema.features
-            if feature.kind == "id" and feature.vocab == _vocabulary(case, field)
-        ]
+        pairs = matches(case)
         tasks = [task.name for task in case.targets if task.kind == "binary"]
         if not pairs or not tasks:
             raise NotApplicable(
                 "no event field of a history has the vocabulary of a feature, or there is no binary target"
             )
-        matches = self._matches(case, pairs)
+        counts = self._matches(case, pairs)
         found = []
         for pair in pairs:
             for task in tasks:
-                gain = missed(case, task, matches[pair])
+                gain = missed(case, task, counts[pair])
                 if gain is not None:
                     found.append((pair, task, *gain))
         if not found:
@@ -72,7 +72,8 @@ class Attention:
             tuple(value for _, _, value, *_ in found[:20]), tuple(low for *_, low, _ in found[:20]),
             tuple(high for *_, high in found[:20]), x="target: history and field",
         )  # fmt: skip
-        return [self._of(case, *each, bars, matches[each[0]]) for each in found[:5]]
+        maps = self._maps(case, [each[:2] for each in found[:5]])
+        return [self._of(case, *each, bars, counts[each[0]], maps.get(each[:2])) for each in found[:5]]
 
     def _matches(self, case: Case, pairs: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], np.ndarray]:
         """pair -> (n,) how many of a validation row's events have the value of the row's own feature."""
@@ -80,7 +81,7 @@ class Attention:
         for batch in case.batches("valid"):
             for history, field, feature in pairs:
                 events, own = batch.features[history], batch.features[feature]
-                assert isinstance(events, Ragged) and not isinstance(own, Ragged)
+                assert isinstance(events, Ragged) and isinstance(own, torch.Tensor)
                 row = torch.repeat_interleave(torch.arange(len(own)), events.lengths)
                 same = (events.values[field] == own[row]) & (own[row] >= FIRST_VALUE)
                 if self.newest:
@@ -89,9 +90,20 @@ class Attention:
                 parts[history, field, feature].append(np.bincount(row[same].numpy(), minlength=len(own)))
         return {pair: np.concatenate(part) for pair, part in parts.items()}
 
+    def _maps(self, case: Case, asked: list[tuple[Match, str]]) -> dict[tuple[Match, str], Compared]:
+        """What goes with the label by value and position, counted and learned, where the encoder scores events."""
+        able, found = set(scored(case)), dict[tuple[Match, str], Compared]()
+        train = list(case.batches("train")) if able & {match for match, _ in asked} else []
+        for match, task in asked:
+            if match in able:
+                truth = counted(case, match, task, train)
+                if (made := grids(case, truth)) is not None:
+                    found[match, task] = truth, made
+        return found
+
     def _of(
-        self, case: Case, pair: tuple[str, str, str], task: str, value: float, low: float, high: float, bars: Bars,
-        match: np.ndarray,
+        self, case: Case, pair: Match, task: str, value: float, low: float, high: float, bars: Bars, match: np.ndarray,
+        maps: Compared | None,
     ) -> Diagnosis:  # fmt: skip
         history, field, feature = pair
         run, model = case.run, case.run.model
@@ -112,12 +124,11 @@ class Attention:
             f"How many events of `{history}` have the row's own `{feature}` would add {value:+.4f} to the AUC of `{task}`"
             + (": the history's encoder does not see that match" if low > self.usual else ": little is missed"),
             "gain in AUC", low, high, remedies=remedies, paper="https://arxiv.org/abs/2410.02604", page=PAGE,
-            evidence={"plots": (bars, *curve(case, task, match))},
+            evidence={
+                "plots": (bars, *curve(case, task, match), *(heats(*maps) if maps else ())),
+                **({"rank_correlation": maps[1].spearman, "cells": maps[1].cells} if maps else {}),
+            },
         )  # fmt: skip
-
-
-def _vocabulary(case: Case, field: str) -> str:
-    return next((f.vocab for f in case.schema.fields if f.name == field), "")
 
 
 def missed(case: Case, task: str, match: np.ndarray) -> tuple[float, float, float] | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from unbraid.bundle import EVALUATION_ROWS, Bundle
 from unbraid.config import Run
-from unbraid.data.encode import encode
+from unbraid.data.encode import cache_folder, encode, fingerprint
 from unbraid.data.features import attach
 from unbraid.data.source import Tables
 from unbraid.data.table import Encoded
@@ -54,7 +54,13 @@ class Case:
     ) -> Case:  # fmt: skip
         """The case of a bundle, whose data are encoded if they are not yet.  Raises DataError as `unbraid.data.encode.encode`."""
         watcher = watcher or Watcher()
-        encoded = Encoded(encode(bundle.run.data, tables=tables, fitted=bundle.fitted, progress=watcher.stage))
+        data, base = bundle.run.data, Path()
+        left = cache_folder(data) / str(
+            bundle.metrics.get("data")
+        )  # as training encoded them, if nothing has changed since
+        if left.name != fingerprint(data, base, tables) or not (left / "columns.json").exists():
+            left = encode(data, base, tables=tables, fitted=bundle.fitted, progress=watcher.stage)
+        encoded = Encoded(left)
         attach(encoded, bundle.model, progress=watcher.stage)
         return cls(bundle, encoded, rows, steps, seed, tables, watcher=watcher)
 
@@ -122,31 +128,24 @@ class Case:
         run = self.run
         return Local(
             self.encoded, bound_terms(run, self.schema, copy.deepcopy(self.model)), run.update, run.training,  # type: ignore[arg-type]
-            {task.name: task.weight for task in self.schema.tasks}, run.seed,
+            {task.name: task.weight for task in self.schema.tasks}, run.seed, augment=run.augment,
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------------------- statistics
-    def gain(self, before: Scores, after: Scores, task: str, domain: str = "") -> tuple[float, float, float] | None:
-        """By how much ``after`` is better than ``before`` at a task's leading metric, with its paired 95 % interval over users.
-
-        AUC and accuracy are as they are, of RMSE the relative decrease.  None where the metric is undefined.
-        """
-        drawn = [replicate(scores, self.schema, replicates=REPLICATES, seed=self.seed) for scores in (before, after)]
-        return paired(*(self._lead(found, task, domain) for found in drawn))
-
-    @staticmethod
-    def _lead(found: Mapping, task: str, domain: str) -> tuple[str, Drawn] | None:
-        if (task, domain) not in found:
-            return None
-        metrics = found[task, domain].metrics
-        name = lead_metric(metrics)
-        return name, metrics[name]
+    def leads(self, scores: Scores) -> dict[str, tuple[str, Drawn]]:
+        """Task -> its leading metric and that metric's replicates, over users, for `paired`."""
+        found = replicate(scores, self.schema, replicates=REPLICATES, seed=self.seed)
+        whole = {task: each.metrics for (task, domain), each in found.items() if not domain}
+        return {task: (lead_metric(metrics), metrics[lead_metric(metrics)]) for task, metrics in whole.items()}
 
 
 def paired(
     before: tuple[str, Drawn] | None, after: tuple[str, Drawn] | None
 ) -> tuple[float, float, float] | None:  # fmt: skip
-    """Value and 95 % interval of a gain from (metric, replicates) of two models on the same rows; None if undefined."""
+    """By how much ``after`` is better, with its paired 95 % interval; None if undefined.  Both: (metric, replicates), same rows.
+
+    AUC and accuracy are as they are, of RMSE the relative decrease.
+    """
     if before is None or after is None or before[1].value is None or after[1].value is None:
         return None
     (name, old), (_, new) = before, after

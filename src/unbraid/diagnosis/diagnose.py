@@ -1,7 +1,7 @@
 """The examination: every check looks at one trained run, what they say is ranked, and remedies are tried.
 
 What explains something else is put before it: a column that says the label is also one that changed, if it is empty where the
-label is not yet known.
+label is not yet known; a task that loses by sharing may be one from which another task takes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from unbraid.diagnosis.drift import Drift
 from unbraid.diagnosis.duplicates import Copies
 from unbraid.diagnosis.interference import Interference
 from unbraid.diagnosis.leak import Leak
+from unbraid.diagnosis.retrieval import Retrieval
 from unbraid.diagnosis.small import Small
+from unbraid.diagnosis.transfer import NegativeTransfer
 from unbraid.diagnosis.units import Units
 from unbraid.diagnosis.unseen import Unseen
 from unbraid.train import Watcher
@@ -42,14 +44,18 @@ class Check(Protocol):
 
 
 CHECKS: tuple[Check, ...] = (
-    Leak(), Copies(), Units(), Unseen(), Drift(), Interference(), Attention(), Collapse(), Calibrated(), Small(),
+    Leak(), Copies(), Units(), Unseen(), Drift(), Interference(), Attention(), Retrieval(), Collapse(), Calibrated(), Small(),
 )  # fmt: skip
-EXPLAINS = {"leak": ("drift", "units")}  # name -> what it explains in the same place
+THOROUGH: tuple[Check, ...] = (NegativeTransfer(steps=400),)  # they train a whole model, so they are asked for
+EXPLAINS = {  # name -> what it explains of the same subject
+    "leak": ("drift", "units"),
+    **dict.fromkeys(("auxiliary", "conflict", "dominance"), ("negative_transfer",)),  # all that `Interference` finds
+}
 
 
 def diagnose(
     bundle: Bundle | str | Path, *, rows: int = 20_000, steps: int = 100, seed: int = 0, only: Sequence[str] = (),
-    tables: Tables | None = None, checks: Sequence[Check] = CHECKS, watcher: Watcher | None = None,
+    thorough: bool = False, tables: Tables | None = None, checks: Sequence[Check] = CHECKS, watcher: Watcher | None = None,
 ) -> Report:  # fmt: skip
     """Examine a trained run.
 
@@ -57,7 +63,9 @@ def diagnose(
         bundle: the artefact, or its folder; tables: in-memory tables by name.
         rows: a check looks at no more than so many rows of each split; steps: and trains copies for no more steps.
         seed: of the sample and of the short trainings.
-        only: names of checks; empty: all.
+        only: names of checks, `THOROUGH` ones among them; empty: all.
+        thorough: those of `THOROUGH`, too, which train a whole model each.
+        checks: what to look for, in the place of `CHECKS`.
 
     Returns:
         The report, without proofs (`unbraid.diagnosis.prove`).
@@ -68,16 +76,12 @@ def diagnose(
     """
     started = time.perf_counter()
     watcher = watcher or Watcher()
-    if unknown := sorted(set(only) - {check.name for check in checks}):
-        names = ", ".join(check.name for check in checks)
-        raise ValueError(f"Checks are {names}. Found {', '.join(unknown)}.")
+    chosen = chosen_of(checks, only, thorough)
     folder = None if isinstance(bundle, Bundle) else Path(bundle)
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     case = Case.of(loaded, rows=rows, steps=steps, seed=seed, tables=tables, watcher=watcher)
     found, skipped, failed = list[Diagnosis](), dict[str, str](), dict[str, str]()
-    for check in checks:
-        if only and check.name not in only:
-            continue
+    for check in chosen:
         watcher.stage(check.title, 0, 0)
         try:
             found += check(case)
@@ -88,21 +92,36 @@ def diagnose(
     return Report(
         loaded.run.name, _facts(case, time.perf_counter() - started),
         {task.name: f"{task.kind}, {task.role}" for task in case.schema.tasks},
-        loaded.metrics.get("test", {}), next(iter(loaded.metrics.get("baseline", {}).values()), {}), _curve(folder),
+        loaded.metrics.get("test", {}), next(iter(loaded.metrics.get("baseline", {}).values()), {}), curve(folder),
         ranked(found), skipped, failed, toml=config.dumps(case.run),
     )  # fmt: skip
 
 
+def chosen_of(checks: Sequence[Check], only: Sequence[str], thorough: bool) -> list[Check]:
+    """The checks to run.  Raises ValueError where there is none of a name."""
+    given = {check.name for check in checks}
+    slow = [check for check in THOROUGH if check.name not in given]
+    known = {check.name: check for check in (*checks, *slow)}
+    if unknown := sorted(set(only) - set(known)):
+        raise ValueError(f"Checks are {', '.join(known)}. Found {', '.join(unknown)}.")
+    if only:
+        return [check for name, check in known.items() if name in only]
+    return list(known.values()) if thorough else list(checks)
+
+
 def ranked(found: Sequence[Diagnosis]) -> tuple[Diagnosis, ...]:
     """Worst first; what another diagnosis explains comes behind everything that none explains."""
-    ill = {(d.name, d.where) for d in found if d.grade != "none"}
+    ill = sorted((d for d in found if d.grade != "none" and d.name in EXPLAINS), key=lambda d: -d.severity)
     out = []
     for each in found:
-        cause = next(
-            (n for n, names in EXPLAINS.items() if each.name in names and (n, each.where.split(" in ")[0]) in ill), ""
-        )
-        out.append(dataclasses.replace(each, because=f"{cause}: {each.where.split(' in ')[0]}") if cause else each)
+        causes = [d for d in ill if each.name in EXPLAINS[d.name] and subject(d) == subject(each)]
+        out.append(dataclasses.replace(each, because=f"{causes[0].name}: {causes[0].where}") if causes else each)
     return tuple(sorted(out, key=lambda d: (bool(d.because) or d.grade == "none", -d.severity)))
+
+
+def subject(found: Diagnosis) -> str:
+    """The column or the task that a diagnosis is about."""
+    return found.subject or found.where
 
 
 def _facts(case: Case, seconds: float) -> dict[str, str]:
@@ -117,8 +136,8 @@ def _facts(case: Case, seconds: float) -> dict[str, str]:
     }
 
 
-def _curve(folder: Path | None) -> tuple[dict[str, Any], ...]:
-    """The lines of a bundle's training log."""
+def curve(folder: Path | None) -> tuple[dict[str, Any], ...]:
+    """The lines of a bundle's training log; none without a folder."""
     path = None if folder is None else folder / "log.jsonl"
     if path is None or not path.exists():
         return ()

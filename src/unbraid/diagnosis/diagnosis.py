@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from unbraid.evaluate import NAMES, lead_metric
+
 if TYPE_CHECKING:
     from unbraid.config import Run
+    from unbraid.data.source import Data
+    from unbraid.types import Schema
 
 Grade = Literal["none", "mild", "moderate", "severe"]
 
@@ -23,6 +27,12 @@ class Measure:
     task: str
     metric: str
     domain: str = ""
+
+    @classmethod
+    def of(cls, known: Schema | Data, task: str) -> Measure:
+        """The metric that a task is judged by (AUC, accuracy or RMSE, by its kind), of all rows."""
+        kinds = {each.name: each.kind for each in known.tasks}
+        return cls(task, lead_metric(NAMES[kinds[task]]))
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Diagnosis:
         usual: at or below this there is nothing to say; severe: from here on it is severe.
         reading: one sentence for someone who knows the data and not the method.
         because: name and place of the diagnosis that explains this one, "" if none does: it is then ranked below that.
+        subject: the column or the task that it is about, by which an explanation is found; empty: ``where``.
         remedies: best first; paper: where the measure comes from; page: of the docs, relative to ``docs``, with its anchor.
         evidence: plain values by name; ``plots``: a sequence of `unbraid.diagnosis.plots`, which reports draw.
     """
@@ -73,6 +84,7 @@ class Diagnosis:
     low: float | None = None
     high: float | None = None
     because: str = ""
+    subject: str = ""
     remedies: tuple[Remedy, ...] = ()
     paper: str = ""
     page: str = ""
@@ -102,28 +114,41 @@ class NotApplicable(ValueError):
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What one training took, means over seeds: steps, and seconds in all its processes, evaluation apart."""
+
+    steps: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Proof:
-    """What a remedy was worth when it was trained: the paired difference from the diagnosed run, at equal budget.
+    """What a remedy was worth when it was trained: the paired difference from the diagnosed run, and what both took.
 
     Args:
-        of: name of the diagnosis; remedy: its name; measure: what was compared, on the test rows.
-        before, after: means over seeds; difference: after - before, in the metric's unit; low, high: its 95 % interval; p: its
-            p-value, adjusted (Holm) over all remedies tried; seeds: how many of each.
+        of, where: name and place of the diagnosis; remedy: its name; measure: what was compared, on the test rows.
+        before, after: means over seeds; difference: after - before, in the metric's unit; low, high: its 95 % interval; None
+            where the metric is undefined.
+        p: of the difference, adjusted (Holm) over everything that was tried together; seeds: how many of each.
         better: whether the difference is in the metric's good direction; held: better, and p < .05.
+        spent_before, spent_after: by the run as it is and with the remedy, which may train longer.
     """
 
     of: str
+    where: str
     remedy: str
     measure: Measure
-    before: float
-    after: float
-    difference: float
+    before: float | None
+    after: float | None
+    difference: float | None
     low: float | None
     high: float | None
     p: float | None
     seeds: int
     better: bool
     held: bool
+    spent_before: Spent
+    spent_after: Spent
 
 
 @dataclass(frozen=True)

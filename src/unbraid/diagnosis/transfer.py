@@ -62,7 +62,7 @@ class NegativeTransfer:
 
     Args:
         usual, severe: losses of a leading metric (AUC, accuracy; of RMSE the relative increase).
-        steps: the counterpart trains for no more steps; 0: for no more than `Case.steps`.
+        steps: the counterpart trains for no more steps than this or `Case.steps`, whichever is more.
         rare: a target with fewer positives in the validation sample has no remedy: what helps it cannot be told from chance.
     """
 
@@ -83,7 +83,7 @@ class NegativeTransfer:
         require_shared(case)
         alone = single_task(case.run, case.schema)
         case.watcher.stage("single-task training", 0, 0)
-        model, note = train_alone(case, alone, self.steps or case.steps)
+        model, note = train_alone(case, alone, max(self.steps, case.steps))
         scores = predict(model, case.batches("valid", EVALUATION_ROWS), case.schema)
         pair = [replicate(each, case.schema, replicates=REPLICATES, seed=case.seed) for each in (scores, case.valid)]
         others = densest_other(case)
@@ -123,8 +123,8 @@ class NegativeTransfer:
             name = f"{task} {where}".rstrip()
             reading = f"`{task}` {where}".rstrip() + sentence(value, UNITS[metric]) + aside + note
             tried = () if few else remedies(case.run, Measure(task, metric, domain))
-            return Diagnosis(self.name, name, value[0], low=value[1], high=value[2], reading=reading, remedies=tried,
-                             evidence=shown, **common)  # fmt: skip
+            return Diagnosis(self.name, name, value[0], low=value[1], high=value[2], reading=reading, subject=task,
+                             remedies=tried, evidence=shown, **common)  # fmt: skip
 
         every = {**parts, **users}
         diagnoses = [said("", whole, evidence, aside=positives)]

@@ -76,7 +76,7 @@ class Units:
     ) -> Diagnosis:  # fmt: skip
         run, domain = case.run, case.schema.domains[code]
         target = next(iter(case.targets))
-        measure = Measure(target.name, {"binary": "auc", "multiclass": "accuracy", "real": "rmse"}[target.kind])
+        measure = Measure.of(case.schema, target.name)
         features = tuple(
             replace(f, column=rescaled(f.source, run.data.domain, domain, 10**ratio)) if f.name == name else f
             for f in run.data.features
@@ -97,7 +97,7 @@ class Units:
                     page="methods/quantile.md",
                 ),
             ),
-            page=PAGE, evidence={"plots": (shown,)},
+            page=PAGE, subject=name, evidence={"plots": (shown,)},
         )  # fmt: skip
 
 

@@ -29,7 +29,6 @@ from unbraid.config import Run
 from unbraid.diagnosis.case import Case, interval, without_feature
 from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remedy
 from unbraid.diagnosis.plots import Bars
-from unbraid.evaluate import NAMES, lead_metric
 from unbraid.train import predict
 from unbraid.types import FIRST_VALUE, UNKNOWN, Batch, Feature, Ragged
 
@@ -208,7 +207,7 @@ def _untrained(case: Case, found: Found) -> bool:
 def _remedies(case: Case, found: Found) -> Iterator[Remedy]:
     name, run = found.feature.name, case.run
     lead = case.targets[0] if case.targets else None
-    measure = Measure(lead.name, lead_metric(NAMES[lead.kind])) if lead else None
+    measure = Measure.of(case.schema, lead.name) if lead else None
     others = tuple(each for each in run.data.features if each.name != name)
     if found.value >= HARDLY and others:
         text = f"Leave `{name}` out: next to no row that is predicted has a value that training saw."

@@ -49,7 +49,7 @@ class TargetAttentionHistory(nn.Module):
         """As `unbraid.encoders.pooling.MeanHistory.forward`."""
         values = events["value"]
         first = next(iter(values.values()))
-        scores = first.vectors.new_zeros(len(first.index))
+        scores = first.vectors.new_zeros(first.index.shape[0])
         for name in self.targets:
             scores = scores + dots(values[name], target["value"][name] * self.scale, history)
         weights = segment_softmax(scores, history)

@@ -59,6 +59,7 @@ from torch.autograd.function import once_differentiable
 from unbraid.encoders.packed import (
     OTHER_PIECE_VALUES,
     PIECE_VALUES,
+    Listed,
     compare,
     gather,
     in_pieces,
@@ -159,15 +160,15 @@ class DINHistory(nn.Module):
         """As `unbraid.encoders.pooling.MeanHistory.forward`."""
         reads = [events["value"][name] for name in self.fields]
         asked = [target["value"][name] for name in self.targets]
-        query = _side_by_side(asked) if asked else reads[0].vectors.new_zeros(len(history), 0)
-        if not len(reads[0].index):
+        query = _side_by_side(asked) if asked else reads[0].vectors.new_zeros(history.lengths.shape[0], 0)
+        if not isinstance(history, Listed) and not len(reads[0].index):
             return {name: query.new_zeros(len(history), width) for name, width in self.widths.items()}
         if self.keep:
             reads, history, statistics = self._search(reads, history, query)
         values = _side_by_side([gather(read) for read in reads])
         if not self.keep:
             apply = partial(_with_gradients, history, values, query)
-            statistics = partial(self._statistics, apply, len(values))
+            statistics = partial(self._statistics, apply, values.shape[0])
         steps = self._steps(statistics)
         found = in_pieces(partial(_attend, _sizes(steps), self.softmax), history, values, query, _flat(steps))
         parts = found.split([self.widths[name] for name in self.fields], 1)
@@ -182,11 +183,11 @@ class DINHistory(nn.Module):
         noted: list[tuple[Tensor, Tensor]] = []
 
         def statistics(depth: int, steps: Sequence[Step], linear: Step) -> tuple[Tensor, Tensor]:
-            noted.append(self._statistics(apply, len(reads[0].index), depth, steps, linear))
+            noted.append(self._statistics(apply, reads[0].index.shape[0], depth, steps, linear))
             return noted[-1]
 
         steps = self._steps(statistics)
-        if int(history.lengths.max()) > self.keep:
+        if isinstance(history, Listed) or int(history.lengths.max()) > self.keep:
             kept = top_k(apply(partial(_scores, _sizes(steps)), _flat(steps)), history, self.keep)
             reads, history = [kept.of(read) for read in reads], kept.lists
         return list(reads), history, lambda depth, *_: noted[depth]
@@ -279,7 +280,7 @@ class _Gated(torch.autograd.Function):
         p = z.sigmoid()
         product = z * p
         ctx.save_for_backward(z, p, product, a, b, c)
-        return torch.addmm(bias, z, a.T).addmm_(product, b.T).addmm_(p, c.T)
+        return _gated(z, p, product, a, b, c, bias)
 
     @staticmethod
     @once_differentiable
@@ -289,6 +290,10 @@ class _Gated(torch.autograd.Function):
         of_z = torch.ops.aten.sigmoid_backward((grad @ c).addcmul_(of_product, z), p)
         of_z.addmm_(grad, a).addcmul_(of_product, p)
         return of_z, flow @ z, flow @ product, flow @ p, grad.sum(0)
+
+
+def _gated(z: Tensor, p: Tensor, product: Tensor, a: Tensor, b: Tensor, c: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, z, a.T).addmm_(product, b.T).addmm_(p, c.T)
 
 
 class _Moments(torch.autograd.Function):
@@ -332,7 +337,7 @@ def _network(x: Tensor, sizes: Sequence[int], tensors: Sequence[Tensor]) -> Tens
         if size == 2:
             x = nn.functional.linear(x.relu_() if depth else x, *weights)
         else:
-            x = _Gated.apply(x, *weights)
+            x = _Gated.apply(x, *weights) if torch.is_grad_enabled() else _gated(x, p := x.sigmoid(), x * p, *weights)
     return x
 
 
@@ -365,6 +370,8 @@ def _without_gradients(
     history: Ragged, reads: Sequence[Rows], query: Tensor, function: Callable[..., Tensor], tensors: Sequence[Tensor]
 ) -> Tensor:  # fmt: skip
     """An `Apply` that gathers the events of a piece at a time: those of a search are too many to lie anywhere."""
+    if isinstance(history, Listed):
+        return function(history, _side_by_side([read.gather() for read in reads]), query, *tensors)
     size = PIECE_VALUES.get(query.device.type, OTHER_PIECE_VALUES)
     found = []
     for at, rows, own in pieces(history, size):

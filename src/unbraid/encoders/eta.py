@@ -34,6 +34,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from unbraid.encoders.hashing import SignHash, count_bits
+from unbraid.encoders.packed import Listed
 from unbraid.encoders.search import Kept, Part, top_k
 from unbraid.encoders.searched import SearchedHistory, Searching, Sides, Targets, exact_only
 from unbraid.layers import require_positive
@@ -85,9 +86,12 @@ class ETAHistory(SearchedHistory):
     def find(self, parts: Sequence[Part], history: Ragged, target: Targets) -> Kept:
         """The events at the smallest Hamming distances."""
         with torch.no_grad():
+            common = [part for name, part in zip(self.fields, parts, strict=True) if name in self.targets]
+            if isinstance(history, Listed):
+                bits = self.hash.differing_bits(common, history).sum(1)
+                return top_k(-bits.float(), history, self.config.keep)
             if not len(history) or int(history.lengths.max()) <= self.config.keep:
                 return top_k(history.rows.float(), history, self.config.keep)  # all, whatever their codes
-            common = [part for name, part in zip(self.fields, parts, strict=True) if name in self.targets]
             distance = sum(count_bits(word) for word in self.hash.differing(common, history))
             assert isinstance(distance, torch.Tensor)
             return top_k(-distance.float(), history, self.config.keep)

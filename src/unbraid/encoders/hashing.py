@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from unbraid.encoders.packed import Listed
 from unbraid.encoders.search import Part
 from unbraid.types import Ragged
 
@@ -52,6 +53,17 @@ class SignHash(nn.Module):
         everyone = torch.arange(len(lists), device=lists.offsets.device)
         mine, theirs = self._hash(events), self._hash([(x, everyone) for x in asked])
         return [a ^ b.index_select(0, lists.rows) for a, b in zip(mine, theirs, strict=True)]
+
+    @torch.no_grad()
+    def differing_bits(self, parts: Sequence[Part], lists: Listed) -> Tensor:
+        """(N, bits) bool, as `differing` but not packed: runtimes of graphs shift and add up large integers each in its way."""
+        if not parts:
+            return torch.zeros(lists.rows.shape[0], self.planes.shape[1], dtype=torch.bool)
+        planes = self.planes.split(self.widths)
+        events = [(p.read.vectors @ h).index_select(0, p.read.index) for p, h in zip(parts, planes, strict=True)]
+        asked = [p.query @ h for p, h in zip(parts, planes, strict=True)]
+        mine, theirs = (sum(each[1:], each[0]) >= 0 for each in (events, asked))
+        return mine != lists.spread(theirs)
 
     def _hash(self, projected: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """(N,) per word, of fields' projections (U, bits) and the places (N,) in them."""

@@ -97,7 +97,7 @@ class Rank(nn.Module):
         known = self.quantiles
         x = value[:, 0].double().clamp(known[0], known[-1])
         last = len(known) - 1
-        above = torch.searchsorted(known, x, right=True)  # known[above - 1] <= x < known[above]
+        above = count_below(known, x)  # known[above - 1] <= x < known[above]
         low, high = known[(above - 1).clamp(0, last)], known[above.clamp(0, last)]
         between = (x - low) / torch.where(high > low, high - low, 1.0)
         rank = (above - 1 + between) / max(last, 1)
@@ -106,6 +106,13 @@ class Rank(nn.Module):
     def bucket(self, value: Tensor, count: int) -> Tensor:
         """(B,) int64 in [0, count): buckets of equal shares of the training rows, up to ties."""
         return (self(value) * count).floor().long().clamp(max=count - 1)
+
+
+def count_below(known: Tensor, x: Tensor) -> Tensor:
+    """(B,) how many of the ascending ``known`` (K,) are not above each of x (B,)."""
+    if torch.compiler.is_exporting():  # graphs have no binary search
+        return (known <= x.unsqueeze(1)).sum(1)
+    return torch.searchsorted(known, x, right=True)
 
 
 def table(rows: int, width: int, std: float) -> nn.Parameter:

@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from unbraid.encoders.packed import pool, segment_softmax
-from unbraid.types import FORBID, Ragged, Rows
+from unbraid.encoders.packed import pool, pool_all, segment_softmax
+from unbraid.types import FORBID, Ragged, Rows, Shared
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,26 @@ class Mean:
 class MeanHistory(nn.Module):
     """Mean of each event field over the history, and its log count."""
 
+    shared = True  # a list that all rows have is pooled once
+
     def __init__(self, widths: Mapping[str, int], count: bool) -> None:
         super().__init__()
         self.fields, self.count = tuple(widths), count
         self.widths = {**widths, **({"count": 1} if count else {})}
 
     def forward(
-        self, events: Mapping[str, Mapping[str, Rows]], history: Ragged, target: Mapping[str, Mapping[str, Tensor]]
-    ) -> dict[str, Tensor]:
+        self, events: Mapping[str, Mapping[str, Rows]], history: Ragged | Shared,
+        target: Mapping[str, Mapping[str, Tensor]],
+    ) -> dict[str, Tensor]:  # fmt: skip
         """events: role -> event field -> N reads; target: role -> event field -> (B, D) of the row itself.
 
         Returns:
             event field -> (B, D), and ``count`` -> (B, 1).
         """
-        pooled = {name: events["value"][name].pool(history.offsets) for name in self.fields}
+        if isinstance(history, Shared):
+            found = self(events, history.one(), target)
+            return {name: vector.expand(len(history), -1) for name, vector in found.items()}
+        pooled = {name: pool_all(events["value"][name], history) for name in self.fields}
         return {**pooled, "count": history.lengths.float().log1p().unsqueeze(1)} if self.count else pooled
 
 
@@ -69,4 +75,4 @@ def pool_bag(members: Rows, bag: Ragged, pooling: str, attention: BagAttention |
     if pooling == "attention":
         assert attention is not None
         return attention(members, bag)
-    return members.pool(bag.offsets, mode=pooling)
+    return pool_all(members, bag, pooling)

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.encoders.hashing import WORD, SignHash
-from unbraid.encoders.packed import pool
+from unbraid.encoders.packed import Listed, pool
 from unbraid.encoders.search import Kept, Part
 from unbraid.encoders.searched import Reads, Targets
 from unbraid.layers import require_positive
-from unbraid.types import FORBID, Ragged
+from unbraid.types import FORBID, Ragged, Rows
 
 BIBTEX = """
 @inproceedings{cao2022sdim,
@@ -111,14 +111,29 @@ class SDIMHistory(nn.Module):
         """
         reads, own = events["value"], target["value"]
         asked = [Part(reads[name], own[name]) for name in self.targets]
+        if isinstance(history, Listed):
+            total = self._at_once(reads, asked, history)
+        else:
+            total = self._one_by_one(reads, asked, history)
+        mean = {name: x * (self.group / self.bits) for name, x in zip(self.fields, total, strict=True)}
+        found = {**mean, **{f"{name}.product": mean[name] * own[name] for name in self.targets}}
+        return {name: found[name] for name in self.widths}
+
+    def _one_by_one(self, reads: Mapping[str, Rows], asked: Sequence[Part], history: Ragged) -> list[Tensor]:
+        """(B, D) per field: the sum over groups of the normalised sums."""
         total: list[Tensor] = []
         for kept in self.collisions(asked, history):
             ones = reads[self.fields[0]].vectors.new_ones(len(kept.index))
             sums = [pool(kept.of(reads[name]), ones, kept.lists) for name in self.fields]
             total = [a + b for a, b in zip(total, _unit(sums), strict=True)] if total else _unit(sums)
-        mean = {name: x * (self.group / self.bits) for name, x in zip(self.fields, total, strict=True)}
-        found = {**mean, **{f"{name}.product": mean[name] * own[name] for name in self.targets}}
-        return {name: found[name] for name in self.widths}
+        return total
+
+    def _at_once(self, reads: Mapping[str, Rows], asked: Sequence[Part], history: Listed) -> list[Tensor]:
+        """As `_one_by_one`, of (N, groups, D) values, so that a graph does not hold its steps once per group."""
+        different = self.hash.differing_bits(asked, history)
+        same = ~different.view(-1, self.bits // self.group, self.group).any(2, keepdim=True)
+        units = _unit([history.sum(reads[name].gather().unsqueeze(1) * same) for name in self.fields])
+        return [x.sum(1) for x in units]
 
     @torch.no_grad()
     def collisions(self, asked: Sequence[Part], history: Ragged) -> Iterator[Kept]:
@@ -127,13 +142,11 @@ class SDIMHistory(nn.Module):
         mask, per_word = (1 << self.group) - 1, self.hash.word // self.group
         for at in range(self.bits // self.group):
             word = words[at // per_word if asked else 0]
-            same = ((word >> (at % per_word * self.group)) & mask) == 0
-            before = nn.functional.pad(same.cumsum(0), (1, 0))
-            yield Kept(same.nonzero().squeeze(1), Ragged({}, before[history.offsets]))
+            yield Kept.marked(((word >> (at % per_word * self.group)) & mask) == 0, history)
 
 
 def _unit(sums: Sequence[Tensor]) -> list[Tensor]:
-    """Fields' (B, D) divided by the length of all of them together."""
-    squares = torch.stack([x.square().sum(1) for x in sums]).sum(0)
-    factor = torch.where(squares > TINY, squares.clamp(min=TINY).rsqrt(), 0.0).unsqueeze(1)
+    """Fields' (.., D) divided by the length of all of them together."""
+    squares = torch.stack([x.square().sum(-1) for x in sums]).sum(0)
+    factor = torch.where(squares > TINY, squares.clamp(min=TINY).rsqrt(), 0.0).unsqueeze(-1)
     return [x * factor for x in sums]

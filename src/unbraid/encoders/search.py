@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from unbraid.encoders.packed import dots, pieces
+from unbraid.encoders.packed import Listed, dots, pieces
 from unbraid.encoders.scratch import scratch
 from unbraid.encoders.screen import Screen, has_integers
 from unbraid.types import Ragged, Rows
@@ -38,6 +38,9 @@ PIECE_EVENTS = 2**22  # events that are scored before their K best are taken
 PRODUCT_ROWS = 64  # rows of one product; its result stays below BUFFER numbers
 BUFFER = 2**24
 PAD = 2**21  # numbers of one padded matrix
+SHARED = 2**23  # scores of events that all rows share, which are there at a time
+GROUP = 32  # of those, events per group: PyTorch's maxima need so many
+FEW = 2**18  # of those, for which groups do not pay
 
 
 class Part(NamedTuple):
@@ -65,6 +68,14 @@ class Kept:
     lists: Ragged
     everything: bool = False
 
+    @classmethod
+    def marked(cls, marked: Tensor, lists: Ragged) -> Kept:
+        """The marked ((N,) bool) events.  In a graph all N stay, and the others belong to no row."""
+        if isinstance(lists, Listed):
+            return cls(torch.arange(marked.shape[0], device=marked.device), lists.keep(marked), everything=True)
+        index = marked.nonzero().squeeze(1)
+        return cls(index, Ragged({}, torch.searchsorted(index, lists.offsets)), everything=len(index) == len(marked))
+
     def of(self, read: Rows) -> Rows:
         """The kept events' reads."""
         return read if self.everything else read.select(self.index)
@@ -91,10 +102,21 @@ def event_scores(parts: Sequence[Part], lists: Ragged) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- the K highest
 def top_k(scores: Tensor, lists: Ragged, k: int) -> Kept:
     """The k highest of each row's scores (N,); all events of a row that has fewer.  Ties go to the newest."""
+    if isinstance(lists, Listed):
+        return Kept.marked(_listed_ranks(scores, lists) < k, lists)
     if not len(scores) or int(lists.lengths.max()) <= k:
         return Kept(torch.arange(len(scores), device=scores.device), lists, everything=True)
     size = _group_size(int(lists.lengths.max()), k)
     return _padded_top_k(scores, lists, k) if size == 1 else _grouped_top_k(scores, lists, k, size)
+
+
+def _listed_ranks(scores: Tensor, lists: Listed) -> Tensor:
+    """(N,) how many of its row's scores are higher than a score, or as high and newer."""
+    order = scores.shape[0] - 1 - scores.flip(0).sort(stable=True, descending=True)[1]
+    order = order.index_select(0, lists.rows.index_select(0, order).sort(stable=True)[1])  # by row, the highest first
+    rank = torch.arange(order.shape[0], device=order.device)
+    rank = rank - lists.offsets.index_select(0, lists.rows.index_select(0, order))
+    return torch.zeros_like(rank).scatter(0, order, rank)
 
 
 def _grouped_top_k(scores: Tensor, lists: Ragged, k: int, size: int) -> Kept:
@@ -210,6 +232,54 @@ def _highest_columns(values: Tensor, k: int) -> Tensor:
     return columns
 
 
+@torch.no_grad()
+def highest_shared(query: Tensor, keys: Tensor, own: Tensor | None, k: int) -> Tensor:
+    """(B, k) ascending places of the k events that score highest for each row, where all rows have the same n > k events.
+
+    The scores ``query @ keys' + own`` are one product, of as many rows at a time as fit the buffer.  The k-th highest of the
+    maxima over any groups of a row's events is a bound that its k highest do not fall below, and few others reach it.
+
+    Args:
+        query: (B, D); keys: (n, D); own: (n,) what every row adds, or None.
+    """
+    count = len(keys)
+    wide = -(-count // GROUP) * GROUP  # a product of a width that is no multiple of 16 takes several times as long
+    if own is not None or wide > count:  # a further entry of the vectors adds what is the same for all rows
+        alike = keys.new_full((wide, 1), -torch.inf)
+        alike[:count, 0] = 0 if own is None else own
+        keys = torch.cat([nn.functional.pad(keys, (0, 0, 0, wide - count)), alike], 1)
+        query = torch.cat([query, query.new_ones(len(query), 1)], 1)
+    size = max(1, min(len(query), SHARED // wide))
+    buffer = scratch("product", (size, wide), query.dtype, query.device)
+    found = torch.empty(len(query), k, dtype=torch.int64, device=query.device)
+    for at in range(0, len(query), size):
+        some = query[at : at + size]
+        scores = torch.mm(some, keys.T, out=buffer[: len(some)])
+        few = scores.numel() < FEW or 2 * wide < 3 * k * GROUP
+        found[at : at + size] = _highest_columns(scores, k) if few else _grouped_columns(scores, k)
+    return found.clamp_(max=count - 1)  # where scores are NaN, so is what makes the width even
+
+
+def _grouped_columns(scores: Tensor, k: int) -> Tensor:
+    """As `_highest_columns`, of contiguous scores (b, W), W a multiple of `GROUP`."""
+    rows, groups = len(scores), scores.shape[1] // GROUP
+    blocks = scores.view(-1, GROUP)
+    maxima = blocks.amax(1).view(rows, groups)
+    fold = groups // (4 * k)  # the highest of so few are found several times faster, and bound nearly as well
+    coarse = maxima if fold < 2 else maxima[:, : groups // fold * fold].unflatten(1, (fold, groups // fold)).amax(1)
+    least = coarse.topk(k, dim=1, sorted=False).values.amin(1)
+    if bool(least.isnan().any()):  # NaN is not above a bound
+        return _highest_columns(scores, k)
+    chosen = (maxima >= least.unsqueeze(1)).view(-1).nonzero().squeeze(1)
+    members = blocks.index_select(0, chosen)
+    open_ = (members >= least.index_select(0, chosen // groups).unsqueeze(1)).view(-1).nonzero().squeeze(1)
+    place = chosen.index_select(0, open_ // GROUP) * GROUP + open_ % GROUP
+    starts = torch.arange(rows + 1, device=scores.device) * scores.shape[1]
+    lists = Ragged({}, torch.searchsorted(place, starts))
+    kept = _padded_top_k(members.view(-1).index_select(0, open_), lists, k)
+    return place.index_select(0, kept.index).view(rows, k) - starts[:-1].unsqueeze(1)
+
+
 # --------------------------------------------------------------------------------------------------------------- the search
 def way_of(rows: int, events: int, vectors: int, width: int, *, integers: bool = False) -> Way:
     """The cheapest way for one field: ``events`` events of ``rows`` rows, ``vectors`` vectors of ``width``.
@@ -248,6 +318,9 @@ def search(
     if k < 1:
         raise ValueError(f"Parameter `k` should be positive. Found {k}.")
     with torch.no_grad():
+        if isinstance(lists, Listed):
+            some = [_rounded(part) for part in parts] if precision == "bfloat16" else parts
+            return top_k(event_scores(some, lists), lists, k)
         if not len(lists) or int(lists.lengths.max()) <= k:
             return top_k(lists.offsets.new_zeros(int(lists.offsets[-1])), lists, k)
         if precision == "bfloat16":

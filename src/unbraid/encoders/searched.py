@@ -12,6 +12,10 @@ would be a learned factor that the layer above has already, so there are none.
 Which tables keys, queries, values and the row's own vectors come from is all that tells the members apart; an encoder says so
 by the names of roles (`unbraid.encoders.table.Role`).
 
+Where all rows have one list (`unbraid.types.Shared`: a user's candidates), the scores of B rows and n events are one product
+of queries and keys, and what the fields that the row has not add is the same for every row.  The keys, and of the latter all
+but ``gap`` and ``position``, may be read again for the next batch of the same list.
+
 The search is not differentiable: its choice carries no gradient, and an event that is not kept gets none.  With second heads
 (``auxiliary``) the same scores also weigh *all* events while training, and the second heads read what that gives.
 """
@@ -27,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.encoders.packed import pool, segment_softmax
-from unbraid.encoders.search import Kept, Part, Precision, event_scores, search, top_k
+from unbraid.encoders.search import Kept, Part, Precision, event_scores, highest_shared, search, top_k
 from unbraid.layers import require_positive
-from unbraid.types import Ragged, Rows
+from unbraid.types import BUILT_IN, Ragged, Rows, Shared
 
 Reads = Mapping[str, Mapping[str, Rows]]  # role -> event field -> reads of the packed events
 Targets = Mapping[str, Mapping[str, Tensor]]  # role -> event field -> (B, D) of the row; role "id" -> (B,) ids
@@ -52,9 +56,8 @@ def newest(marked: Tensor, lists: Ragged, keep: int, *, fill: bool = False) -> K
     kept = marked & (place <= keep)
     if fill:
         missing = (keep - count).clamp(min=0)
-        kept |= ~marked & (rank(~marked)[0] <= missing.index_select(0, lists.rows))
-    index = kept.nonzero().squeeze(1)
-    return Kept(index, Ragged({}, torch.searchsorted(index, lists.offsets)), everything=len(index) == len(marked))
+        kept = kept | ~marked & (rank(~marked)[0] <= missing.index_select(0, lists.rows))
+    return Kept.marked(kept, lists)
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,12 @@ class SearchedHistory(nn.Module):
         groups = groups if self.config.scale == "parts" else [set(widths)]
         return {name: 1 / math.sqrt(sum(widths[n] for n in group)) for group in groups for name in group}
 
+    @property
+    def shared(self) -> bool:
+        """Does it read a list that all rows share as it is?  Not where a member finds or weighs events in its own way."""
+        plain = SearchedHistory
+        return type(self).find is plain.find and type(self).logits is plain.logits
+
     # ---------------------------------------------------------------------------------------- what a member may override
     def keys(self, events: Reads) -> Mapping[str, Rows]:
         """Event field -> what scores read of the events."""
@@ -205,14 +214,17 @@ class SearchedHistory(nn.Module):
     ) -> Tensor:  # fmt: skip
         """(N,) scores of all events from some of their fields; 0 without a field."""
         parts = self.parts(events, target, fields)
-        return event_scores(parts, history) if parts else history.offsets.new_zeros(int(history.offsets[-1])).float()
+        return event_scores(parts, history) if parts else history.rows.new_zeros(history.rows.shape[0]).float()
 
-    def forward(self, events: Reads, history: Ragged, target: Targets) -> dict[str, Tensor]:
-        """events: role -> event field -> N reads; target: role -> event field -> (B, D) of the row itself.
+    def forward(self, events: Reads, history: Ragged | Shared, target: Targets) -> dict[str, Tensor]:
+        """events: role -> event field -> N reads, or n of a list that all rows share; target: role -> event field -> (B, D) of
+        the row itself.
 
         Returns:
             what ``widths`` and, while training, ``second`` name -> (B, D).  A row without a kept event has zeros.
         """
+        if isinstance(history, Shared):
+            return self._of_shared(events, history, target)
         parts, values, own = self.parts(events, target), self.values(events), self.own(target)
         whole = event_scores(parts, history) if self.second and self.training else None
         kept = self._kept(parts, history, target, whole)
@@ -233,6 +245,62 @@ class SearchedHistory(nn.Module):
             if plain and whole is not None
             else self.find(parts, history, target)
         )
+
+    @torch.no_grad()
+    def _of_shared(self, events: Reads, history: Shared, target: Targets) -> dict[str, Tensor]:
+        """As `forward`, of one list for all rows."""
+        if self.training:
+            raise ValueError(
+                "A list that all rows share is for serving. Call `eval()` on the model, or give `repeated()` lists."
+            )
+        keys, alike = self._ready(events, history)
+        asked = self.asked(target)
+        query = torch.cat([asked[name] * self.scales[name] for name in self.targets], 1) if self.targets else None
+        query = keys.new_zeros(len(history), 0) if query is None else query
+        kept = self._kept_of_shared(query, keys, alike)
+        scores = event_scores([Part(Rows(keys, kept.index), query)], kept.lists)
+        scores = scores if alike is None else scores + alike.index_select(0, kept.index)
+        values = self.values(events)
+        return self._attend({n: kept.of(values[n]) for n in self.fields}, scores, kept.lists, self.own(target))
+
+    def _kept_of_shared(self, query: Tensor, keys: Tensor, alike: Tensor | None) -> Kept:
+        """The K best of n events for each row."""
+        rows, count, keep = len(query), len(keys), self.config.keep
+        if count <= keep:
+            every = torch.arange(count, device=keys.device).repeat(rows)
+            return Kept(every, Ragged({}, torch.arange(rows + 1, device=keys.device) * count))
+        if self.config.precision == "bfloat16":
+            query, keys = (x.bfloat16().to(x.dtype) for x in (query, keys))
+        best = highest_shared(query, keys, alike, keep)
+        return Kept(best.view(-1), Ragged({}, torch.arange(rows + 1, device=keys.device) * keep))
+
+    def _ready(self, events: Reads, history: Shared) -> tuple[Tensor, Tensor | None]:
+        """(n, D) keys of the fields that the row has, side by side, and (n,) what the others add for every row, if any."""
+        if self not in history.memo:
+            names = [name for name in self.fields if name in self.targets or name not in BUILT_IN]
+            keys = self._keys_of(events, names)
+            vectors = [keys[name].gather() for name in self.targets]
+            like = next(iter(events[self.sides.key].values())).vectors
+            side = torch.cat(vectors, 1) if vectors else like.new_zeros(history.length, 0)
+            history.memo[self] = side, self._alike(keys)
+        side, alike = history.memo[self]
+        other = self._alike(self._keys_of(events, [name for name in self.fields if name in BUILT_IN]))
+        found = [part for part in (alike, other) if part is not None]
+        return side, sum(found[1:], found[0]) if found else None
+
+    def _keys_of(self, events: Reads, names: Collection[str]) -> Mapping[str, Rows]:
+        return self.keys({self.sides.key: {name: events[self.sides.key][name] for name in names}})
+
+    def _alike(self, keys: Mapping[str, Rows]) -> Tensor | None:
+        """(n,) scores of the fields that the row has not; None without any."""
+        total: Tensor | None = None
+        for name, read in keys.items():
+            if name not in self.targets:
+                query = self.queries[f"field/{name}"] * self.scales[name]
+                many = len(read.vectors) > len(read.index)
+                score = read.gather() @ query if many else (read.vectors @ query).index_select(0, read.index)
+                total = score if total is None else total + score
+        return total
 
     def _attend(
         self, values: Mapping[str, Rows], scores: Tensor, lists: Ragged, own: Mapping[str, Tensor]

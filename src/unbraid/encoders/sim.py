@@ -158,7 +158,7 @@ class SIMHistory(nn.Module):
         """(N,) relevance in soft search of all events, from some of the row's fields or all; 0 without a field."""
         parts = self.parts(events, target, fields)
         like = next(iter(events["value"].values())).vectors
-        return event_scores(parts, history) if parts else like.new_zeros(int(history.offsets[-1]))
+        return event_scores(parts, history) if parts else like.new_zeros(history.rows.shape[0])
 
     def find(self, events: Reads, history: Ragged, target: Targets) -> Kept:
         """The events to attend to."""
@@ -187,7 +187,7 @@ class SIMHistory(nn.Module):
         kept = self.find(events, history, target)
         values = {name: kept.of(events["value"][name]) for name in self.fields}
         found: dict[str, list[Tensor]] = {name: [] for name in self.widths}
-        for asked in self.asked(target, len(history)):
+        for asked in self.asked(target, history.lengths.shape[0]):
             scores = event_scores([Part(values[name], asked[name]) for name in self.fields], kept.lists)
             weights = segment_softmax(scores, kept.lists)
             for name in self.fields:

@@ -134,7 +134,7 @@ class TINHistory(nn.Module):
             codes = history.values[POSITION] - (FIRST_VALUE - 1)
         else:  # the newest event stands last
             last = history.offsets[1:].index_select(0, history.rows)
-            codes = last - torch.arange(len(last), device=last.device)
+            codes = last - torch.arange(last.shape[0], device=last.device)
         return Rows(self.times, codes.clamp(1, len(self.times) - 1))
 
     def of_row(self, target: Targets) -> dict[str, Tensor]:
@@ -161,13 +161,13 @@ class TINHistory(nn.Module):
     @staticmethod
     def _sum(parts: Sequence[Part], events: Reads, lists: Ragged) -> Tensor:
         like = next(iter(events["value"].values())).vectors
-        return event_scores(parts, lists) if parts else like.new_zeros(int(lists.offsets[-1]))
+        return event_scores(parts, lists) if parts else like.new_zeros(lists.rows.shape[0])
 
     def _kept(self, parts: Sequence[Part], history: Ragged) -> Kept:
         keep = self.config.keep
         if keep and parts:
             return search(parts, history, keep)
-        every = torch.arange(int(history.offsets[-1]), device=history.offsets.device)
+        every = torch.arange(history.rows.shape[0], device=history.offsets.device)
         return newest(every >= 0, history, keep) if keep else Kept(every, history, everything=True)
 
     def forward(self, events: Reads, history: Ragged, target: Targets) -> dict[str, Tensor]:

@@ -119,6 +119,8 @@ class Virtual(Kept):
 class TWINV2History(SearchedHistory):
     """See the module's docstring."""
 
+    no_graph = "clusters are split until they are small, in as many steps as the events ask for"
+
     def __init__(self, config: TWINV2, widths: Mapping[str, int], targets: Mapping[str, int]) -> None:
         super().__init__(config, widths, targets, Sides())
         self.cap, self.group = config.cap, config.group

@@ -92,12 +92,14 @@ class GwPFMModule(PairwiseModule):
 
     def interact(self, e: Tensor) -> Tensor:
         """(B, F, G k) becomes (B, k), (B, 1) or (B, pairs k)."""
-        rows, groups = len(e), len(self.groups)
+        rows, groups = e.shape[0], len(self.groups)
         sums = (self.member @ e).view(rows, groups, groups, self.k)  # S, by group and partner group
         products = sums[:, self.one, self.two] * sums[:, self.two, self.one]  # (B, pairs, k)
         own = e.view(rows, -1, groups, self.k)[:, torch.arange(e.shape[1], device=e.device), self.part]  # e_(i,P(i))
         squares = (self.member @ own.square())[:, self.one[self.within]]  # of the groups that are a pair
-        products = products.index_add(1, self.within, squares, alpha=-1) * (self.scale * self.weights.unsqueeze(1))
+        alone = len(self.within) == len(self.pairs)  # then ONNX's optimiser would take the addition for an assignment
+        products = products - squares if alone else products.index_add(1, self.within, -squares)
+        products = products * (self.scale * self.weights.unsqueeze(1))
         if self.pooled == "pairs":
             return products.flatten(1)
         summed = products.sum(1)

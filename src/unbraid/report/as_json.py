@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from unbraid.diagnosis import plots
-from unbraid.diagnosis.diagnosis import Diagnosis, Measure, Proof, Remedy, Report
+from unbraid.diagnosis.diagnosis import Diagnosis, Measure, Proof, Remedy, Report, Spent
 from unbraid.report.words import run_file
 
 FORMAT = 1  # raised when an older reader would misread
@@ -38,7 +38,7 @@ def load(text: str) -> Report:
     found.pop("format")
     try:
         found["diagnoses"] = tuple(_diagnosis(each) for each in found["diagnoses"])
-        found["proofs"] = tuple(Proof(**{**each, "measure": Measure(**each["measure"])}) for each in found["proofs"])
+        found["proofs"] = tuple(map(_proof, found["proofs"]))
         found["curve"] = tuple(found["curve"])
         return Report(**found)
     except (TypeError, KeyError) as error:
@@ -55,6 +55,11 @@ def _diagnosis(found: dict[str, Any]) -> Diagnosis:
 def _remedy(found: dict[str, Any]) -> Remedy:
     measure = found["measure"]
     return Remedy(**{**found, "measure": None if measure is None else Measure(**measure)})
+
+
+def _proof(found: dict[str, Any]) -> Proof:
+    spent = {name: Spent(**found[name]) for name in ("spent_before", "spent_after")}
+    return Proof(**{**found, **spent, "measure": Measure(**found["measure"])})
 
 
 def _plain(value: Any) -> Any:

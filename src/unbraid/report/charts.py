@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 HINT = 'A report as a page needs Altair, vl-convert-python and Jinja2: pip install "unbraid[report]"'
 HEIGHT = 260  # of a chart with two axes, in pixels
 ROW = 24  # of a bar or of a row of a map
-WRITTEN = 150  # cells of a map with their number in them
+WRITTEN = 150  # cells of a map with their number in them,
+CELL = 44  # each at least so wide, in pixels
+NARROW = "containerSize()[0] < 480"  # a telephone: names are cut short, and stand one below the other
+SHORT = 12  # letters of names of which two stand side by side there
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -119,7 +122,7 @@ def _heat(alt: Any, plot: Heat) -> Any:
     written = len(known) <= WRITTEN and len(plot.columns) <= 10
     rows = [
         {"r": row, "c": column, "v": _short(value)}
-        | ({"t": number(value), "far": abs(value - middle) > most * 0.75} if written else {})
+        | ({"t": f"{value:.2g}", "far": abs(value - middle) > most * 0.75} if written else {})
         for row, values in zip(plot.rows, plot.values, strict=True)
         for column, value in zip(plot.columns, values, strict=True)
         if value is not None
@@ -128,18 +131,21 @@ def _heat(alt: Any, plot: Heat) -> Any:
         scale = alt.Scale(domain=[middle - most, middle + most], domainMid=middle, interpolate="rgb")
     else:
         scale = alt.Scale(domain=[middle, max(known, default=1.0)], interpolate="rgb")
-    across = alt.X(
-        "c:N", sort=None, title=plot.x, axis=_names(alt, labelAngle=0 if _narrow(plot.columns) else -40, labelLimit=110)
-    )
-    base = alt.Chart(alt.Data(values=rows)).encode(x=across, y=alt.Y("r:N", sort=None, title=plot.y, axis=_names(alt)))
+    turned = _names(alt, labelAngle=0 if _narrow(plot.columns) else -40, labelLimit=110)
+    # domains: what has no value keeps its place
+    across = alt.X("c:N", sort=None, title=plot.x, axis=turned, scale=alt.Scale(domain=plot.columns))
+    down = alt.Y("r:N", sort=None, title=plot.y, axis=_names(alt), scale=alt.Scale(domain=plot.rows))
+    base = alt.Chart(alt.Data(values=rows)).encode(x=across, y=down)
     legend = alt.Legend(title=plot.value, gradientLength=160, orient="bottom", titleLimit=260)
     colour = alt.Color("v:Q", scale=scale, legend=legend)
     said = 0 < len(rows) <= 60  # above, a screen reader is better served by the table
     tips = _tips(alt, ("r:N", plot.y), ("c:N", plot.x), ("v:Q", plot.value))
     parts = [base.mark_rect(aria=said).encode(color=colour, tooltip=tips)]
     if written:
+        room = alt.condition(f"width >= {CELL * len(plot.columns)}", alt.value(1), alt.value(0))
         for style, far in (("far", "datum.far"), ("near", "!datum.far")):
-            parts.append(base.transform_filter(far).mark_text(style=style, aria=False).encode(text="t:N", tooltip=tips))
+            marked = base.transform_filter(far).mark_text(style=style, aria=False)
+            parts.append(marked.encode(text="t:N", tooltip=tips, opacity=room))
     return alt.layer(*parts).properties(height=(ROW if len(plot.rows) <= 60 else 9) * len(plot.rows))
 
 
@@ -226,7 +232,10 @@ def _dashes(alt: Any, order: list[str]) -> Any:
 
 
 def _legend(alt: Any, order: list[str], symbol: str) -> Any:
-    shown = {"orient": "bottom", "columns": 2, "labelLimit": 130, "symbolType": symbol, "symbolOpacity": 1}
+    longest = max(map(len, order), default=0)
+    columns = 2 if longest <= SHORT else alt.ExprRef(f"{NARROW} ? 1 : 2")
+    limit = alt.ExprRef(f"{NARROW} ? {'130' if longest <= SHORT else '260'} : 320")
+    shown = {"orient": "bottom", "columns": columns, "labelLimit": limit, "symbolType": symbol, "symbolOpacity": 1}
     return alt.Legend(title=None, symbolSize=400 if symbol == "stroke" else 100, **shown) if len(order) > 1 else None
 
 
@@ -241,7 +250,8 @@ def _rule(alt: Any, **where: float) -> Any:
 
 
 def _names(alt: Any, **more: Any) -> Any:
-    return alt.Axis(**{"labelLimit": 150, "labelPadding": 6, "ticks": False, "domain": False, **more})
+    limit = alt.ExprRef(f"{NARROW} ? 150 : 300")
+    return alt.Axis(**{"labelLimit": limit, "labelPadding": 6, "ticks": False, "domain": False, **more})
 
 
 def _tips(alt: Any, *parts: tuple[str, str]) -> list[Any]:
@@ -336,7 +346,7 @@ def _reliability_text(plot: Reliability) -> str:
     return f"{plot.y} against {plot.x}; the diagonal is right. " + _listed(parts)
 
 
-def _listed(parts: list[str], most: int = 6) -> str:
+def _listed(parts: list[str], most: int = 3) -> str:
     """The first parts as a sentence."""
     more = [f"{len(parts) - most} more in the table"] * (len(parts) > most)
     return "; ".join(parts[:most] + more) + "." if parts else "No values."

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from unbraid import render
 from unbraid.diagnosis.diagnosis import Diagnosis, Remedy, Report
-from unbraid.diagnosis.plots import Bars, Plot
+from unbraid.diagnosis.plots import Bars, Plot, to_plain
 from unbraid.evaluate import lower_is_better
 from unbraid.report import charts, words
 
@@ -52,8 +52,10 @@ def html(report: Report, *, docs: str = "") -> str:
     sections += [("looked", "What was looked at"), ("facts", "Facts"), ("glossary", "Words")]
     return _page(
         "report.html.jinja", plots, report=report, cards=cards, fine=fine, curves=curves, metrics=metrics, sections=sections,
+        intervals=words.intervals(report),
         headline=words.headline(report), looked_at=words.looked_at(report), replies=words.replies(report),
-        docs=docs.rstrip("/") + "/" if docs else "", scale=_scale, reach=words.reach, sure=words.sure, unsure=_unsure,
+        docs=docs.rstrip("/") + "/" if docs else "", scale=_scale, plural=words.plural,
+        reach=words.reach, reading=words.reading, sure=words.sure, unsure=_unsure,
         place={words.name_of(d): i for i, d in enumerate(report.found, 1)},
     )  # fmt: skip
 
@@ -89,7 +91,7 @@ def compare_html(comparison: Mapping[str, Any], reports: Mapping[str, Report] | 
         verdicts={
             name: {
                 "headline": words.headline(each), "looked_at": words.looked_at(each),
-                "readings": [f"{d.grade}: {words.name_of(d)}. {d.reading}" for d in each.found],
+                "readings": [f"{d.grade}: {words.name_of(d)}. {words.reading(d)}" for d in each.found],
             }
             for name, each in reports.items()
         },
@@ -119,12 +121,24 @@ class Drawn:
 
 
 class _Plots:
-    """Gives plots of one page their ids."""
+    """Gives plots of one page their ids, and knows which are there already."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.known: dict[str, Drawn] = {}
 
     def add(self, plot: Plot) -> Drawn:
+        """The plot, drawn here."""
+        made = self._made(plot)
+        self.known.setdefault(_content(plot), made)
+        return made
+
+    def once(self, found: Sequence[Plot]) -> tuple[list[Drawn], list[Drawn]]:
+        """Of several plots those that the page has not yet, and those that it has: checks show one plot with many findings."""
+        repeated = [self.known[key] for key in map(_content, found) if key in self.known]
+        return [self.add(plot) for plot in found if _content(plot) not in self.known], repeated
+
+    def _made(self, plot: Plot) -> Drawn:
         self.count += 1
         titles, lines = charts.numbers(plot)
         every = -(-len(lines) // MOST_NUMBERS)
@@ -132,6 +146,10 @@ class _Plots:
             f"plot-{self.count}", plot.title, charts.caption(plot), _script_json(charts.spec(plot)), titles,
             lines[:: max(1, every)], len(lines), every, plot.kind == "lines", len(getattr(plot, "series", ())) > 1,
         )  # fmt: skip
+
+
+def _content(plot: Plot) -> str:
+    return json.dumps(to_plain(plot))
 
 
 def _script_json(value: Any) -> Markup:
@@ -144,11 +162,8 @@ def _script_json(value: Any) -> Markup:
 
 def _card(report: Report, found: Diagnosis, plots: _Plots) -> dict[str, Any]:
     remedies = [_remedy(report, found, remedy) for remedy in found.remedies]
-    return {
-        "diagnosis": found,
-        "remedies": remedies,
-        "plots": [plots.add(each) for each in found.evidence.get("plots", ())],
-    }
+    drawn, repeated = plots.once(found.evidence.get("plots", ()))
+    return {"diagnosis": found, "remedies": remedies, "plots": drawn, "repeated": repeated}
 
 
 def _remedy(report: Report, found: Diagnosis, remedy: Remedy) -> dict[str, Any]:
@@ -267,7 +282,8 @@ def _page(template: str, plots: _Plots, **parts: Any) -> str:
     common = {
         "css": Markup(_asset("page.css")), "script": Markup(script), "bundle": Markup(bundle), "drawn": plots.count > 0,
         "hashes": Markup(hashes), "terms": words.GLOSSARY, "term": words.term,
-        "anchor": _anchor, "number": words.number, "name_of": words.name_of, "linked": _linked, "starred": _starred,
+        "anchor": _anchor, "number": words.number, "name_of": words.name_of,
+        "linked": _linked, "starred": _starred, "coded": _coded,
     }  # fmt: skip
     return _environment().get_template(template).render(**common, **parts)
 
@@ -321,6 +337,14 @@ def _linked(paper: str) -> Markup:
         )
         last = hit.end()
     return said + escape(paper[last:])
+
+
+def _coded(text: str) -> Markup:
+    """Names between back-quotes as code; a back-quote without a partner stays."""
+    from markupsafe import Markup, escape
+
+    parts = re.split(r"`([^`]+)`", text)
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
 def _starred(text: str) -> Markup:

@@ -16,10 +16,12 @@ from unbraid.report.words import (
     Reply,
     change,
     headline,
+    intervals,
     looked_at,
     name_of,
     proofs_of,
     reach,
+    reading,
     replies,
     run_file,
     sure,
@@ -43,12 +45,7 @@ def terminal(report: Report, width: int = 118) -> Group:
     parts += _wrapped(looked_at(report), width)
     for i, reply in enumerate(replies(report), 1):
         parts += [Text(""), *_finding(report, reply, i, width)]
-    fine = [f"{name_of(d)}: {reach(d)}" for d in report.diagnoses if d.grade == "none"]
-    for title, lines in (
-        ("Without a finding", fine),
-        ("Not looked at", _said(report.skipped)),
-        ("Failed", _said(report.failed)),
-    ):
+    for title, lines in _aside(report):
         if lines:
             parts += [
                 Text(""),
@@ -66,7 +63,7 @@ def _finding(report: Report, reply: Reply, place: int, width: int) -> Iterator[T
     first.stylize(STYLES[found.grade], len(f"{place}. "), len(f"{place}. {found.grade}"))
     yield from (first, *rest)
     yield from _wrapped(reach(found), width, 3)
-    yield from _wrapped(f"{found.reading} {sure(found)}", width, 3)
+    yield from _wrapped(f"{reading(found)} {sure(found)}", width, 3)
     if found.because:
         yield from _wrapped(f"Explained by {found.because}: mend that first.", width, 3)
     for remedy in found.remedies:
@@ -97,27 +94,42 @@ def _said(found: Mapping[str, str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- Markdown
 def markdown(report: Report) -> str:
     """The report as Markdown: summary, findings, metrics, what was looked at, facts."""
-    parts = [f"# {_safe(report.title)}", f"**{_safe(headline(report))}** {_safe(looked_at(report))}"]
-    if report.found:
-        parts += [
-            "## Findings",
-            *(part for i, reply in enumerate(replies(report), 1) for part in _card(report, reply, i)),
-        ]
+    parts = [f"# {_safe(report.title)}", *_summary(report)]
     if report.metrics:
         titles, cells = metric_cells(dict(report.metrics), dict(report.baseline) or None)
         table = render.markdown(titles, [[*map(_safe, cell[:2]), *cell[2:]] for cell in cells], left=2)
-        parts += ["## Metrics", "Test split, 95 % intervals by a bootstrap over users.", table.rstrip()]
-    fine = [f"{name_of(d)}: {reach(d)}" for d in report.diagnoses if d.grade == "none"]
-    lists = (("Without a finding", fine), ("Not looked at", _said(report.skipped)), ("Failed", _said(report.failed)))
-    for title, lines in (*lists, ("Tasks", _said(report.tasks)), ("Facts", _said(report.facts))):
-        if lines:
-            parts += [f"## {title}", "\n".join(f"- {_safe(line)}" for line in lines)]
+        parts += ["## Metrics", f"Test split; intervals: {intervals(report)}.", table.rstrip()]
+    short = {name: text for name, text in report.facts.items() if "\n" not in text.strip()}
+    parts += _lists(*_aside(report), ("Tasks", _said(report.tasks)), ("Facts", _said(short)))
+    for name, text in report.facts.items():
+        parts += [] if name in short else [f"## {_safe(name).capitalize()}", _fenced("text", text.strip())]
     return "\n\n".join(parts) + "\n"
+
+
+def findings(report: Report) -> str:
+    """Of the same page what checks say: summary, findings, what was looked at."""
+    return "\n\n".join([*_summary(report), *_lists(*_aside(report))]) + "\n"
+
+
+def _summary(report: Report) -> list[str]:
+    cards = [part for i, reply in enumerate(replies(report), 1) for part in _card(report, reply, i)]
+    return [f"**{_safe(headline(report))}** {_safe(looked_at(report))}", *(["## Findings", *cards] if cards else [])]
+
+
+def _aside(report: Report) -> list[tuple[str, list[str]]]:
+    fine = [f"{name_of(d)}: {reach(d)}" for d in report.diagnoses if d.grade == "none"]
+    return [("Without a finding", fine), ("Not looked at", _said(report.skipped)), ("Failed", _said(report.failed))]
+
+
+def _lists(*lists: tuple[str, list[str]]) -> list[str]:
+    """A heading and a list each, of those that have lines."""
+    made = ((f"## {title}", "\n".join(f"- {_safe(line)}" for line in lines)) for title, lines in lists if lines)
+    return [part for pair in made for part in pair]
 
 
 def _card(report: Report, reply: Reply, place: int) -> list[str]:
     found = reply.diagnosis
-    parts = [f"### {place}. {_safe(name_of(found))} ({found.grade})", f"{_safe(found.reading)} {_safe(sure(found))}"]
+    parts = [f"### {place}. {_safe(name_of(found))} ({found.grade})", f"{_safe(reading(found))} {_safe(sure(found))}"]
     facts = [reach(found)]
     facts += [f"explained by {found.because}"] if found.because else []
     facts += [f"see docs/{found.page}"] if found.page else []

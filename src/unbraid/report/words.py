@@ -14,6 +14,8 @@ from unbraid.diagnosis.plots import Lines, Plot
 from unbraid.evaluate import lead_metric
 from unbraid.render import metric_name
 
+Points = list[tuple[float, float | None]]  # steps and values of one line
+
 GLOSSARY: dict[str, str] = {
     "task": "A label column: what the model predicts.",
     "domain": "A value of the domain column: a scenario, site, country or camera. *all* is every row.",
@@ -26,11 +28,12 @@ GLOSSARY: dict[str, str] = {
     "moderate, severe. So a finding is one that holds even at the low end.",
     "explained by": "Another finding that accounts for this one: mend that first.",
     "remedy": "One change of the run file, or a command, that should help.",
-    "proof": "What a remedy was worth when it was trained beside the diagnosed run, at equal budget, with several seeds.",
+    "proof": "What a remedy was worth when it was trained beside the diagnosed run, with the same seeds. Budgets are unequal "
+    "where one took more steps: its schedule trains longer, or early stopping ended the other.",
     "held": "A gain that is more than chance: in the good direction, and p below .05 after adjustment.",
     "seeds": "How many times a run was trained, each with other random numbers.",
     "p": "How often chance alone would give a difference as large as this or larger; adjusted by Holm's method for the "
-    "number of differences looked at.",
+    "number of differences looked at (of proofs: of everything tried together).",
     "rows": "Rows of the test split with a label of the task.",
     "positives": "Of these, rows whose label is 1. With fewer than 10 positives or negatives metrics are withheld (-).",
     "AUC": "The share of pairs of a positive and a negative row in which the positive one has the higher score: .5 is "
@@ -94,7 +97,7 @@ def headline(report: Report) -> str:
 
 
 def looked_at(report: Report) -> str:
-    """One sentence: what was measured, skipped, and what failed."""
+    """What was measured, skipped, what failed, and how to look deeper."""
     checks = dict.fromkeys(d.name for d in report.diagnoses)
     said = f"{plural(len(report.diagnoses), 'value')} of {plural(len(checks), 'check')} measured"
     if checks:
@@ -102,7 +105,12 @@ def looked_at(report: Report) -> str:
     said += f"; {plural(len(report.skipped), 'check')} had nothing to look at"
     if report.failed:
         said += f"; {plural(len(report.failed), 'check')} failed and may hide something ({', '.join(report.failed)})"
-    return said + "."
+    return f"{said}. {report.facts.get('deeper', '')}".rstrip()
+
+
+def intervals(report: Report) -> str:
+    """How intervals of metrics were made."""
+    return report.facts.get("intervals", "95 %, by a bootstrap over users")
 
 
 def replies(report: Report) -> list[Reply]:
@@ -115,13 +123,21 @@ def _reply(report: Report, found: Diagnosis) -> Reply:
     do = found.remedies[0].text if found.remedies else "No remedy is known."
     if found.because:
         do = f"Mend {found.because} first, which explains it. Then: {do}"
-    return Reply(found, found.reading, sure(found), do, " ".join(worth(each) for each in own))
+    return Reply(found, reading(found), sure(found), do, " ".join(worth(each) for each in own))
 
 
 def proofs_of(report: Report, found: Diagnosis) -> list[Proof]:
     """What was tried of a finding's remedies."""
     names = {remedy.name for remedy in found.remedies}
-    return [proof for proof in report.proofs if proof.of == found.name and proof.remedy in names]
+    return [
+        proof for proof in report.proofs if (proof.of, proof.where) == (found.name, found.where) and proof.remedy in names
+    ]  # fmt: skip
+
+
+def reading(found: Diagnosis) -> str:
+    """What a diagnosis says, a whole sentence: another may follow."""
+    said = found.reading.rstrip()
+    return said if not said or said[-1] in ".!?" else f"{said}."
 
 
 def sure(found: Diagnosis) -> str:
@@ -146,11 +162,22 @@ def worth(proof: Proof) -> str:
         said += f" [{signed(proof.low)}, {signed(proof.high)}]"
     if proof.p is not None:
         said += f", p {'< .001' if proof.p < 0.001 else f'= {proof.p:.3f}'}"
-    return f"{said}: {verdict(proof)}."
+    return f"{said}: {verdict(proof)} ({budgets(proof)})."
+
+
+def budgets(proof: Proof) -> str:
+    """Whether the run as it is and the remedy took as many steps, and what they took."""
+    before, after = proof.spent_before, proof.spent_after
+    if before.steps == after.steps:
+        return f"equal budgets: {before.steps:,.0f} steps; {number(before.seconds)} s as it is, {number(after.seconds)} s with it"
+    each = (f"{spent.steps:,.0f} steps in {number(spent.seconds)} s" for spent in (before, after))
+    return f"unequal budgets: {next(each)} as it is, {next(each)} with it"
 
 
 def verdict(proof: Proof) -> str:
-    """Three outcomes, in words."""
+    """Four outcomes, in words."""
+    if proof.difference is None:
+        return "it could not be measured"
     if proof.held:
         return "it helps"
     return "better, but not more than chance" if proof.better else "it does not help"
@@ -236,12 +263,12 @@ def to_type(remedy: Remedy) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- curves
 def curves(report: Report) -> list[Plot]:
-    """Losses, the lead metric of each task on validation rows, and the update's own weights, over steps."""
-    look = [(_steps(report.curve)[i], line) for i, line in enumerate(report.curve)]
-    losses: dict[str, list[tuple[float, float | None]]] = {}
-    metrics: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
-    weights: dict[str, list[tuple[float, float | None]]] = {}
-    for step, line in look:
+    """Losses, the lead metric of each task on validation rows, the update's own weights over steps, a schedule's over rounds."""
+    looks = tuple(line for line in report.curve if line.get("call") != "schedule")
+    losses: dict[str, Points] = {}
+    metrics: dict[str, dict[str, Points]] = {}
+    weights: dict[str, Points] = {}
+    for step, line in zip(_steps(looks), looks, strict=True):
         for name, value in line.get("losses", {}).items():
             losses.setdefault(name, []).append((step, value))
         for name, value in line.get("update", {}).items():
@@ -249,6 +276,10 @@ def curves(report: Report) -> list[Plot]:
         for task, found in line.get("valid", {}).items():
             lead = lead_metric(found)
             metrics.setdefault(lead, {}).setdefault(task, []).append((step, found[lead]["value"]))
+    merged: dict[str, Points] = {}
+    for line in report.curve:
+        for name, value in line.get("weights", {}).items():
+            merged.setdefault(name, []).append((float(line["step"]), value))
     made: list[Plot] = []
     if losses:
         made.append(Lines("Training loss", "step", "loss", _lines(losses)))
@@ -257,10 +288,13 @@ def curves(report: Report) -> list[Plot]:
         made.append(Lines(f"{title} on validation rows", "step", title, _lines(tasks)))
     if weights:
         made.append(Lines("Weights of the losses", "step", "weight", _lines(weights), steps=True))
+    if merged:
+        note = "One point per round; a branch that was dropped ends."
+        made.append(Lines("Weights of the schedule", "step", "weight", _lines(merged), note=note))
     return made
 
 
-def _lines(found: Mapping[str, list[tuple[float, float | None]]]) -> dict[str, Any]:
+def _lines(found: Mapping[str, Points]) -> dict[str, Any]:
     return {name: ([x for x, _ in points], [y for _, y in points]) for name, points in found.items()}
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from unbraid.layers import task_key
+from unbraid.layers import REFUSES, by_domain, task_key
 from unbraid.render import markdown
 from unbraid.schedules.domains import READING, Domains, falls, judge, number, table, values
 from unbraid.types import Batch, Output, Schema, Session
@@ -66,6 +66,11 @@ class Copies(nn.Module):
         return cls(cast(Any, model).schema, by, {key: copy.deepcopy(model) for key in keys}, unknown)
 
     @property
+    def no_graph(self) -> str:
+        """Why there is no graph of it (`unbraid.export`)."""
+        return REFUSES if self.by == "domain" and self.unknown == "error" else ""
+
+    @property
     def tables(self) -> dict[str, Any]:
         """Every model's embedding tables."""
         each = ((key, cast(Any, model).tables) for key, model in self.models.items())
@@ -87,16 +92,15 @@ class Copies(nn.Module):
         return Output(logits, hidden, _no_trunk)
 
     def _of_domains(self, batch: Batch) -> Output:
-        rows, parts = [], []
-        for code in batch.domain.unique().tolist() or [min(self.codes)]:
-            mine = (batch.domain == code).nonzero().squeeze(1)
-            rows.append(mine)
-            parts.append(self._of_domain(code, batch if len(mine) == len(batch) else batch.select(mine)))
-        place = torch.cat(rows).argsort()
         tasks = [task.name for task in self.schema.tasks]
-        logits, hidden = (
-            {name: torch.cat([part[which][name] for part in parts])[place] for name in tasks} for which in (0, 1)
-        )
+
+        def of(code: int, mine: Tensor) -> list[Tensor]:
+            whole = mine.shape[0] == batch.row.shape[0]
+            found = self._of_domain(code, batch if whole else batch.select(mine))
+            return [found[which][name] for which in (0, 1) for name in tasks]
+
+        found = by_domain(batch.domain, len(self.schema.domains), of, empty=min(self.codes))
+        logits, hidden = (dict(zip(tasks, part, strict=True)) for part in (found[: len(tasks)], found[len(tasks) :]))
         return Output(logits, hidden, _no_trunk)
 
     def _of_domain(self, code: int, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

@@ -20,16 +20,17 @@ Paper: none; STEM's and STEM-AL's are about tasks and name scenarios as another 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unbraid.layers import average, mlp_width
+from unbraid.layers import average, by_domain, mlp_width
 from unbraid.towers.mlp import task_towers
-from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, TowerOutput
+from unbraid.types import FIRST_VALUE, Schema, TowerOutput
 
 
 def domain_names(schema: Schema) -> tuple[str, ...]:
@@ -97,34 +98,26 @@ class DomainTower(nn.Module):
         The trunk is the rows' states (B, D).  Extras hold, for each kind of the tower's gates, ``KIND.gate`` (B, pool), every
         row's own domain's; zeros for a row without one.
         """
-        rows, states, gates = [], [], []
-        for mine, state, extras in self._by_domain(self.inner(hidden), domain, counted):
-            rows.append(mine)
-            states.append(state)
-            gates.append(extras)
-        place = torch.cat(rows).argsort()
-        z = torch.cat(states)[place]
-        extras = {name: torch.cat([found[name] for found in gates])[place] for name in self.gives}
+        out = self.inner(hidden)
+        found = by_domain(domain, len(self.domains) + FIRST_VALUE, partial(self._of, out, counted))
+        z, extras = found[0], dict(zip(self.gives, found[1:], strict=True))
         return TowerOutput({task: t(z) for task, t in zip(self.widths, self.towers.values(), strict=True)}, z, extras)
 
-    def _by_domain(
-        self, out: TowerOutput, domain: Tensor, counted: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-        """Rows (n,) of each domain that occurs, their states (n, D) and the gates of that domain by name, or zeros.
+    def _of(self, out: TowerOutput, counted: Tensor, code: int, mine: Tensor) -> list[Tensor]:
+        """Of the rows (n,) of one domain: their states (n, D), and by ``gives`` that domain's gates, or zeros.
 
         What the tower gives is for all rows and all domains: normalisation over a batch sees all of it.
         """
-        for code in domain.unique().tolist() or [UNKNOWN]:
-            mine = (domain == code).nonzero().squeeze(1)
-            own = self.domains[code - FIRST_VALUE] if code >= FIRST_VALUE else ""
-            if own:
-                state = out.tasks[own][mine]
-            elif self.falls_back:
-                state = out.trunk[mine]
-            else:
-                state = average([out.tasks[name][mine] for name in self.domains]).detach()
-            if self.training and not bool(counted[mine].any()):
-                state = state.detach()  # a gradient of zeros would move them by their momentum
-            gates = {n.rpartition("."): gate[mine] for n, gate in out.extras.items()}
-            none = {name: torch.zeros_like(gate) for (name, _, _), gate in gates.items()}
-            yield mine, state, none | {name: gate for (name, _, of), gate in gates.items() if of == own}
+        own = self.domains[code - FIRST_VALUE] if code >= FIRST_VALUE else ""
+        if own:
+            state = out.tasks[own][mine]
+        elif self.falls_back:
+            state = out.trunk[mine]
+        else:
+            state = average([out.tasks[name][mine] for name in self.domains]).detach()
+        if self.training and not bool(counted[mine].any()):
+            state = state.detach()  # a gradient of zeros would move them by their momentum
+        gates = {n.rpartition("."): gate[mine] for n, gate in out.extras.items()}
+        found = {name: torch.zeros_like(gate) for (name, _, _), gate in gates.items()}
+        found |= {name: gate for (name, _, of), gate in gates.items() if of == own}
+        return [state, *(found[name] for name in self.gives)]

@@ -45,9 +45,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unbraid.layers import mlp, mlp_width, require_positive, task_key
+from unbraid.layers import by_domain, mlp, mlp_width, require_positive, task_key
 from unbraid.towers.mlp import BottomAndTower, one_width, side_by_side, task_towers
-from unbraid.types import FIRST_VALUE, UNKNOWN, TowerOutput
+from unbraid.types import FIRST_VALUE, TowerOutput
 
 BIBTEX = """
 @inproceedings{sheng2021star,
@@ -98,17 +98,15 @@ class StarTower(nn.Module):
         The trunk is the bottom's output (B, ``bottom[-1]``), each row's by its own domain's weights.
         """
         x = side_by_side(hidden)
-        rows, states, added = [], [], []
-        for code in domain.unique().tolist() or [UNKNOWN]:
-            mine = (domain == code).nonzero().squeeze(1)
+
+        def of(code: int, mine: Tensor) -> tuple[Tensor, Tensor]:
             own = self._of(code)
             live = not self.training or code < FIRST_VALUE or bool(counted[mine].any())
             state, aside = self._bottom(x[mine], own, live and code >= FIRST_VALUE), self._aside(x[mine], own)
-            rows.append(mine)
-            states.append(state if live else state.detach())  # a gradient of zeros would move them by their momentum
-            added.append(aside if live else aside.detach())
-        place = torch.cat(rows).argsort()
-        z, a = torch.cat(states)[place], torch.cat(added)[place]
+            # a gradient of zeros would move them by their momentum
+            return (state, aside) if live else (state.detach(), aside.detach())
+
+        z, a = by_domain(domain, len(self.own) + FIRST_VALUE, of)
         found = {task: self.towers[task_key(task)](z) for task in self.widths}
         return TowerOutput({task: torch.cat([h, a], 1) if a.shape[1] else h for task, h in found.items()}, z, {})
 
@@ -137,8 +135,8 @@ class StarTower(nn.Module):
     def _aside(self, x: Tensor, own: dict[str, Tensor]) -> Tensor:
         """(n, auxiliary[-1]) of the auxiliary network, (n, 0) without one."""
         if self.auxiliary is None:
-            return x.new_zeros(len(x), 0)
-        first = own["indicator"].expand(len(x), -1)
+            return x[:, :0]
+        first = own["indicator"].expand(x.shape[0], -1)
         found: Tensor = self.auxiliary(F.relu(first if self.features is None else first + self.features(x)))
         return found
 

@@ -1,0 +1,1 @@
+"""A bundle behind HTTP: the store of histories, the ranker, the server."""
