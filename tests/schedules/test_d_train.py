@@ -474,7 +474,7 @@ def test_only_rows_that_will_be_read_are_cached_and_no_feature_is_read_later(
     run = toy(DTrain(tune="divided", shares=(0.4, 0.4, 0.2)), training=dataclasses.replace(TRAINING, batch_size=16))
     trial = Trial(data, run)
     asked: list[np.ndarray] = []
-    batches, features = trial.local.batches, Encoded._features
+    batches, features = trial.local.batches, Encoded.inputs
     monkeypatch.setattr(trial.local, "batches", lambda rows: (asked.append(rows), batches(rows))[1])
     inside = []
 
@@ -482,7 +482,7 @@ def test_only_rows_that_will_be_read_are_cached_and_no_feature_is_read_later(
         inside.append(len(rows))
         return features(self, rows)
 
-    monkeypatch.setattr(Encoded, "_features", counting)
+    monkeypatch.setattr(Encoded, "inputs", counting)
     monkeypatch.setattr(d_train._Phases, "_finish", lambda *args: inside.clear() if args[1] < 3 else None)
     trial.go()
     train_rows = trial.local.rows("train")

@@ -278,7 +278,7 @@ def test_writers_that_wait_are_committed_together(tmp_path: Path, monkeypatch: p
 
     def slow(jobs: Any) -> list[Any]:
         sizes.append(len(jobs))
-        time.sleep(0.02)
+        time.sleep(0.2)  # the others have come by then, on a busy machine, too
         return commit(jobs)
 
     monkeypatch.setattr(store._env, "_commit", slow)
