@@ -35,6 +35,7 @@ FIXED, SHOWN = range(10), range(100, 120)
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ROWS, STEPS = 8000, 200
 TRIED = 2  # remedies of an illness
+PAIRED = 1  # seeds on which two illnesses are planted at once
 LEVELS = {check.name: (check.usual, check.severe) for check in CHECKS if hasattr(check, "severe")}  # type: ignore[attr-defined]
 LEVELS["alone"] = (Interference().usual_alone, Interference().severe_alone)
 OF = {"conflict": "interference", "dominance": "interference", "auxiliary": "interference"}
@@ -177,12 +178,12 @@ def truth(
         + ", ".join(f"{g} {k} of {len(seeds)}" for g, k in found["healthy"].items())
     )
     both = {
-        f"{a} + {b}": sum({a, b} <= set(kinds(read(out, seed, {a: 1.0, b: 1.0}))[:3]) for seed in seeds[:2])
+        f"{a} + {b}": sum({a, b} <= set(kinds(read(out, seed, {a: 1.0, b: 1.0}))[:3]) for seed in seeds[:PAIRED])
         for a, b in pairs
     }
     if both:
-        print(f"\nTwo at once, both among the first three: {sum(both.values())} of {2 * len(both)}")
-        print(markdown(["pair", "of 2 seeds"], [[pair, str(k)] for pair, k in both.items()], left=1))
+        print(f"\nTwo at once, both among the first three: {sum(both.values())} of {PAIRED * len(both)}")
+        print(markdown(["pair", f"of {PAIRED}"], [[pair, str(k)] for pair, k in both.items()], left=1))
     found["pairs"] = both
     return found
 
@@ -239,7 +240,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     names = [name for name in ILLNESSES if name in asked.only]
     seeds = list(FIXED if asked.part == "levels" else SHOWN)[: 1 if asked.quick else None]
-    few = 1 if asked.quick else 5
+    few = 1 if asked.quick else 3
     pairs = [] if asked.quick else list(combinations(names, 2))
     jobs: list[Any] = []
     if asked.part == "remedies":
@@ -249,7 +250,7 @@ def main() -> None:
         jobs = [(out, seed, {}) for seed in seeds] + [(out, seed, {ill: 1.0}) for seed in seeds for ill in names]
         if asked.part == "truth":
             jobs += [(out, seed, {ill: x}) for seed in seeds[:few] for x in STRENGTHS[1:-1] for ill in names]
-            jobs += [(out, seed, {a: 1.0, b: 1.0}) for seed in seeds[:2] for a, b in pairs]
+            jobs += [(out, seed, {a: 1.0, b: 1.0}) for seed in seeds[:PAIRED] for a, b in pairs]
     work = treated if asked.part == "remedies" else examined
     with ProcessPoolExecutor(asked.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(work, jobs))

@@ -176,7 +176,8 @@ def write_program(
 ) -> None:  # fmt: skip
     """Write a traced graph, in the format of the file's name.  Raises ExportError for a step that ONNX does not have."""
     if path.suffix == ".pt2":
-        torch.export.save(program, path)
+        with quiet():
+            torch.export.save(program, path)
         return
     onnx_library("onnx")
     steps: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: stable_sort()}

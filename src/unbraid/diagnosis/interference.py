@@ -297,13 +297,30 @@ def balanced(run: Run, task: str) -> tuple[Remedy, ...]:
     )  # fmt: skip
 
 
+def roomier(tower: Any) -> Any:
+    """A tower's configuration with twice the width, and at least one layer of each task's own; itself if it has no widths."""
+    changed: dict[str, tuple[int, ...]] = {}
+    for name in ("bottom", "expert"):
+        if widths := tuple(getattr(tower, name, ())):
+            changed = {name: tuple(2 * width for width in widths)}
+            if hasattr(tower, "tower"):
+                changed["tower"] = tuple(2 * width for width in tower.tower) or (widths[-1],)
+            break
+    return replace(tower, **changed) if changed else tower
+
+
 def apart(run: Run, task: str) -> tuple[Remedy, ...]:
-    """Experts that tasks mix for themselves; wider tables."""
+    """More room; experts that tasks mix for themselves."""
     tower = run.model.tower
     widths = tuple(getattr(tower, "bottom", ()) or getattr(tower, "expert", ()) or (64, 32))
     tables, measure = run.model.tables, Measure.of(run.data, task)
-    found = []
-    if tables.kind == "shared" and not isinstance(tower, MMoE):  # its experts read one view
+    if tables.kind != "shared":
+        return ()
+    wide = replace(tables, width=4 * tables.width)
+    room = replace(run.model, tables=wide, tower=roomier(tower))
+    text = f"Tables {wide.width} wide, and a network of twice the width with layers of each task's own: room for both."
+    found = [Remedy("roomier", text, "model", replace(run, name=f"{run.name}_roomier", model=room), measure=measure)]
+    if not isinstance(tower, MMoE):
         experts = MMoE(
             experts=5, expert=widths, gate=(), tower=getattr(tower, "tower", ()), dropout=getattr(tower, "dropout", 0.0)
         )
@@ -312,14 +329,6 @@ def apart(run: Run, task: str) -> tuple[Remedy, ...]:
                 "mmoe", "Experts that every task mixes by a gate of its own.", "model.tower",
                 replace(run, name=f"{run.name}_mmoe", model=replace(run.model, tower=experts)), measure=measure,
                 page="methods/mmoe.md",
-            )
-        )  # fmt: skip
-    if tables.kind == "shared":
-        wider = replace(tables, width=2 * tables.width)
-        found.append(
-            Remedy(
-                "wider", f"Tables {wider.width} wide, so that one vector has room for both.", "model.tables",
-                replace(run, name=f"{run.name}_wider", model=replace(run.model, tables=wider)), measure=measure,
             )
         )  # fmt: skip
     return tuple(found)
