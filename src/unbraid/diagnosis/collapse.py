@@ -37,7 +37,11 @@ class Collapse:
     severe: float = 0.47
 
     def __call__(self, case: Case) -> list[Diagnosis]:
-        """A diagnosis per table, worst first.  Raises NotApplicable without a table that is large enough."""
+        """A diagnosis of the worst table, which says how many others there are.
+
+        Raises:
+            NotApplicable: there is no table that is large enough.
+        """
         if not hasattr(cast(Model, case.model), "embeddings"):
             raise NotApplicable("the trained module has no tables of its own")
         found = Probe(normalise=False)(case.model, case.schema, case.batches("train")).values
@@ -56,9 +60,10 @@ class Collapse:
             spectra({name: tables[name] for name in order[:MOST_LINES]}),
             *filter(None, (projections(view, each, judged) for view, each in found["projected"].items())),
         )  # fmt: skip
-        return [self._of(case, name, tables[name], plots) for name in order[:5]]
+        more = sum(1 - float(tables[name]["relative"]) > self.usual for name in order[1:])
+        return [self._of(case, order[0], tables[order[0]], plots, more)]
 
-    def _of(self, case: Case, name: str, table: dict[str, Any], plots: tuple[Any, ...]) -> Diagnosis:
+    def _of(self, case: Case, name: str, table: dict[str, Any], plots: tuple[Any, ...], more: int) -> Diagnosis:
         spread = np.std(table["abundance"] / np.asarray(table["random"]))
         value = 1 - float(table["relative"])
         target = next(iter(case.targets))
@@ -81,7 +86,8 @@ class Collapse:
         return Diagnosis(
             "collapse", name, value, self.usual, self.severe,
             f"Table `{name}`, {table['width']} wide, has the information abundance of {1 - value:.0%} of a random table: "
-            f"{table['abundance']:.1f} of its directions carry what it says",
+            f"{table['abundance']:.1f} of its directions carry what it says"
+            + (f"; {more} other tables lack more than is usual" if more else ""),
             "share lost", value - 2 * float(spread), value + 2 * float(spread), remedies=remedies,
             paper="https://arxiv.org/abs/2310.04400", page=PAGE, evidence={"plots": plots},
         )  # fmt: skip

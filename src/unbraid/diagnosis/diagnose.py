@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from unbraid import config
 from unbraid.bundle import Bundle, environment
 from unbraid.data.source import Tables
@@ -79,6 +81,8 @@ def diagnose(
     chosen = chosen_of(checks, only, thorough)
     folder = None if isinstance(bundle, Bundle) else Path(bundle)
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    if loaded.run.training.threads:  # as its training had
+        torch.set_num_threads(loaded.run.training.threads)
     case = Case.of(loaded, rows=rows, steps=steps, seed=seed, tables=tables, watcher=watcher)
     found, skipped, failed = list[Diagnosis](), dict[str, str](), dict[str, str]()
     for check in chosen:
