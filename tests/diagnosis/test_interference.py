@@ -13,11 +13,12 @@ from unbraid import report
 from unbraid.analysis.conflict import Conflict
 from unbraid.analysis.dominance import Dominance
 from unbraid.config import Run
-from unbraid.diagnosis.case import Case
+from unbraid.diagnosis.case import Case, paired
 from unbraid.diagnosis.diagnosis import Diagnosis, Report
 from unbraid.diagnosis.interference import MOST_SITES, Interference, apart_by_depth, largest, needing_task, without
 from unbraid.diagnosis.plots import Heat
 from unbraid.encoders.table import Views
+from unbraid.evaluate import Drawn
 from unbraid.losses.mcc import MCC
 from unbraid.losses.supervised import Supervised
 from unbraid.towers.single_task import SingleTask
@@ -50,6 +51,27 @@ def found(case: Case) -> list[Diagnosis]:
 def test_every_target_is_the_subject_of_its_own(found: list[Diagnosis]) -> None:
     assert sorted(each.subject for each in found) == ["buy", "click"]
     assert all(each.subject in each.where for each in found)
+
+
+def test_a_gain_is_what_is_better_without_the_others_and_alone_of_two_is_without_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws = np.linspace(-0.01, 0.01, 101)
+    values = iter([0.6, 0.75, 0.55])  # together, click alone, buy alone
+
+    def leads(self: Case, scores: Any) -> dict[str, tuple[str, Drawn]]:
+        value = next(values)
+        return {name: ("auc", Drawn(value, value + draws)) for name in ("click", "buy")}
+
+    monkeypatch.setattr(Case, "leads", leads)
+    drop, alone = Interference().gains(case)
+    assert alone["click"] == pytest.approx((0.15, 0.15, 0.15)) and alone["buy"] == pytest.approx((-0.05,) * 3)
+    assert drop == {("buy", "click"): alone["click"], ("click", "buy"): alone["buy"]}
+
+
+def test_an_error_that_falls_is_a_gain() -> None:
+    before, after = (("rmse", Drawn(value, np.full(10, value))) for value in (2.0, 1.5))
+    assert paired(before, after) == pytest.approx((0.25, 0.25, 0.25))
 
 
 def test_the_maps_of_layers_are_those_of_the_probes(case: Case, found: list[Diagnosis]) -> None:
