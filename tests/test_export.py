@@ -29,6 +29,7 @@ from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.source import Data
 from unbraid.data.table import Encoded
+from unbraid.encoders.packed import Listed
 from unbraid.encoders.table import Views
 from unbraid.graph import PREDICTED, Graph, drawn, inputs_of, mapped, taken_apart
 from unbraid.model import Heads, Model
@@ -88,6 +89,31 @@ def test_onnx_predicts_raw_rows(small: Bundle, tmp_path: Path) -> None:
     assert found.difference < 1e-6 and found.source == "validation split"
     got, want = export.Exported(tmp_path / "out").predict(LOG, TABLES), Predictor(small).predict(LOG, TABLES)
     np.testing.assert_allclose(got["click"].to_numpy(), want["click"].to_numpy(), atol=1e-6)
+
+
+def test_threads_lose_no_events(small: Bundle, tmp_path: Path) -> None:
+    """ONNX Runtime adds with several threads in some steps, and then summands are lost: sums of 50,000 events hold all."""
+    graph = Graph(small.model, small.fitted.schema)
+    program, inputs = export.traced(graph)
+    export.write_program(program, inputs, graph, tmp_path / "model.onnx")
+    run = export.loaded(tmp_path / "model.onnx", inputs, threads=8)
+    given = drawn(inputs, 1000, longest=100)
+    with torch.no_grad():
+        want = graph(given)[f"{PREDICTED}click"].numpy()
+    for _ in range(10):
+        np.testing.assert_allclose(run(given)["click"], want, atol=1e-6)
+
+
+def test_a_sum_that_threads_lose_is_refused(small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_index_add(self: Listed, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(self.lengths.shape[0] + 1, *x.shape[1:]).index_add(0, self.rows, x)[:-1]
+
+    monkeypatch.setattr(Listed, "sum", by_index_add)
+    graph = Graph(small.model, small.fitted.schema)
+    program, inputs = export.traced(graph)
+    with pytest.raises(export.ExportError, match="several threads"):
+        export.write_program(program, inputs, graph, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_row_without_history_and_one_alone(small: Bundle, written: Path) -> None:

@@ -189,7 +189,10 @@ def write_program(
                 opset_version=OPSET, custom_translation_table=steps,
             )  # fmt: skip
             assert made is not None
-            made.save(path)
+        if any(node.op_type == "ScatterND" and "reduction" in node.attributes for node in made.model.graph.all_nodes()):
+            # known to its makers (microsoft/onnxruntime#23396): several threads add to one place, and some summands are lost
+            raise ValueError("sums by `index_add` are wrong in ONNX Runtime with several threads; use `scatter_add`")
+        made.save(path)
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:

@@ -54,7 +54,7 @@ class Listed(Ragged):
         """All rows' values one after the other, as in any `Ragged`."""
         count = next(iter(values.values())).shape[0]
         # one step up wherever a row ends; beyond the last row there is nothing
-        ends = lengths.new_zeros(count + 1).index_add(0, lengths.cumsum(0), torch.ones_like(lengths))
+        ends = lengths.new_zeros(count + 1).scatter_add(0, lengths.cumsum(0), torch.ones_like(lengths))
         return cls(values, ends.cumsum(0)[:-1], lengths)
 
     def keep(self, marked: Tensor) -> Listed:
@@ -68,8 +68,9 @@ class Listed(Ragged):
         return torch.cat([x, torch.zeros_like(x[:1])]).index_select(0, self.rows)
 
     def sum(self, x: Tensor) -> Tensor:
-        """(B, ...) of (N, ...)."""
-        return x.new_zeros(self.lengths.shape[0] + 1, *x.shape[1:]).index_add(0, self.rows, x)[:-1]
+        """(B, ...) of (N, ...).  Not by ``index_add``: ONNX Runtime's threads lose summands of the step that it becomes."""
+        rows = self.rows.view(-1, *[1] * (x.dim() - 1)).expand_as(x)
+        return x.new_zeros(self.lengths.shape[0] + 1, *x.shape[1:]).scatter_add(0, rows, x)[:-1]
 
     def softmax(self, scores: Tensor) -> Tensor:
         """(N,) within each row; 0 for values of none."""

@@ -82,8 +82,9 @@ class GwPFMModule(PairwiseModule):
         self._keep("member", nn.functional.one_hot(self.part, len(names)).T.to(torch.get_default_dtype()))  # (G, F)
         self._keep("one", pairs[:, 0])
         self._keep("two", pairs[:, 1])
-        self._keep("within", (self.one == self.two).nonzero().squeeze(1))  # pairs of a group with itself ..
-        self._keep("scale", torch.where(self.one == self.two, 0.5, 1.0).unsqueeze(1))  # .. count every product twice
+        within = (self.one == self.two).unsqueeze(1)  # pairs of a group with itself ..
+        self._keep("within", within.to(self.member.dtype))
+        self._keep("scale", torch.where(within, 0.5, 1.0))  # .. count every product twice
         self.weights = nn.Parameter(torch.ones(len(pairs)))
         self.width += {"vector": self.k, "scalar": 1, "pairs": len(pairs) * self.k}[config.pooled]
 
@@ -96,9 +97,8 @@ class GwPFMModule(PairwiseModule):
         sums = (self.member @ e).view(rows, groups, groups, self.k)  # S, by group and partner group
         products = sums[:, self.one, self.two] * sums[:, self.two, self.one]  # (B, pairs, k)
         own = e.view(rows, -1, groups, self.k)[:, torch.arange(e.shape[1], device=e.device), self.part]  # e_(i,P(i))
-        squares = (self.member @ own.square())[:, self.one[self.within]]  # of the groups that are a pair
-        alone = len(self.within) == len(self.pairs)  # then ONNX's optimiser would take the addition for an assignment
-        products = products - squares if alone else products.index_add(1, self.within, -squares)
+        squares = self.member @ own.square()  # by group
+        products = products - self.within * squares[:, self.one]
         products = products * (self.scale * self.weights.unsqueeze(1))
         if self.pooled == "pairs":
             return products.flatten(1)
