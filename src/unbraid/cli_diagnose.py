@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ def diagnose(
     rows: Annotated[int, typer.Option(help="Rows of each split that a check looks at, at most.")] = 20_000,
     steps: Annotated[int, typer.Option(help="Steps of each short training.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the sample and of the short trainings.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Short trainings at once. [default: as the cores allow, at most 4]")] = 0,
     prove: Annotated[Path | None, typer.Option(help="Train the first remedies, too, in this folder.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of --prove.")] = 3,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what is finished in the folder of --prove.")] = False,
@@ -47,8 +49,9 @@ def diagnose(
     try:
         with Console() as watcher:
             found = examine(
-                bundle, rows=rows, steps=steps, seed=seed, only=tuple(only or ()), thorough=thorough, watcher=watcher
-            )
+                bundle, rows=rows, steps=steps, seed=seed, only=tuple(only or ()), thorough=thorough, watcher=watcher,
+                jobs=jobs or min(4, os.cpu_count() or 1),
+            )  # fmt: skip
             write(found)  # trainings take long: what is known already is not lost with them
             if prove is not None and not remedies(found):
                 watcher.note("! nothing to prove: no finding has a remedy that can be trained")

@@ -22,6 +22,7 @@ from unbraid.evaluate import Drawn
 from unbraid.losses.mcc import MCC
 from unbraid.losses.supervised import Supervised
 from unbraid.towers.single_task import SingleTask
+from unbraid.train import Local
 from unbraid.types import Task
 
 STEPS = 4
@@ -67,6 +68,22 @@ def test_a_gain_is_what_is_better_without_the_others_and_alone_of_two_is_without
     drop, alone = Interference().gains(case)
     assert alone["click"] == pytest.approx((0.15, 0.15, 0.15)) and alone["buy"] == pytest.approx((-0.05,) * 3)
     assert drop == {("buy", "click"): alone["click"], ("click", "buy"): alone["buy"]}
+
+
+@pytest.mark.slow
+def test_processes_find_the_same_gains(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Interference().gains(case)
+    monkeypatch.setattr("unbraid.diagnosis.case.WORTH_PROCESSES", 0.0)
+    asked = []
+    fit_apart = Local.fit_apart
+
+    def noted(self: Local, *given: Any, jobs: int = 1, **more: Any) -> Any:
+        asked.append(jobs)
+        return fit_apart(self, *given, jobs=jobs, **more)
+
+    monkeypatch.setattr(Local, "fit_apart", noted)
+    assert Interference().gains(replace(case, jobs=2)) == one
+    assert asked == [1, 2]
 
 
 def test_an_error_that_falls_is_a_gain() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +27,7 @@ from unbraid.train import Local, Watcher, predict
 from unbraid.types import Batch, Schema, Scores, Task
 
 REPLICATES = 300
+WORTH_PROCESSES = 20.0  # seconds of training; a new process imports torch for some seconds
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Case:
         rows: a check looks at no more than so many rows of a split, drawn once from ``seed``.
         steps: a check that trains (a copy) does so for no more steps.
         tables: in-memory tables by name, if the run has some; base: the folder that its tables are relative to.
+        jobs: short trainings that run at once, each in a process, where that is faster; the results are the same.
     """
 
     bundle: Bundle
@@ -46,11 +50,12 @@ class Case:
     tables: Tables | None = None
     base: Path = Path()
     watcher: Watcher = field(default_factory=Watcher)
+    jobs: int = 1
 
     @classmethod
     def of(
         cls, bundle: Bundle, *, rows: int = 20_000, steps: int = 60, seed: int = 0, tables: Tables | None = None,
-        watcher: Watcher | None = None,
+        watcher: Watcher | None = None, jobs: int = 1,
     ) -> Case:  # fmt: skip
         """The case of a bundle, whose data are encoded if they are not yet.  Raises DataError as `unbraid.data.encode.encode`."""
         watcher = watcher or Watcher()
@@ -62,7 +67,7 @@ class Case:
             left = encode(data, base, tables=tables, fitted=bundle.fitted, progress=watcher.stage)
         encoded = Encoded(left)
         attach(encoded, bundle.model, progress=watcher.stage)
-        return cls(bundle, encoded, rows, steps, seed, tables, watcher=watcher)
+        return cls(bundle, encoded, rows, steps, seed, tables, watcher=watcher, jobs=jobs)
 
     # ------------------------------------------------------------------------------------------------------- what there is
     @property
@@ -130,6 +135,27 @@ class Case:
             self.encoded, bound_terms(run, self.schema, copy.deepcopy(self.model)), run.update, run.training,  # type: ignore[arg-type]
             {task.name: task.weight for task in self.schema.tasks}, run.seed, augment=run.augment,
         )  # fmt: skip
+
+    def branches(
+        self, weights: Sequence[Mapping[str, float]], names: Sequence[str]
+    ) -> list[dict[str, tuple[str, Drawn]]]:
+        """The leading metrics (`leads`) of copies that train on from the trained weights, each with its weights of tasks.
+
+        All see the same batches.  The first trains here; if the others would take long, they do so in ``jobs`` processes.
+        """
+        model, found = copy.deepcopy(self.model), list[dict[str, tuple[str, Drawn]]]()
+        with contextlib.closing(self.session()) as session:
+            started = time.perf_counter()
+            rest = len(weights) - 1
+            for calls, jobs in ((weights[:1], 1), (weights[1:], self.jobs)):
+                given = [{"weights": each, "seed": (self.seed,), "stream": True} for each in calls]
+                jobs = jobs if rest * (time.perf_counter() - started) > WORTH_PROCESSES else 1
+                for trained, _ in session.fit_apart(model, self.steps, given, jobs=jobs):
+                    self.watcher.stage(names[len(found)], len(found) + 1, len(weights))
+                    copied = copy.deepcopy(self.model)
+                    copied.load_state_dict(trained)
+                    found.append(self.leads(predict(copied, self.batches("valid"), self.schema)))
+        return found
 
     # ---------------------------------------------------------------------------------------------------------- statistics
     def leads(self, scores: Scores) -> dict[str, tuple[str, Drawn]]:

@@ -58,6 +58,7 @@ EXPLAINS = {  # name -> what it explains of the same subject
 def diagnose(
     bundle: Bundle | str | Path, *, rows: int = 20_000, steps: int = 100, seed: int = 0, only: Sequence[str] = (),
     thorough: bool = False, tables: Tables | None = None, checks: Sequence[Check] = CHECKS, watcher: Watcher | None = None,
+    jobs: int = 1,
 ) -> Report:  # fmt: skip
     """Examine a trained run.
 
@@ -68,6 +69,8 @@ def diagnose(
         only: names of checks, `THOROUGH` ones among them; empty: all.
         thorough: those of `THOROUGH`, too, which train a whole model each.
         checks: what to look for, in the place of `CHECKS`.
+        jobs: short trainings that run at once, each in a process of its own, where they would take long one after another.  A
+            script that asks for several should stand under ``if __name__ == "__main__":``.
 
     Returns:
         The report, without proofs (`unbraid.diagnosis.prove`).
@@ -81,9 +84,8 @@ def diagnose(
     chosen = chosen_of(checks, only, thorough)
     folder = None if isinstance(bundle, Bundle) else Path(bundle)
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-    if loaded.run.training.threads:  # as its training had
-        torch.set_num_threads(loaded.run.training.threads)
-    case = Case.of(loaded, rows=rows, steps=steps, seed=seed, tables=tables, watcher=watcher)
+    torch.set_num_threads(loaded.run.training.threads or max(1, torch.get_num_threads() // jobs))  # as its training had
+    case = Case.of(loaded, rows=rows, steps=steps, seed=seed, tables=tables, watcher=watcher, jobs=jobs)
     found, skipped, failed = list[Diagnosis](), dict[str, str](), dict[str, str]()
     for check in chosen:
         watcher.stage(check.title, 0, 0)

@@ -21,7 +21,6 @@ It is the first round of the ForkMerge schedule with every subset's branch, and 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -35,11 +34,9 @@ from unbraid.config import Run
 from unbraid.diagnosis.case import Case, names_of, paired
 from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remedy
 from unbraid.diagnosis.plots import Heat
-from unbraid.evaluate import Drawn
 from unbraid.optim.adatask import AdaTask
 from unbraid.schedules.fork_merge import ForkMerge
 from unbraid.towers.experts import MMoE
-from unbraid.train import predict
 from unbraid.types import Batch, Finding
 
 Gain = tuple[float, float, float]
@@ -89,32 +86,29 @@ class Interference:
     def gains(self, case: Case) -> tuple[dict[tuple[str, str], Gain], dict[str, Gain]]:
         """(k, t) -> what t gains without k; t -> what it gains alone.  Both with paired intervals on validation rows."""
         tasks = [task.name for task in case.schema.tasks]
-        session = case.session()
-        weights = dict(session.weights)
+        weights = {task.name: task.weight for task in case.schema.tasks}
+        left_out = tasks if len(tasks) > 2 else []
+        lone = [task.name for task in case.targets]
+        branches = [
+            weights,
+            *({**weights, k: 0.0} for k in left_out),
+            *({name: weight if name == t else 0.0 for name, weight in weights.items()} for t in lone),
+        ]
+        names = ["all tasks", *(f"without {k}" for k in left_out), *(f"{t} alone" for t in lone)]
+        found = dict(zip(names, case.branches(branches, names), strict=True))
 
-        def trained(kept: Mapping[str, float]) -> dict[str, tuple[str, Drawn]]:
-            model = copy.deepcopy(case.model)
-            session.fit(model, case.steps, weights=kept, seed=(case.seed,), stream=True)
-            return case.leads(predict(model, case.batches("valid"), case.schema))
-
-        together = trained(weights)
-
-        def gain(found: Mapping[str, tuple[str, Drawn]], task: str) -> Gain | None:
-            return paired(together.get(task), found.get(task))
+        def gain(branch: str, task: str) -> Gain | None:
+            return paired(found["all tasks"].get(task), found[branch].get(task))
 
         drop: dict[tuple[str, str], Gain] = {}
         alone: dict[str, Gain] = {}
-        for k in tasks if len(tasks) > 2 else ():
-            case.watcher.stage(f"without {k}", 0, 0)
-            found = trained({**weights, k: 0.0})
-            for task in case.targets:
-                if task.name != k and (more := gain(found, task.name)) is not None:
-                    drop[k, task.name] = more
-        for task in case.targets:
-            case.watcher.stage(f"{task.name} alone", 0, 0)
-            found = trained({name: weight if name == task.name else 0.0 for name, weight in weights.items()})
-            if (more := gain(found, task.name)) is not None:
-                alone[task.name] = more
+        for k in left_out:
+            for task in lone:
+                if task != k and (more := gain(f"without {k}", task)) is not None:
+                    drop[k, task] = more
+        for task in lone:
+            if (more := gain(f"{task} alone", task)) is not None:
+                alone[task] = more
         if len(tasks) == 2:  # without the other one is alone
             drop = {(k, t): each for t, each in alone.items() for k in tasks if k != t}
         return drop, alone
