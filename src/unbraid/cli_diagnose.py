@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def diagnose(
     bundle: Annotated[Path, typer.Argument(help="A trained bundle.")],
     html: Annotated[Path | None, typer.Option(help="Write the page here. Needs the extra `report`.")] = None,
+    docs: Annotated[str, typer.Option(help="Address of the documentation, which the page then links to.")] = "",
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json-file", help="Write JSON here.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A check, by name. Repeat it. [default: all]")] = None,
@@ -42,7 +43,9 @@ def diagnose(
     from unbraid.progress import Console
 
     def write(report: Report) -> None:
-        for path, render in ((html, rendered.html), (markdown, rendered.markdown), (json_file, rendered.dump)):
+        if html is not None:
+            store.write_text(html, rendered.html(report, docs=docs))
+        for path, render in ((markdown, rendered.markdown), (json_file, rendered.dump)):
             if path is not None:
                 store.write_text(path, render(report))
 

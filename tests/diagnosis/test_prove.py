@@ -199,8 +199,9 @@ def test_a_leak_is_found_left_out_and_proved_through_the_command_and_a_kill(
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "p").rglob("weights.safetensors")}
     assert len(before) == 2 == len(trained)
 
-    proved = ask(*asked, "--resume", *files)
+    proved = ask(*asked, "--resume", *files, "--docs", "https://docs.example.org")
     assert proved.exit_code == 0, proved.output
+    assert 'href="https://docs.example.org/diagnosis.md#' in (tmp_path / "r.html").read_text()
     assert all(path.stat().st_mtime_ns == at for path, at in before.items()), "finished runs are not trained again"
     assert len(list((tmp_path / "p").rglob("weights.safetensors"))) == 4
     found = report.load((tmp_path / "r.json").read_text())
