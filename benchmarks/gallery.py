@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "gallery")
     parser.add_argument("--work", type=Path, default=Path("runs/gallery"), help="folder of the trainings")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="short trainings at once")
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args()
     out: Path = asked.out
@@ -41,11 +42,16 @@ def main() -> None:
     reports, seconds = {}, {}
     for run in runs:
         folder = asked.work / "compare" / run.name / f"seed-{run.seed}"
+        kept = asked.work / f"{run.name}.json"
         started = time.perf_counter()
-        made = diagnose(folder, steps=5 if asked.quick else 100, thorough=not asked.quick)
+        if kept.exists():  # only written anew
+            made = report.load(kept.read_text())
+        else:
+            made = diagnose(folder, steps=5 if asked.quick else 100, thorough=not asked.quick, jobs=asked.jobs)
+            if run.name == PROVED and not asked.quick:
+                made = prove(made, Bundle.load(folder).run, asked.work / "prove", seeds=seeds, resume=True)
+            kept.write_text(report.dump(made))
         seconds[run.name] = time.perf_counter() - started
-        if run.name == PROVED and not asked.quick:
-            made = prove(made, Bundle.load(folder).run, asked.work / "prove", seeds=seeds, resume=True)
         reports[run.name] = made
         (out / f"{run.name}.html").write_text(report.html(made, docs=DOCS), encoding="utf-8")
         (out / f"{run.name}.md").write_text(report.markdown(made), encoding="utf-8")

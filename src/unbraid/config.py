@@ -8,7 +8,9 @@ place and what is allowed.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -396,9 +398,24 @@ def _plain(value: Any, defaults: bool) -> Any:
     return [_plain(v, defaults) for v in value] if isinstance(value, tuple | list) else value
 
 
+_PLAIN_LIST = (
+    r"^([A-Za-z0-9_-]+ = \[)\n((?: {4}(?:\"[^\"\\\n]*\"|[\w.+:-]+),\n)+)\]"  # of text without quotes, and of numbers
+)
+
+
 def dumps(run: Run, *, defaults: bool = False) -> str:
     """The run as TOML."""
-    return tomli_w.dumps(to_dict(run, defaults=defaults))
+    return written(to_dict(run, defaults=defaults))
+
+
+def written(plain: Mapping[str, Any]) -> str:
+    """Values as TOML, each list of plain ones on one line if it fits."""
+
+    def joined(found: re.Match[str]) -> str:
+        line = found[1] + ", ".join(item.strip().rstrip(",") for item in found[2].splitlines()) + "]"
+        return line if len(line) <= 100 else found[0]
+
+    return re.sub(_PLAIN_LIST, joined, tomli_w.dumps(plain), flags=re.M)
 
 
 def differences(one: Run, other: Run) -> list[str]:
@@ -424,6 +441,8 @@ def override(run: Run, settings: Sequence[str]) -> Run:
         try:
             value = tomllib.loads(f"x = {text}")["x"]
         except tomllib.TOMLDecodeError:
+            value = text
+        if isinstance(value, dt.date | dt.time):  # a run has times as text
             value = text
         _assign(plain, path.strip().split("."), value, setting)
     try:

@@ -208,7 +208,8 @@ def _require_ours(folder: Path) -> None:
     """Raises JobError when a folder holds anything that no run wrote."""
     try:
         text = (folder / "run.toml").read_text()
-        ours = tomli_w.dumps(tomllib.loads(text)) == text  # what a person writes has comments, or another form
+        plain = tomllib.loads(text)  # what a person writes has comments, or another form
+        ours = text in (config.written(plain), tomli_w.dumps(plain))  # the latter: runs of earlier versions
     except (OSError, ValueError):
         ours = False
     other = [part.name for part in sorted(folder.iterdir()) if not any(part.match(pattern) for pattern in WRITES)]
