@@ -16,6 +16,7 @@ from unbraid.cli_diagnose import diagnose
 from unbraid.cli_export import export
 from unbraid.cli_serve import serve
 from unbraid.cli_store import store_app
+from unbraid.cli_tune import tune
 
 if TYPE_CHECKING:
     from unbraid.config import Run
@@ -75,7 +76,7 @@ def load_run(
 
     run = config.load(path) if path is not None else recipes.get(recipe) if recipe else recipes.DEFAULT()
     if settings:
-        run = config.override(run, settings)
+        run = config.with_base(config.override(run, settings), Path.cwd())  # paths that were typed are of here
     if seed is not None:
         run = dataclasses.replace(run, seed=seed)
     if init is not None:
@@ -353,6 +354,7 @@ app.command()(calibrate)
 app.command()(diagnose)
 app.command()(export)
 app.command()(serve)
+app.command()(tune)
 
 
 @app.command()

@@ -110,7 +110,7 @@ def compare(
     folders = [out / run.name / f"seed-{run.seed}" for run in trials]
     _prepare(out, folders, resume or overwrite)
     for run in runs:
-        _try_to_build(run, tables, watcher)
+        try_to_build(run, tables, watcher)
     found: dict[str, list[Slices]] = {run.name: [] for run in runs}
     costs: dict[str, list[dict[str, Any]]] = {run.name: [] for run in runs}
     first: dict[str, Scores] = {}
@@ -158,7 +158,7 @@ def check(runs: Sequence[config.Run], seeds: int, against: str, metric: str, any
         raise JobError(f"--against should be one of {', '.join([*names, BASELINE])}. Found {against}.")
     if against == BASELINE and _with_baseline(runs) is None:
         raise JobError(f"There is no {BASELINE} to compare with: no run has an id feature, a user or a domain.")
-    allowed = sorted({name for run in runs for task in run.data.tasks for name in _metrics(run.data, task)})
+    allowed = sorted({name for run in runs for task in run.data.tasks for name in metrics_of(run.data, task)})
     if metric and metric not in allowed:
         raise JobError(f"--metric should be one of {', '.join(allowed)}. Found {metric}.")
     for run in runs[1:]:
@@ -187,7 +187,7 @@ def budget_of(run: config.Run) -> dict[str, Any]:
     return found | {f"schedule.{key}": getattr(schedule, key) for key in getattr(schedule, "budget", ())}
 
 
-def _metrics(data: Data, task: Task) -> list[str]:
+def metrics_of(data: Data, task: Task) -> list[str]:
     """The metrics of a task that have a better side."""
     ranks = [f"{name}@{k}" for name in ("ndcg", "recall") for k in (5, 10)] if data.request else []
     binary = ["auc", "gauc", "logloss", "ece", "accuracy", *ranks]
@@ -214,7 +214,7 @@ def _prepare(out: Path, folders: Sequence[Path], again: bool) -> None:
         )
 
 
-def _try_to_build(run: config.Run, tables: Tables | None, watcher: Watcher) -> None:
+def try_to_build(run: config.Run, tables: Tables | None, watcher: Watcher) -> None:
     """What does not fit together is said before anything trains, with the run's name."""
     if run.init:
         return  # its vocabularies grow from a bundle's

@@ -7,6 +7,7 @@ place and what is allowed.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime as dt
 import difflib
@@ -333,9 +334,9 @@ SLOTS = ("model.tower", "model.history", "model.interaction", "model.experts.*.i
 
 
 def from_dict(plain: dict[str, Any], where: str = "the run") -> Run:
-    """A run from plain dicts.  Raises RunError."""
+    """A run from plain dicts.  A table ``tune`` is a search's (`unbraid.tune.space`) and no part of a run.  Raises RunError."""
     try:
-        return ADAPTER.validate_python(plain)
+        return ADAPTER.validate_python({key: value for key, value in plain.items() if key != "tune"})
     except ValidationError as error:
         raise RunError(explain(error, where)) from None
 
@@ -433,7 +434,7 @@ def differences(one: Run, other: Run) -> list[str]:
 
 def override(run: Run, settings: Sequence[str]) -> Run:
     """The run with ``a.b=value`` settings (values in TOML; a bare word is text).  Raises RunError for unknown paths."""
-    plain = to_dict(run)
+    changes: list[tuple[str, Any, str]] = []
     for setting in settings:
         path, eq, text = setting.partition("=")
         if not eq:
@@ -444,23 +445,33 @@ def override(run: Run, settings: Sequence[str]) -> Run:
             value = text
         if isinstance(value, dt.date | dt.time):  # a run has times as text
             value = text
-        _assign(plain, path.strip().split("."), value, setting)
+        changes.append((path.strip(), value, f"--set {setting}"))
+    return changed(run, changes)
+
+
+def changed(run: Run, changes: Sequence[tuple[str, Any, str]]) -> Run:
+    """The run with values or whole tables at dotted paths, each with how the user wrote it.  Raises RunError."""
+    plain = to_dict(run)
+    for path, value, said in changes:
+        _assign(plain, path.split("."), copy.deepcopy(value), said)
     try:
         return ADAPTER.validate_python(plain)
     except ValidationError as error:
-        asked = " ".join(f"--set {setting}" for setting in settings)
+        asked = " ".join(said for _, _, said in changes)
         raise RunError(f"{explain(error)} (with {asked if len(asked) < 100 else asked[:100] + ' ...'})") from None
 
 
-def _assign(plain: Any, keys: list[str], value: Any, setting: str) -> None:
+def _assign(plain: Any, keys: list[str], value: Any, said: str) -> None:
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
+        if not isinstance(plain, dict | list):
+            raise RunError(f"`{said}`: `{'.'.join(keys[:depth])}` is {plain!r}, which has no keys.")
         if isinstance(plain, list):
             if not (key.isdigit() and int(key) < len(plain)):
                 named = {item.get("name"): i for i, item in enumerate(plain) if isinstance(item, dict)}
                 if key not in named:
                     items = [n for n in named if n] or list(range(len(plain)))
-                    raise RunError(f"`--set {setting}`: `{key}` is not one of {items}.")
+                    raise RunError(f"`{said}`: `{key}` is not one of {items}.")
                 key = str(named[key])
             if last:
                 plain[int(key)] = value

@@ -112,6 +112,36 @@ def _train(
     watcher: Watcher,
 ) -> Result:  # fmt: skip
     """`train` once its folder is ready."""
+    encoded, trained, session = learn(run, folder, tables=tables, resume=resume, watcher=watcher)
+    schema = encoded.schema
+    session.watcher.stage("evaluating", 0, 0)
+    scores = predict(trained, encoded.in_order(encoded.split("test"), EVALUATION_ROWS), schema, device=session.device)
+    metrics = measure(run, encoded, trained, scores, session, baseline)
+    bundle = Bundle(run, encoded.fitted, trained.cpu().eval(), metrics)
+    if folder is not None:
+        if keep_scores:
+            state = {part.name: getattr(scores, part.name) for part in dataclasses.fields(scores)}
+            store.save(folder / "scores.safetensors", state)
+        bundle.save(folder)
+        store.write_text(folder / "report.md", report(run, metrics))
+        for path in folder.glob("*.safetensors"):  # a finished run needs its checkpoints no more
+            if path.name.startswith(("fit-", "schedule-")):
+                path.unlink()
+    watcher.measured(metrics)
+    return Result(bundle, metrics, folder)
+
+
+def learn(
+    run: config.Run, folder: Path | None, *, tables: Tables | None = None, resume: bool = False, watcher: Watcher
+) -> tuple[Encoded, Model, Local]:  # fmt: skip
+    """Encode and train a run.  The test split is not looked at.
+
+    Args:
+        folder: where checkpoints and the log go, if anywhere; the rest as of `train`.
+
+    Returns:
+        The encoded data, the trained model on the session's device, and the session, whose processes have ended.
+    """
     old = Bundle.load(run.init) if run.init else None
     encoded = Encoded(encode(run.data, tables=tables, grow=old.fitted if old else None, progress=watcher.stage))
     schema = encoded.schema
@@ -139,21 +169,7 @@ def _train(
     attach(encoded, model, augment=run.augment, progress=watcher.stage, device=device)
     with contextlib.closing(session):
         trained = run.schedule(session, model, session.total_steps())
-    session.watcher.stage("evaluating", 0, 0)
-    scores = predict(trained, encoded.in_order(encoded.split("test"), EVALUATION_ROWS), schema, device=device)
-    metrics = measure(run, encoded, trained, scores, session, baseline)
-    bundle = Bundle(run, encoded.fitted, trained.cpu().eval(), metrics)
-    if folder is not None:
-        if keep_scores:
-            state = {part.name: getattr(scores, part.name) for part in dataclasses.fields(scores)}
-            store.save(folder / "scores.safetensors", state)
-        bundle.save(folder)
-        store.write_text(folder / "report.md", report(run, metrics))
-        for path in folder.glob("*.safetensors"):  # a finished run needs its checkpoints no more
-            if path.name.startswith(("fit-", "schedule-")):
-                path.unlink()
-    watcher.measured(metrics)
-    return Result(bundle, metrics, folder)
+    return encoded, cast(Model, trained), session
 
 
 def _prepare(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bool:

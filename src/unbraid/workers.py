@@ -51,8 +51,8 @@ class Workers:
     """Processes that wait for calls of ``fit``."""
 
     def __init__(self) -> None:
-        self.idle: list[_Worker] = []
-        self.busy: dict[Connection, _Worker] = {}
+        self.idle: list[Worker] = []
+        self.busy: dict[Connection, Worker] = {}
 
     def fit_apart(
         self, session: Local, model: nn.Module, steps: int, calls: Sequence[Mapping[str, Any]], jobs: int
@@ -80,7 +80,7 @@ class Workers:
         waiting, finished, told = list(enumerate(tasks)), set[int](), 0
         while told < len(tasks):
             while waiting and len(self.busy) < jobs:
-                worker = self.idle.pop() if self.idle else _Worker()
+                worker = self.idle.pop() if self.idle else Worker()
                 worker.give(*waiting.pop(0))
                 self.busy[worker.pipe] = worker
             for pipe in wait(list(self.busy)):
@@ -97,20 +97,21 @@ class Workers:
         for worker in (*self.idle, *self.busy.values()):
             worker.process.terminate()
         for worker in (*self.idle, *self.busy.values()):
-            worker.process.join()
-            worker.pipe.close()
+            worker.end()
         self.idle, self.busy = [], {}
 
 
-class _Worker:
+class Worker:
     """One process, and our end of its pipe."""
+
+    name = "unbraid-fit"
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         settings = (torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
         self.process: SpawnProcess = context.Process(
-            target=_work, args=(theirs, settings), daemon=True, name="unbraid-fit"
+            target=self.work, args=(theirs, settings), daemon=True, name=self.name
         )
         self.process.start()
         theirs.close()  # else this process would keep the pipe of a dead worker open
@@ -128,10 +129,25 @@ class _Worker:
             return self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-            raise ChildProcessError(
-                f"The process of training no. {self.place + 1} of those that run at once ended by "
-                f"{_ending(self.process.exitcode or 0)}. Checkpoints are kept: resume, with fewer `jobs` if memory was short."
-            ) from None
+            raise ChildProcessError(self.lost(_ending(self.process.exitcode or 0))) from None
+
+    def lost(self, ending: str) -> str:
+        """What to say of a process that is gone."""
+        return (
+            f"The process of training no. {self.place + 1} of those that run at once ended by {ending}. "
+            "Checkpoints are kept: resume, with fewer `jobs` if memory was short."
+        )
+
+    def end(self) -> None:
+        """End the process."""
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
+
+    @staticmethod
+    def work(pipe: Connection, settings: tuple[int, torch.dtype, bool]) -> None:
+        """What the process does: tasks until there are no more."""
+        _work(pipe, settings)
 
 
 def _ending(code: int) -> str:
