@@ -21,9 +21,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @contextlib.contextmanager
 def _opened(address: str, make: bool = False) -> Iterator[Store]:
-    """The store of an address; what goes wrong ends the command with one message."""
+    """The store of an address."""
+    from unbraid.serve.store import open_store
+
+    with _failing(address, make), contextlib.closing(open_store(address)) as store:
+        yield store
+
+
+@contextlib.contextmanager
+def _failing(address: str, make: bool = False) -> Iterator[None]:
+    """What goes wrong with a store ends the command with one message; so does a folder without one."""
     from unbraid.cli import fail
-    from unbraid.serve.store import StoreError, open_store
+    from unbraid.serve.store import StoreError
 
     try:
         folder = Path(address.removeprefix("lmdb:"))
@@ -31,8 +40,7 @@ def _opened(address: str, make: bool = False) -> Iterator[Store]:
             raise ValueError(
                 f"There is no history store in {folder}. `unbraid store import BUNDLE {folder}` makes one."
             )
-        with contextlib.closing(open_store(address)) as store:
-            yield store
+        yield
     except (StoreError, ValueError, OSError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -53,6 +61,12 @@ def import_(
     bundle: Annotated[Path, typer.Argument(help="A trained bundle: the events are those of its run.")],
     address: Address,
     folder: Annotated[Path | None, typer.Option(help="Read the run's tables from this folder.")] = None,
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="events: what histories read; rows: all that training reads. [default: events, or as before]"
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Append all events of a run's tables.  Repeat it as often as you like: events that are there stay as they are."""
@@ -69,13 +83,46 @@ def import_(
         if folder is not None:
             data = dataclasses.replace(data, folder=str(folder.resolve()))
         with Console(quiet=as_json) as watcher:
-            found = import_events(data, store, progress=watcher.stage)
+            found = import_events(data, store, keep=keep, progress=watcher.stage)
         durability = store.durability
     if as_json:
         print(json.dumps(found))
         return
     print(f"{address}: {found['read']:,} events read, {found['new']:,} new, {found['no_user']:,} without a user")
     print(f"kept   {durability}")
+
+
+@store_app.command()
+def export(
+    address: Address,
+    folder: Annotated[Path, typer.Argument(help="A new folder: a run reads it as `data.folder`.")],
+    since: Annotated[str, typer.Option(help="From this time on: a date, or a number in the run's unit.")] = "",
+    until: Annotated[str, typer.Option(help="Before this time.")] = "",
+    table: Annotated[
+        list[str] | None, typer.Option(help="An event table of the run; `rows`: its rows. Repeat it. [default: all]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write what a store holds as the tables of its run, in order of time.  Of a store that keeps rows (`import --keep rows`)."""
+    from unbraid.data.source import instant
+    from unbraid.progress import Console
+    from unbraid.serve.exporter import export_events
+    from unbraid.serve.importer import PER_SECOND
+
+    with _opened(address) as store:
+        unit = float(store.get(PER_SECOND) or 1)
+        first, end = (
+            instant(int(at) if at.lstrip("-").isdigit() else at, unit) if at else None for at in (since, until)
+        )
+        with Console(quiet=as_json) as watcher:
+            found = export_events(
+                store, folder, since=first, until=end, tables=table or (), overwrite=overwrite, progress=watcher.stage
+            )
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"{folder}: {', '.join(f'{rows:,} of {name}' for name, rows in found.items())}")
 
 
 @store_app.command()
@@ -87,6 +134,24 @@ def stats(address: Address, as_json: AsJson = False) -> None:
         print(json.dumps({**found, "durability": durability}))
         return
     print(f"users  {found['users']:,}\nevents {found['events']:,}\nbytes  {found['bytes']:,}\nkept   {durability}")
+
+
+@store_app.command()
+def check(address: Address, as_json: AsJson = False) -> None:
+    """Look at a whole store: its pages, records and counters.  Exit code 1 where something is wrong."""
+    import dataclasses
+
+    from unbraid.serve import check as look
+
+    with _failing(address):
+        found = look.check(address)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+    else:
+        print(f"{address}: {found.users:,} users, {found.events:,} events looked at")
+        print("\n".join(f"wrong  {problem}" for problem in found.problems) or "nothing is wrong")
+        print(f"and {found.more:,} more" * bool(found.more), end="\n" * bool(found.more))
+    raise typer.Exit(int(bool(found.problems)))
 
 
 @store_app.command()

@@ -213,8 +213,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(final: str | Path) -> Iterator[Path]:
+def atomic_folder(final: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """A new folder that appears as ``final`` when the block ends, whole, and not at all when the block raises.
+
+    Args:
+        replace: a folder that is there goes in that moment; killed right then, neither is there.
 
     Yields:
         an empty temporary folder beside ``final``.
@@ -223,7 +226,7 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
         FileExistsError: ``final`` exists, and is not an empty folder.
     """
     final = Path(final)
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+    if final.exists() and not (final.is_dir() and (replace or not any(final.iterdir()))):
         raise FileExistsError(f"{final} exists. Delete it, or choose another folder.")
     with _temporary(final) as temporary:
         temporary.mkdir()
@@ -232,7 +235,10 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
             for name in names:
                 _sync(Path(folder) / name)
             _sync_folder(Path(folder))
-        os.replace(temporary, final)
+        with _temporary(final) as old:
+            if replace and final.exists():
+                os.replace(final, old)
+            os.replace(temporary, final)
     _sync_folder(final.parent)
 
 

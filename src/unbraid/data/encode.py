@@ -50,6 +50,7 @@ from unbraid.data.source import (
     root_of,
     rows_plan,
     to_time,
+    with_split,
 )  # fmt: skip
 from unbraid.data.text import holds_whole_numbers, whole_numbers
 from unbraid.data.vocabulary import canonical, canonical_type
@@ -114,7 +115,7 @@ def encode(
         with reading(f"The rows `{data.rows}`"), atomic_folder(final) as folder:
             check_joins(data, base, tables)
             state = fitted or fit(data, base, tables, grow, progress)
-            write(data, base, tables, state, folder, teach=fitted is None, progress=progress)
+            write(data, base, tables, state, folder, teach=not (fitted or grow), progress=progress)
     except OSError as error:
         if (final / "columns.json").exists():  # another process was faster
             return final
@@ -194,7 +195,8 @@ def write(
     """One pass over the rows, one over each event source, into ``folder``.
 
     Args:
-        query: rows to predict instead of the declared ones; teach: raise when the training split cannot teach a task.
+        query: rows to predict instead of the declared ones.
+        teach: raise when the training split cannot teach a task; one that is known already may have one class alone.
     """
     plan = rows_plan(data, base, tables, query)
     schema, labels = plan.collect_schema(), query is None
@@ -233,6 +235,8 @@ def write(
 def _number_of_rows(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame | None) -> int:
     """Of `rows_plan`, without joining and without drawing negatives."""
     plan = kept_rows(data, base, tables) if query is None else query
+    if query is None and data.split.train_from != "":
+        plan = with_split(plan, data)
     copies = 1 + data.negatives.per_positive if data.negatives and query is None else 1
     return copies * plan.select(pl.len()).collect(engine="streaming").item()
 

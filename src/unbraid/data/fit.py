@@ -56,10 +56,18 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
     vocabularies = _fit_vocabularies(data, base, tables, train, schema, grow)
     learnt = {f.name: _fit_number(f, train, schema) for f in data.features if f.kind == "number"}
     numbers = {name: found for name, (found, _, _) in learnt.items()}
+    if grow:  # weights to start from were learnt on numbers of their own scale, where the column was not empty
+        same = [f.name for f in data.features if f.kind == "number" and f in grow.schema.features]
+        numbers |= {name: grow.schema.numbers[name] for name in same if grow.schema.quantiles.get(name)}
     quantiles = {name: found for name, (_, found, _) in learnt.items()}
     whole = {name: found for name, (_, _, found) in learnt.items()}
     widths = {f.name: _fit_width(f, train, schema) for f in data.features if f.kind == "vector"}
-    classes = {t.name: _fit_classes(data, t, train, schema) for t in data.tasks if t.kind == "multiclass"}
+    known = grow.schema.classes if grow else {}
+    classes = {
+        t.name: _fit_classes(data, t, train, schema, known.get(t.name, ()))
+        for t in data.tasks
+        if t.kind == "multiclass"
+    }
     domains = tuple(vocabularies["domain "].names()) if data.domain else ("(unknown)", "(missing)", "all")
     sizes = {name: v.size for name, v in vocabularies.items() if name != "domain "}
     if data.histories:
@@ -289,9 +297,14 @@ def _fit_width(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any])
     return widths[0]
 
 
-def _fit_classes(data: Data, task: Task, train: pl.LazyFrame, schema: Mapping[str, Any]) -> tuple[str, ...]:
+def _fit_classes(
+    data: Data, task: Task, train: pl.LazyFrame, schema: Mapping[str, Any], known: tuple[str, ...]
+) -> tuple[str, ...]:  # fmt: skip
+    """The classes of a task; those that an earlier model knows, where no other is there."""
     expr = canonical(label_expression(data, task, schema), _dtype(task.source, schema))
     values = train.select(expr.drop_nulls().unique().sort().cast(pl.String).alias("value")).collect()["value"]
+    if set(values) <= set(known):
+        return known
     if len(values) < 2:
         raise DataError(
             f"Task `{task.name}`: the training split has {len(values)} class(es) of `{task.source}`; two are needed."

@@ -112,6 +112,7 @@ class Split:
             them validate: for a log in order of time that has no time; files of a table in order of their names).
         valid_from, test_from: ISO dates or date-times (UTC unless they carry an offset), or numbers in the column's
             unit.
+        train_from: for kind ``time``: earlier rows are in no split; they are events of later rows, and no more.
         column: for kind ``column``.
         valid, test: shares of users, or of rows for kind ``order``; seed: of the hash.
     """
@@ -120,6 +121,7 @@ class Split:
     kind: Literal["time", "column", "user", "order"] = "user"
     valid_from: str | int = ""
     test_from: str | int = ""
+    train_from: str | int = ""
     column: str = ""
     valid: float = 0.1
     test: float = 0.1
@@ -128,6 +130,8 @@ class Split:
     def __post_init__(self) -> None:
         if self.kind == "time" and (self.valid_from == "" or self.test_from == ""):
             raise ValueError("A split by time needs `valid_from` and `test_from`.")
+        if self.kind != "time" and self.train_from != "":
+            raise ValueError(f"`train_from` is for a split by time. Found kind `{self.kind}`.")
         if self.kind == "column" and not self.column:
             raise ValueError("A split by column needs `column`.")
         if self.kind in ("user", "order") and not (0 < self.valid and 0 < self.test and self.valid + self.test < 1):
@@ -552,10 +556,12 @@ def instant(value: str | int, per_second: float) -> int:
 def with_split(plan: pl.LazyFrame, data: Data) -> pl.LazyFrame:
     """The kept rows with a column `SPLIT`: 0, 1 or 2 for train, valid and test; null where a split column says something else.
 
-    A split by order counts the rows first: another pass over the file.
+    A split by order counts the rows first: another pass over the file.  Rows before ``train_from`` are left out.
     """
     if data.split.kind != "order":
-        return plan.with_columns(_split_expression(data, plan.collect_schema()).alias(SPLIT))
+        have = plan.collect_schema()
+        split = plan.with_columns(_split_expression(data, have).alias(SPLIT))
+        return split if data.split.train_from == "" else split.filter(_from(data, have))
     rows = plan.select(pl.len()).collect(engine="streaming").item()
     test = rows - round(rows * data.split.test)
     valid = test - round(rows * data.split.valid)
@@ -566,12 +572,7 @@ def with_split(plan: pl.LazyFrame, data: Data) -> pl.LazyFrame:
 def _split_expression(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
     split = data.split
     if split.kind == "time":
-        time, per_second = to_time(
-            expression(data.time, schema, "data.time"),
-            _dtype(data.time, schema),
-            data.time_unit,
-            f"Column `{data.time}`",
-        )
+        time, per_second = _time_of_rows(data, schema)
         first, second = instant(split.valid_from, per_second), instant(split.test_from, per_second)
         if first >= second:
             raise DataError(f"`valid_from` should be before `test_from`. Found {split.valid_from}, {split.test_from}.")
@@ -582,6 +583,21 @@ def _split_expression(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
     user = expression(data.user, schema, "data.user").cast(pl.String)
     draw = user.map_batches(lambda s: stable_uniform(s, split.seed), return_dtype=pl.Float64, is_elementwise=True)
     return (draw < split.test + split.valid).cast(pl.Int8) + (draw < split.test).cast(pl.Int8)
+
+
+def _time_of_rows(data: Data, schema: Mapping[str, Any]) -> tuple[pl.Expr, float]:
+    read, dtype = expression(data.time, schema, "data.time"), _dtype(data.time, schema)
+    return to_time(read, dtype, data.time_unit, f"Column `{data.time}`")
+
+
+def _from(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
+    """Whether a row is not before ``train_from``.  Raises DataError when that is not before ``valid_from``."""
+    time, per_second = _time_of_rows(data, schema)
+    first, second = (instant(at, per_second) for at in (data.split.train_from, data.split.valid_from))
+    if first >= second:
+        found = f"{data.split.train_from}, {data.split.valid_from}"
+        raise DataError(f"`train_from` should be before `valid_from`. Found {found}.")
+    return ~(time < first).fill_null(False)  # a row without a time is refused elsewhere
 
 
 def stable_uniform(values: pl.Series, seed: int) -> pl.Series:

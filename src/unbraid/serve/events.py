@@ -20,12 +20,14 @@ from unbraid.data import source as src
 from unbraid.data.events import NO_TIME, encode_events, event_expressions, exploded
 from unbraid.data.fitted import Fitted
 from unbraid.data.vocabulary import stable_hash
+from unbraid.serve.kept import keeps_rows, noted, trained_columns
 from unbraid.serve.rows import (
     Column,
     Joins,
     RequestError,
     RowReader,
     Types,
+    as_json,
     each,
     example,
     here,
@@ -34,8 +36,9 @@ from unbraid.serve.rows import (
     roots,
     series,
     table_types,
+    widest,
 )
-from unbraid.serve.store import Record
+from unbraid.serve.store import Record, Store
 
 
 class Table:
@@ -43,19 +46,24 @@ class Table:
 
     Args:
         name: of the table; data, fitted, joins: of the run; rows: its reader of rows; tables: tables in memory.
+        store: that records go to, if any: whether it keeps whole rows.
 
     Attributes:
-        types: raw column -> type, of all that an event brings; values: the columns that a record keeps.
+        types: raw column -> type, of all that an event brings; values: the columns that a record keeps; reads: of those, what
+            histories read.
     """
 
     def __init__(
-        self, name: str, data: src.Data, fitted: Fitted, joins: Joins, rows: RowReader, tables: src.Tables | None
-    ) -> None:
+        self, name: str, data: src.Data, fitted: Fitted, joins: Joins, rows: RowReader, tables: src.Tables | None,
+        store: Store | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.fitted, self.reader = name, fitted, rows
         self.sources = [(place, one) for place, one in enumerate(data.events) if one.table == name]
         # who sends an event again gives it the same id; a second one that is equal is another event
         self.data = dataclasses.replace(data, drop_duplicates=False, events=tuple(one for _, one in self.sources))
-        have = event_types(name, data, fitted, rows, tables)
+        whole = store is not None and keeps_rows(store)
+        known = noted(store)[name].types if store is not None and whole and name in noted(store) else {}
+        have = {n: widest(kind) for n, kind in known.items()} | event_types(name, data, fitted, rows, tables)
         times = {one.time or data.time for _, one in self.sources}
         if len(times) > 1:
             raise src.DataError(f"data.events `{name}`: its sources read different times ({', '.join(sorted(times))}).")
@@ -65,6 +73,10 @@ class Table:
         self.joins = joins.use(used, reads)
         own |= {n for _, one in self.sources if one.where for n in roots(one.where, have)}
         self._know(own, have)
+        self.reads = [n for n in have if n in own]
+        if whole:
+            own |= joins.asked(trained_columns(data, name, have), have)[0]
+            self._know(own, have)
         self.values = [n for n in have if n in own]
         asked = own | roots(data.user, have) | roots(self.time, have)
         checked = [data.keep, data.withhold, *(t.source for t in data.tasks if data.withhold)] if name == "rows" else []
@@ -85,7 +97,7 @@ class Table:
 
     def _plans(self) -> list[tuple[dict[str, pl.Expr], list[str], pl.Expr | None]]:
         """Of each source: what it reads, which of it are lists, and its filter."""
-        have = {name: self.types[name] for name in self.values}
+        have = {name: self.types[name] for name in self.reads}
         full = joined(pl.DataFrame(schema=have), self.joins).schema
         where = f"data.events `{self.name}`"
         keep = [src.expression(one.where, have, where) if one.where else None for _, one in self.sources]
@@ -93,7 +105,7 @@ class Table:
 
     def encode(self, records: Sequence[Record]) -> list[dict[str, np.ndarray]]:
         """Of each source: what `unbraid.data.events.encode_events` gives, ``place`` of the source and ``record``, its number."""
-        columns = {n: [r.values.get(n) for r in records] for n in self.values}
+        columns = {n: [r.values.get(n) for r in records] for n in self.reads}
         given = [series(n, c, self.types[n], each("", ""), self.kinds[n]) for n, c in columns.items()]
         time = np.array([r.time for r in records], dtype=np.int64)
         number = pl.int_range(len(records), eager=True).alias("__number")
@@ -144,7 +156,7 @@ class Table:
                 name = source if source in have else ""
                 raise RequestError(f"{at(i)}{name}".rstrip("."), f"An event needs a {what}. Found null.")
         users = stable_hash(found["user"]).tolist()
-        values = frame.select(_as_json(n, self.types[n], self.kinds[n]) for n in self.values).to_dicts()
+        values = frame.select(as_json(n, self.types[n], self.kinds[n]) for n in self.values).to_dicts()
         values = values or [{} for _ in rows]
         return [
             (u, Record("", t, self.name, v)) for u, t, v in zip(users, found["time"].to_list(), values, strict=True)
@@ -177,11 +189,3 @@ def event_types(name: str, data: src.Data, fitted: Fitted, rows: RowReader, tabl
             if (text := one.columns.get(field.name, "")).isidentifier():
                 found.setdefault(text, fitted.vocabularies[field.vocab].values.dtype)
     return found
-
-
-def _as_json(name: str, dtype: Any, kind: str) -> pl.Expr:
-    """A column as JSON has it."""
-    column = pl.col(name)
-    if dtype in (pl.Date, pl.Datetime):
-        return column.cast(pl.Datetime("us")).dt.epoch("us") if kind == "int" else column.dt.to_string("iso")
-    return column.cast(pl.String) if kind == "str" else column.cast(pl.Float64) if dtype.is_decimal() else column

@@ -1,7 +1,8 @@
 """A run's own events into a store, so that a service starts with the histories that its model was trained on.
 
-A table's row is one event, whatever number of the run's sources read it, with the columns that these read.  Its id is the
-table and the row's number, so that an import that is repeated, or goes on after an interruption, adds what is missing.
+A table's row is one event, whatever number of the run's sources read it, with the columns that these read; or, where the store
+keeps whole rows (`unbraid.serve.kept`), with all that training reads.  Its id is the table and the row's number, so that an
+import that is repeated, or goes on after an interruption, adds what is missing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from unbraid.data import source as src
 from unbraid.data.encode import chunks
 from unbraid.data.events import NO_TIME
 from unbraid.data.vocabulary import canonical_type, stable_hash
+from unbraid.serve.kept import choose, keeps_rows, note, trained_columns
+from unbraid.serve.rows import as_json, kind_of
 from unbraid.serve.store import USER_TYPE, Record, Store
 
 PER_SECOND = "per_second"  # setting: units of a time in a second
@@ -25,13 +28,14 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 def import_events(
-    data: src.Data, store: Store, *, base: Path = Path(), tables: src.Tables | None = None,
+    data: src.Data, store: Store, *, base: Path = Path(), tables: src.Tables | None = None, keep: str = "",
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, int]:  # fmt: skip
     """Append all events of a run's sources, table by table in the order of the run.
 
     Args:
         data: of the run; base, tables: as `unbraid.data.encode.encode` takes them.
+        keep: ``events`` (what histories read) or ``rows``, of a store that is empty; empty: as the store does.
         progress: told of every batch.
 
     Returns:
@@ -39,7 +43,7 @@ def import_events(
 
     Raises:
         DataError: a table cannot be read, or holds values that JSON has not; ValueError: the store holds events of users of
-        another type, times of another unit, or rows with fewer columns; StoreError.
+        another type, times of another unit, or rows with fewer columns, or it keeps otherwise than ``keep``; StoreError.
     """
     if not data.events:
         raise src.DataError(
@@ -47,12 +51,15 @@ def import_events(
         )
     rows = src.kept_rows(data, base, tables).collect_schema()
     users = canonical_type(src._dtype(data.user, rows))
+    choose(store, keep)
+    whole = keeps_rows(store)
     claim(store, USER_TYPE, str(users), "user ids")
     found = {"read": 0, "new": 0, "no_user": 0}
     for table in dict.fromkeys(source.table for source in data.events):
-        plan, rate = _plan(data, table, users, base, tables)
-        kept: Any = plan.collect_schema()["__values"]
-        _claim_columns(store, table, [field.name for field in kept.fields])
+        plan, rate, types = _plan(data, table, users, base, tables, whole)
+        _claim_columns(store, table, list(types))
+        if whole:
+            note(store, table, data.rows if table == "rows" else table, types)
         if rate is not None:
             claim(store, PER_SECOND, f"{rate:g}", "units of time in a second")
         with src.reading(f"data.events `{table}`"):
@@ -104,34 +111,42 @@ def raw_columns(data: src.Data, table: str, have: Any, joined: Any) -> list[str]
 
 
 def _plan(
-    data: src.Data, table: str, users: Any, base: Path, tables: src.Tables | None
-) -> tuple[pl.LazyFrame, float | None]:  # fmt: skip
-    """Number, user's hash, time and raw columns of a table's rows that a source reads; units of time in a second, if any."""
+    data: src.Data, table: str, users: Any, base: Path, tables: src.Tables | None, whole: bool
+) -> tuple[pl.LazyFrame, float | None, dict[str, Any]]:  # fmt: skip
+    """Number, user's hash, time and raw columns of a table's rows; units of time in a second, if any; types of the columns.
+
+    Args:
+        whole: all rows with all that training reads, not only those, and that, which a source of events reads.
+    """
     sources = [one for one in data.events if one.table == table]
     where = f"data.events `{table}`"
     plan = src.kept_rows(data, base, tables) if table == "rows" else src.scan_of(data, table, base, tables)
     plan = plan.with_row_index(src.ROW_KEY)
     plan = src._without_labels(data, plan) if table == "rows" else plan
     have = plan.collect_schema()
-    if all(one.where for one in sources):
-        kept = [src.expression(one.where, have, where).fill_null(False) for one in sources]
-        plan = plan.filter(pl.any_horizontal(kept))
-    names = raw_columns(data, table, have, src.add_joins(plan, data, base, tables).collect_schema())
-    if odd := {name: have[name] for name in names if not _has_json(have[name])}:
-        kinds = ", ".join(f"`{name}` is {kind}" for name, kind in odd.items())
-        raise src.DataError(f"{where}: {kinds}, which JSON has not. Write it as integers or text in the table.")
     times = {one.time or data.time for one in sources}
     if len(times) > 1:
         raise src.DataError(
             f"{where}: its sources read different times ({', '.join(sorted(times))}); an event has one."
         )
-    values = pl.struct([_plain(name, have[name]) for name in names]) if names else pl.lit({}, dtype=pl.Struct([]))
+    if all(one.where for one in sources) and not (whole and table == "rows"):
+        kept = [src.expression(one.where, have, where).fill_null(False) for one in sources]
+        plan = plan.filter(pl.any_horizontal(kept))
+    names = raw_columns(data, table, have, src.add_joins(plan, data, base, tables).collect_schema())
+    if whole:
+        names = [name for name in have if name in {*names, *trained_columns(data, table, have)}]
+    dates = {n for n in times if have.get(n) in (pl.Date, pl.Datetime)}  # a time is a number everywhere
+    if odd := {n: have[n] for n in names if not _has_json(have[n]) and n not in dates}:
+        kinds = ", ".join(f"`{name}` is {kind}" for name, kind in odd.items())
+        raise src.DataError(f"{where}: {kinds}, which JSON has not. Write it as integers or text in the table.")
+    values = pl.struct([_plain(n, have[n]) for n in names]) if names else pl.lit({}, dtype=pl.Struct([]))
     exprs: dict[str, Any] = {"__user": src.users_of_events(data, have, users, where), "__time": pl.lit(NO_TIME)}
     (time,), rate = times, None
     if time != "none":
         expr, dtype = src.expression(time, have, where), src._dtype(time, have)
         exprs["__time"], rate = src.to_time(expr, dtype, data.time_unit, f"Time of {where}")
-    return plan.select(src.ROW_KEY, values.alias("__values"), **exprs), rate
+    types = {n: pl.String() if have[n] in (pl.Categorical, pl.Enum) else have[n] for n in names}
+    return plan.select(src.ROW_KEY, values.alias("__values"), **exprs), rate, types
 
 
 def _batches(plan: pl.LazyFrame, table: str) -> Iterator[list[tuple[int, Record] | None]]:
@@ -156,5 +171,5 @@ def _has_json(dtype: Any) -> bool:
 
 
 def _plain(name: str, dtype: Any) -> pl.Expr:
-    """A column as JSON has it: categories as text."""
-    return pl.col(name).cast(pl.String) if dtype in (pl.Categorical, pl.Enum) else pl.col(name)
+    """A column as JSON has it: categories as text, a time as microseconds."""
+    return as_json(name, dtype, "int" if dtype.is_temporal() else kind_of(dtype))

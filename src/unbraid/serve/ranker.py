@@ -27,6 +27,7 @@ from unbraid.data.table import Encoded
 from unbraid.serve.events import Table
 from unbraid.serve.history import Histories, Past
 from unbraid.serve.importer import PER_SECOND, claim
+from unbraid.serve.kept import keeps_rows, note
 from unbraid.serve.rows import (
     UNREADABLE,
     Column,
@@ -122,13 +123,15 @@ class Ranker:
         joins = Joins(self.data, tables)
         self.reader = RowReader(self.data, fitted, joins, tables)
         names = dict.fromkeys(one.table for one in self.data.events) if data.histories else {}
-        self.tables = {name: Table(name, self.data, fitted, joins, self.reader, tables) for name in names}
+        self.tables = {name: Table(name, self.data, fitted, joins, self.reader, tables, store) for name in names}
         self.histories: Histories | None = None
         if data.histories:
             if store is None:
                 raise ValueError("The bundle's model reads histories. Give a store: `unbraid.serve.store.open_store`.")
             claim(store, USER_TYPE, str(self.reader.users), "user ids")
             claim(store, PER_SECOND, f"{self.reader.per_second:g}", "units of time in a second")
+            for name, table in self.tables.items() if keeps_rows(store) else ():
+                note(store, name, data.rows if name == "rows" else name, {n: table.types[n] for n in table.values})
             self.histories = Histories(self.data, self.tables, store, cache_bytes)
         self.rows = self._columns()
         self.columns = {n: c for n, c in self.rows.items() if n not in (self.reader.user, self.reader.time)}
@@ -152,27 +155,24 @@ class Ranker:
         Raises:
             RequestError: names the field that is missing, unknown or of another type; a score that is none.
         """
-        watch = _Watch()
-        columns = self._given(request)
-        with self._encoded(columns, "candidates") as encoded:
+        watch, past, degraded = Watch(), None, ""
+        with self.encoded(self.given(request), "candidates") as encoded:
             watch("rows")
-            user = int(encoded.columns["user"][:1].view(np.uint64)[0]) if self.histories is not None else 0
-            past, degraded = self._past(user)
+            if self.histories is not None:
+                user = int(encoded.columns["user"][:1].view(np.uint64)[0])
+                (past,), degraded = self.pasts([user])
             lists, events = self._shared(encoded, past)
             watch("history")
-            batches = [encoded.batch(part, {**encoded.inputs(part), **_for(part, lists)}) for part in _parts(encoded)]
-            found = self._predictions(batches, request.explore)
+            batches = [encoded.batch(part, {**encoded.inputs(part), **_for(part, lists)}) for part in parts(encoded)]
+            found = self.predictions(batches, request.explore)
         if self.histories is not None and past is not None and len(past):
             self.histories.settle(user, past)  # encoders may know more of it now
         watch("model")
-        value = self._score(request, found)
-        order = np.argsort(-value, kind="stable")[: request.top or None]
-        shown = {name: found[name].to_numpy()[order] for name in found.columns}
-        watch("score")
-        return Ranked(order, value[order], shown, events, degraded, watch.seconds)
+        return self.ordered(request, found, events, degraded, watch)
 
-    def _given(self, request: Request) -> dict[str, pl.Series]:
-        """The raw columns of a request's candidates."""
+    # --------------------------------------------- the stages of a request, which `unbraid.serve.together` runs for several
+    def given(self, request: Request) -> dict[str, pl.Series]:
+        """The raw columns of a request's candidates, of the run's types.  Raises RequestError."""
         rows, context = request.candidates, request.context
         if not rows:
             raise RequestError("candidates", "There should be at least one candidate. Found none.")
@@ -202,6 +202,22 @@ class Ranker:
                 found[name] = series(name, self._values(name, rows, context), kind, each("candidates.", f".{name}"))
         return found
 
+    def _score(self, request: Request, found: pl.DataFrame) -> np.ndarray:
+        """(N,) what the request sorts by."""
+        tasks = {
+            t.name: f"{t.name}_explore" if f"{t.name}_explore" in found.columns else t.name for t in self.schema.tasks
+        }
+        score = request.score or next(t.name for t in self.schema.tasks if t.role == "target")
+        chosen = pl.DataFrame([found[column].alias(name) for name, column in tasks.items()])
+        expr = formula(score, tuple(chosen.schema.items()))
+        value = (
+            chosen[score] if expr is None else chosen.with_columns(expr.alias("/score"))["/score"]
+        )  # no task has a slash
+        values = value.to_numpy()  # a null becomes NaN
+        if not np.isfinite(values).all():
+            raise RequestError("score", f"The score `{score}` is not a finite number for every candidate.")
+        return values
+
     def _refuse_others(self, place: str, row: Mapping[str, Any]) -> None:
         for name in row:
             if name not in self.columns:
@@ -226,14 +242,46 @@ class Ranker:
             return int(time.time() * self.reader.per_second)
         return request.time
 
-    def _past(self, user: int) -> tuple[Past | None, str]:
-        """The user's events, and why they are none although they should be some; None without histories."""
-        if self.histories is None:
-            return None, ""
+    @contextmanager
+    def encoded(self, columns: Mapping[str, pl.Series], field: str) -> Iterator[Encoded]:
+        """Raw columns as the run's rows are encoded, without events.  Raises RequestError, about ``field``."""
+        with ExitStack() as stack:
+            try:
+                encoded = stack.enter_context(self.reader.encoded(columns, self._attach))
+            except src.DataError as error:
+                raise RequestError(field, str(error)) from error
+            yield encoded
+
+    def pasts(self, users: Sequence[int]) -> tuple[list[Past], str]:
+        """Events of distinct users; where the store cannot be read none, and why.  The run has histories."""
+        assert self.histories is not None
         try:
-            return self.histories.of([user])[0], ""
+            return self.histories.of(users), ""
         except StoreError as error:
-            return self.histories.of([0])[0], f"{error}"
+            return self.histories.of([0] * len(users)), f"{error}"
+
+    def predictions(self, batches: Sequence[Batch], explore: Exploration | None = None) -> pl.DataFrame:
+        """One column per task, and those of exploration.  Raises RequestError where the bundle cannot explore."""
+        unsure, calibrators = self.bundle.uncertainty, self.bundle.calibrators
+        if explore is not None and unsure is None:
+            raise RequestError("explore", "The bundle holds no uncertainty: `unbraid uncertainty` makes it.")
+        own = scores_of(self.model, batches, self.schema, hidden=explore is not None, device=self.device)
+        scores = own if calibrators is None else calibrators.apply(own)
+        if explore is None or unsure is None:
+            return as_frame(scores, self.schema)
+        try:
+            unsure.check(self.bundle.model)
+            return explained(scores, unsure.beliefs(own), self.schema, explore, calibrators)
+        except UncertaintyError as error:
+            raise RequestError("explore", str(error)) from error
+
+    def ordered(self, request: Request, found: pl.DataFrame, events: int, degraded: str, watch: Watch) -> Ranked:
+        """The answer to a request whose candidates have these predictions.  Raises RequestError for a score that is none."""
+        value = self._score(request, found)
+        order = np.argsort(-value, kind="stable")[: request.top or None]
+        shown = {name: found[name].to_numpy()[order] for name in found.columns}
+        watch("score")
+        return Ranked(order, value[order], shown, events, degraded, dict(watch.seconds))
 
     def _shared(self, encoded: Encoded, past: Past | None) -> tuple[dict[str, Shared], int]:
         """Histories that all rows share, and how many events of the user there are before their time."""
@@ -259,12 +307,12 @@ class Ranker:
         """
         if not len(rows):
             raise RequestError("rows", "There should be at least one row. Found none.")
-        with self._encoded(self._read(rows), "rows") as encoded:
+        with self.encoded(self._read(rows), "rows") as encoded:
             if self.histories is not None:
                 users, whose = np.unique(encoded.columns["user"].view(np.uint64), return_inverse=True)
                 pasts = self.histories.of(users.tolist())
                 encoded.columns |= self.histories.cut(pasts, whose.reshape(-1), encoded.columns["time"])
-            return self._predictions([encoded.batch(part) for part in _parts(encoded)])
+            return self.predictions([encoded.batch(part) for part in parts(encoded)])
 
     def _read(self, rows: pl.DataFrame) -> dict[str, pl.Series]:
         """The columns that are read, of the run's types."""
@@ -313,47 +361,6 @@ class Ranker:
         """``hits``, ``misses``, ``users`` and ``bytes`` of what is known of users."""
         return self.histories.stats() if self.histories else {}
 
-    # ------------------------------------------------------------------------------------------------------ predictions
-    @contextmanager
-    def _encoded(self, columns: Mapping[str, pl.Series], field: str) -> Iterator[Encoded]:
-        with ExitStack() as stack:
-            try:
-                encoded = stack.enter_context(self.reader.encoded(columns, self._attach))
-            except src.DataError as error:
-                raise RequestError(field, str(error)) from error
-            yield encoded
-
-    def _predictions(self, batches: Sequence[Batch], explore: Exploration | None = None) -> pl.DataFrame:
-        """One column per task, and those of exploration."""
-        unsure, calibrators = self.bundle.uncertainty, self.bundle.calibrators
-        if explore is not None and unsure is None:
-            raise RequestError("explore", "The bundle holds no uncertainty: `unbraid uncertainty` makes it.")
-        own = scores_of(self.model, batches, self.schema, hidden=explore is not None, device=self.device)
-        scores = own if calibrators is None else calibrators.apply(own)
-        if explore is None or unsure is None:
-            return as_frame(scores, self.schema)
-        try:
-            unsure.check(self.bundle.model)
-            return explained(scores, unsure.beliefs(own), self.schema, explore, calibrators)
-        except UncertaintyError as error:
-            raise RequestError("explore", str(error)) from error
-
-    def _score(self, request: Request, found: pl.DataFrame) -> np.ndarray:
-        """(N,) what the request sorts by."""
-        tasks = {
-            t.name: f"{t.name}_explore" if f"{t.name}_explore" in found.columns else t.name for t in self.schema.tasks
-        }
-        score = request.score or next(t.name for t in self.schema.tasks if t.role == "target")
-        chosen = pl.DataFrame([found[column].alias(name) for name, column in tasks.items()])
-        expr = formula(score, tuple(chosen.schema.items()))
-        value = (
-            chosen[score] if expr is None else chosen.with_columns(expr.alias("/score"))["/score"]
-        )  # no task has a slash
-        values = value.to_numpy()  # a null becomes NaN
-        if not np.isfinite(values).all():
-            raise RequestError("score", f"The score `{score}` is not a finite number for every candidate.")
-        return values
-
 
 _FROM = {"float": ("int",), "int": ("bool",)}  # kinds of columns that become another as they are
 
@@ -381,7 +388,7 @@ def formula(score: str, tasks: tuple[tuple[str, Any], ...]) -> pl.Expr | None:
     return None if score in have else expr.cast(pl.Float64)
 
 
-def _parts(encoded: Encoded) -> Iterator[np.ndarray]:
+def parts(encoded: Encoded) -> Iterator[np.ndarray]:
     """Rows of one pass through the model."""
     rows = np.arange(encoded.rows)
     return (rows[at : at + encoded.most] for at in range(0, len(rows), encoded.most))
@@ -392,8 +399,8 @@ def _for(rows: np.ndarray, lists: Mapping[str, Shared]) -> dict[str, Shared]:
     return {name: Shared(one.values, len(rows), one.memo) for name, one in lists.items()}
 
 
-class _Watch:
-    """How long stages take."""
+class Watch:
+    """How long stages take: called at the end of each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -109,6 +109,14 @@ def series(name: str, values: Sequence[Any], dtype: Any, place: Callable[[int], 
         raise
 
 
+def as_json(name: str, dtype: Any, kind: str) -> pl.Expr:
+    """A column as JSON has it."""
+    column = pl.col(name)
+    if dtype in (pl.Date, pl.Datetime):
+        return column.cast(pl.Datetime("us")).dt.epoch("us") if kind == "int" else column.dt.to_string("iso")
+    return column.cast(pl.String) if kind == "str" else column.cast(pl.Float64) if dtype.is_decimal() else column
+
+
 UNREADABLE = (TypeError, OverflowError, pl.exceptions.PolarsError)
 
 
@@ -148,12 +156,13 @@ def roots(source: str, have: Mapping[str, Any]) -> set[str]:
 def table_types(data: src.Data, table: str, tables: src.Tables | None) -> Types:
     """Types of a table's columns, whole numbers and categories as wide as values may come.  Raises DataError without it."""
     have = src.scan_of(data, table, Path(), tables).collect_schema()
-    return {name: _widest(kind) for name, kind in have.items()}
+    return {name: widest(kind) for name, kind in have.items()}
 
 
-def _widest(dtype: Any) -> Any:
+def widest(dtype: Any) -> Any:
+    """The type that values of JSON are read as for a column of this one."""
     if isinstance(dtype, pl.List | pl.Array):
-        return pl.List(_widest(dtype.inner))
+        return pl.List(widest(dtype.inner))
     if dtype in (pl.Categorical, pl.Enum):
         return pl.String
     return pl.Int64 if dtype.is_integer() and dtype != pl.UInt64 else dtype
