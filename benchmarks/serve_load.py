@@ -1,17 +1,20 @@
 """A service under load: a real server in a process of its own, and clients that ask over HTTP.
 
-    python benchmarks/serve_load.py [--quick] [--seconds 20] [--soak MINUTES]
+    python benchmarks/serve_load.py [--quick] [--seconds 20] [--soak MINUTES] [--formats]
 
 ``/rank`` of 500 candidates for users with 10,000 events each (DARE, width 16, the 20 best events of each candidate) by 1, 8 and
 32 clients at once: p50, p99 and requests a second, the server's memory, and where the time of a request goes.  Clients are
 threads of this process and share the machine's cores with the server.  ``--soak`` mixes ``/rank`` (70 %), ``/predict`` (10 %) and
-``/events`` (20 %) of 8 clients for so many minutes: errors, memory and p99 by tenths of the time.  The last line is JSON.
+``/events`` (20 %) of 8 clients for so many minutes: errors, memory and p99 by tenths of the time.  ``--formats`` measures
+something else instead: ``/predict`` of 10,000 rows in JSON and in Arrow, by one client, of a bundle with 12 numbers and histories
+of 50 events, so that the model's time does not hide the difference.  The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import io
 import json
 import os
 import random
@@ -36,26 +39,30 @@ from unbraid.data.source import Data, Events, Split
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.table import Views
 from unbraid.render import markdown
+from unbraid.serve.arrow import MEDIA
 from unbraid.serve.importer import import_events
 from unbraid.serve.store import open_store
 from unbraid.towers.mlp import SharedBottom
 from unbraid.types import Feature, Field, History, Task
 
 ITEMS, WIDTH, KEEP, CLIENTS = 20_000, 16, 20, (1, 8, 32)
+ROWS, NUMBERS, JSON = 10_000, 12, "application/json"  # of --formats
 Answer = tuple[str, int, float]  # route, status, seconds
 
 
-def prepare(folder: Path, users: int, events: int) -> Path:
+def prepare(folder: Path, users: int, events: int, numbers: int = 0) -> Path:
     """A bundle with random weights, and a store with its users' events.  Times are milliseconds of 2001."""
     draw, count = np.random.default_rng(0), users * events
+    names = [f"x{i}" for i in range(numbers)]
     log = pl.DataFrame({
         "user": np.arange(count) % users, "item": draw.integers(0, ITEMS, count), "time": 10**12 + np.arange(count) * 100,
-        "click": draw.integers(0, 2, count),
+        "click": draw.integers(0, 2, count), **{name: draw.normal(size=count) for name in names},
     })  # fmt: skip
     log.write_parquet(folder / "log.parquet")
     data = Data(
-        rows="log.parquet", folder=str(folder), user="user", time="time", features=(Feature("item"),), fields=(Field("item"),),
-        cache=str(folder / "cache"), events=(Events(columns={"item": "item"}),), tasks=(Task("click"),),
+        rows="log.parquet", folder=str(folder), user="user", time="time", fields=(Field("item"),),
+        features=(Feature("item"), *(Feature(name, kind="number") for name in names)), cache=str(folder / "cache"),
+        events=(Events(columns={"item": "item"}),), tasks=(Task("click"),),
         histories=(History("past", fields=("item", "position"), length=events),),
         split=Split(kind="time", valid_from=10**12 + count * 80, test_from=10**12 + count * 90),
     )  # fmt: skip
@@ -74,8 +81,19 @@ def prepare(folder: Path, users: int, events: int) -> Path:
 class Server:
     """`unbraid serve` in a process of its own."""
 
-    def __init__(self, bundle: Path, store: Path, log: Path) -> None:
-        command = [sys.executable, "-m", "unbraid", "serve", str(bundle), "--store", str(store), "--port", "0"]
+    def __init__(self, bundle: Path, store: Path, log: Path, *options: str) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "unbraid",
+            "serve",
+            str(bundle),
+            "--store",
+            str(store),
+            "--port",
+            "0",
+            *options,
+        ]
         with log.open("w") as errors:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert self.process.stdout is not None
@@ -84,10 +102,10 @@ class Server:
             raise RuntimeError(log.read_text())
         self.port = int(line.split()[1].rpartition(":")[2])
 
-    def ask(self, connection: http.client.HTTPConnection, route: str, body: bytes) -> Answer:
-        """One request on a kept connection."""
+    def ask(self, connection: http.client.HTTPConnection, route: str, body: bytes, kind: str = JSON) -> Answer:
+        """One request on a kept connection, answered in its own format."""
         begin = time.perf_counter()
-        connection.request("POST", route, body, {"Content-Type": "application/json"})
+        connection.request("POST", route, body, {"Content-Type": kind, "Accept": kind})
         answer = connection.getresponse()
         answer.read()
         return route, answer.status, time.perf_counter() - begin
@@ -239,12 +257,59 @@ def soak(server: Server, users: int, candidates: int, seconds: float) -> dict[st
     return {"requests": len(answers), "errors": errors, "p99": [p for p, _ in tenths], "MiB": [m for _, m in tenths]}
 
 
+def formats(folder: Path, times: int) -> dict[str, Any]:
+    """The table of JSON and Arrow; what a client does, making the body and reading the answer, counts, too."""
+    bundle = prepare(folder, 50, 50, NUMBERS)
+    server = Server(
+        bundle, folder / "store", folder / "log", "--max-candidates", str(ROWS), "--max-body", str(16 << 20)
+    )
+    draw = np.random.default_rng(1)
+    frame = pl.DataFrame({
+        "user": draw.integers(0, 50, ROWS), "time": np.full(ROWS, 2 * 10**12), "item": draw.integers(0, ITEMS, ROWS),
+        **{f"x{i}": draw.normal(size=ROWS) for i in range(NUMBERS)},
+    })  # fmt: skip
+    rows = frame.to_dicts()  # as a client of JSON has them
+
+    def stream() -> bytes:
+        sink = io.BytesIO()
+        frame.write_ipc_stream(sink, compat_level=pl.CompatLevel.oldest())
+        return sink.getvalue()
+
+    made = {"JSON": (JSON, lambda: json.dumps({"rows": rows}).encode()), "Arrow": (MEDIA, stream)}
+    found, lines = dict[str, Any](), []
+    try:
+        for name in ("JSON", "Arrow", "JSON", "Arrow"):  # the first round warms caches
+            kind, make = made[name]
+            connection, before, seconds = server.connect(), server.stages(), []
+            for _ in range(times):
+                begin = time.perf_counter()
+                body = make()
+                _, status, _ = server.ask(connection, "/predict", body, kind)
+                seconds.append(time.perf_counter() - begin)
+                assert status == 200
+            after = server.stages()
+            check = (after["check"][0] - before.get("check", (0, 0))[0]) / times
+            found[name] = {"ms": float(np.median(seconds)) * 1e3, "check_ms": check * 1e3, "bytes": len(body)}
+    finally:
+        server.end()
+    for name, one in found.items():
+        lines.append([name, f"{one['bytes']:,}", f"{one['check_ms']:.1f}", f"{one['ms']:.0f}"])
+    print(markdown(["10,000 rows", "bytes sent", "checking, ms", "request, ms"], lines, left=1))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short histories, two seconds: does it run")
     parser.add_argument("--seconds", type=float, default=20, help="of each number of clients")
     parser.add_argument("--soak", type=float, default=0, metavar="MINUTES")
+    parser.add_argument("--formats", action="store_true", help="JSON and Arrow instead")
     asked = parser.parse_args()
+    if asked.formats:
+        with tempfile.TemporaryDirectory() as place:
+            told = formats(Path(place), 3 if asked.quick else 30)
+        print(json.dumps({"benchmark": "serve_load", "quick": asked.quick, "formats": told}))
+        return
     users, events, candidates = (5, 500, 50) if asked.quick else (50, 10_000, 500)
     seconds, minutes = (2.0, asked.soak or 0.1) if asked.quick else (asked.seconds, asked.soak)
     with tempfile.TemporaryDirectory() as place:

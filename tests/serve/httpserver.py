@@ -23,13 +23,14 @@ def main(folder: str, address: str, text: str = "{}") -> None:
     from unbraid.serve import server
     from unbraid.serve.app import create_app
     from unbraid.serve.engine import Engine
+    from unbraid.serve.patience import Patient
     from unbraid.serve.settings import Settings
     from unbraid.serve.store import open_store
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     options = json.loads(text)
     ranker = options.pop("ranker", {})
-    store = open_store(address) if address else MemoryStore()
+    store = Patient(open_store(address)) if address else MemoryStore()
     settings = Settings(**{"token": "secret", **options})
     bound = server.bind("127.0.0.1", 0)
     engine = Engine(loading(store, **ranker), Path(folder), store, settings)

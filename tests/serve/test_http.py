@@ -290,7 +290,14 @@ def test_a_store_that_is_away(make: Callable[..., Service]) -> None:
 def test_a_full_store(make: Callable[..., Service]) -> None:
     service = make()
     service.store.fault = StoreFull("no room")
+    assert service.client.get("/health").json() == {"alive": True, "writes": ""}
     assert "full" in refused(service.post("/events", events("a")), 507)
+    assert "full" in service.client.get("/health").json()["writes"]
+    service.store.fault = None
+    service.post("/rank", rank(1))  # that reads go on says nothing of writes
+    assert "full" in service.client.get("/health").json()["writes"]
+    assert service.post("/events", events("a")).status_code == 200
+    assert service.client.get("/health").json() == {"alive": True, "writes": ""}
 
 
 def test_what_fails_within_is_a_500_without_its_trace(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from storekit import event
+from storekit import event, small_disk
 
-from unbraid.serve import lmdb_store
+from unbraid.serve import lmdb_env, lmdb_files, lmdb_store
 from unbraid.serve.lmdb_store import LmdbStore
 from unbraid.serve.store import Record, StoreCorrupt, StoreDown, StoreError, open_store
 
@@ -130,6 +130,29 @@ def test_a_full_disk_keeps_nothing_of_a_write_and_reads_go_on(tmp_path: Path) ->
     store.close()
 
 
+MANY = """
+import sys
+from unbraid.serve.store import open_store
+store = open_store(sys.argv[1])
+try:
+    with open(sys.argv[1] + "/pad", "wb", buffering=0) as pad:
+        while pad.write(b"x" * 4096):
+            pass
+except OSError:
+    pass
+env = store._env.env
+print(len([env.begin() for _ in range(300)]))
+"""
+
+
+def test_a_full_disk_does_not_kill_who_reads(tmp_path: Path) -> None:
+    # a slot of the table of readers that has no room on the disk would be a SIGBUS; some 60 fit into its first page
+    with small_disk(tmp_path, "1m") as folder:
+        assert run(MANY, folder) == "300\n"  # a new store
+        (folder / "pad").unlink()
+        assert run(MANY, folder) == "300\n"
+
+
 def problems(folder: Path) -> list[str]:
     from lmdb.verify import verify
 
@@ -193,7 +216,7 @@ def test_a_whole_file_that_is_shorter_than_its_pages_is_opened(tmp_path: Path) -
 
     store._env.write(work)
     env = store._env.env
-    assert env is not None and lmdb_store._missing(env, tmp_path) > 0
+    assert env is not None and lmdb_files.missing(env, tmp_path) > 0
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "data.mdb").write_bytes((tmp_path / "data.mdb").read_bytes())  # as a crash leaves it
@@ -236,7 +259,7 @@ def test_a_file_has_one_environment_whatever_its_path(tmp_path: Path) -> None:
     first.close()
     assert second.append([(1, event("a"))]) == [True]
     second.close()
-    assert all(one.folder != tmp_path / "s" for one in lmdb_store._shared)
+    assert all(one.folder != tmp_path / "s" for one in lmdb_env._shared)
     assert "crash of the machine" in (third := LmdbStore(tmp_path / "s", fsync=False)).durability
     third.close()
 
@@ -364,7 +387,7 @@ def test_an_interrupted_writer_hands_on_to_those_behind_it(tmp_path: Path, monke
     threads = [threading.Thread(target=write, name=name) for name in "abcd"]
     threads[0].start()
     assert entered.wait(10)
-    monkeypatch.setattr(lmdb_store.threading, "Event", Interrupted)
+    monkeypatch.setattr(lmdb_env.threading, "Event", Interrupted)
     for n, thread in enumerate(threads[1:], 1):
         thread.start()
         while len(store._env.waiting) < n:

@@ -7,13 +7,14 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import polars as pl
 
 from unbraid.serve.errors import ApiError, refusing
 from unbraid.serve.limits import answer
+from unbraid.serve.shape import dtype_of
 from unbraid.serve.store import StoreError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from unbraid.serve.shape import Columns
     from unbraid.serve.telemetry import Telemetry
 
+Rows: TypeAlias = "Sequence[Mapping[str, Any]] | pl.DataFrame"
 log = logging.getLogger("unbraid.serve")
 DEGRADED = "The history store cannot be read: histories are empty."  # where it is, is in the log
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -66,16 +68,14 @@ def ranked(loaded: Loaded, found: Ranked, telemetry: Telemetry) -> Response:
         telemetry.degraded.inc()
         log.warning("ranked without histories: %s", found.degraded)
     return answer({
-        "bundle": loaded.fingerprint, "order": found.order.tolist(), "score": finite("score", found.score),
-        "predictions": {task: finite(task, values) for task, values in found.predictions.items()},
+        "bundle": loaded.fingerprint, "order": found.order.tolist(), "score": finite("score", found.score).tolist(),
+        "predictions": {t: finite(t, values).tolist() for t, values in found.predictions.items()},
         "events": found.events, "degraded": DEGRADED if found.degraded else "",
     })  # fmt: skip
 
 
-def predictions(
-    ranker: Any, columns: Columns, telemetry: Telemetry, items: Sequence[Sequence[Mapping[str, Any]]]
-) -> list[Any]:
-    """Task -> predictions of each item's rows, all in one pass; an error in the place of what cannot be predicted.
+def predictions(ranker: Any, columns: Columns, telemetry: Telemetry, items: Sequence[Rows]) -> list[Any]:
+    """Task -> (N,) or (N, K) predictions of each item's rows, all in one pass; an error in the place of what cannot be predicted.
 
     Raises:
         StoreError: histories cannot be read.
@@ -84,7 +84,7 @@ def predictions(
     telemetry.batch_rows.observe(sum(map(len, items)))
     try:
         with refusing():
-            found = ranker.predict(frame([row for rows in items for row in rows], columns))
+            found = ranker.predict(frame(items, columns))
             values = {task: finite(task, found[task].to_numpy()) for task in found.columns}
     except StoreError:
         raise
@@ -97,24 +97,22 @@ def predictions(
     return [{t: v[end - len(rows) : end] for t, v in values.items()} for rows, end in zip(items, ends, strict=True)]
 
 
-def frame(rows: Sequence[Mapping[str, Any]], columns: Columns) -> pl.DataFrame:
-    """Checked rows as a frame of these columns; what is not there is null."""
-    return pl.DataFrame([pl.Series(n, [row.get(n) for row in rows], _dtype(c.kind)) for n, c in columns.items()])
+def frame(items: Sequence[Rows], columns: Columns) -> pl.DataFrame:
+    """Checked rows of all items as one frame of these columns; what is not there is null."""
+    if any(isinstance(rows, pl.DataFrame) for rows in items):  # of Arrow, which have all columns
+        parts = [rows if isinstance(rows, pl.DataFrame) else frame([rows], columns) for rows in items]
+        return pl.concat([part.select(list(columns)) for part in parts])
+    rows: list[Any] = [row for item in items for row in item]
+    return pl.DataFrame([pl.Series(n, [row.get(n) for row in rows], dtype_of(c.kind)) for n, c in columns.items()])
 
 
-def _dtype(kind: str) -> Any:
-    if kind.startswith("list["):
-        return pl.List(_dtype(kind[5:-1]))
-    return {"int": pl.Int64, "float": pl.Float64, "str": pl.String, "bool": pl.Boolean}[kind]
-
-
-def finite(name: str, values: np.ndarray) -> list[Any]:
-    """The values as a list.  Raises ArithmeticError where one is NaN or infinite: no client should sort by that."""
+def finite(name: str, values: np.ndarray) -> np.ndarray:
+    """The values.  Raises ArithmeticError where one is NaN or infinite: no client should sort by that."""
     if values.dtype == object:  # probabilities of classes, a list per row
         values = np.stack(list(values)) if len(values) else values.reshape(0, 0)
     if not np.isfinite(values).all():
         raise ArithmeticError(f"`{name}` is not finite in {(~np.isfinite(values)).sum()} of {values.size} values.")
-    return values.tolist()
+    return values
 
 
 def _of(row: Mapping[str, Any], known: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -22,10 +22,10 @@ from fastapi import FastAPI, Request, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from unbraid.serve import answers
+from unbraid.serve import answers, arrow
 from unbraid.serve.engine import Engine, Loaded, log
 from unbraid.serve.errors import RETRY, ApiError, of_store, refusing
-from unbraid.serve.limits import Bodies, Watch, answer, refused
+from unbraid.serve.limits import JSON, Bodies, Watch, answer, kind_of, refused
 from unbraid.serve.openapi import openapi
 from unbraid.serve.store import StoreError
 
@@ -90,15 +90,18 @@ class Api:
 
         async def work(loaded: Loaded, data: dict[str, Any]) -> Response:
             found = await loaded.rows(data["rows"], len(data["rows"]))
-            return answer({"bundle": loaded.fingerprint, "predictions": found})
+            if arrow.asked(request.headers.get("accept", "")):
+                stream = await self.engine.compute(arrow.write, found)
+                return Response(stream, headers={"X-Bundle": loaded.fingerprint}, media_type=arrow.MEDIA)
+            return answer({"bundle": loaded.fingerprint, "predictions": {t: v.tolist() for t, v in found.items()}})
 
-        return await self._posted(request, "predict", work)
+        return await self._posted(request, "predict", work, arrow.MEDIA)
 
     async def events(self, request: Request) -> Response:
         """Append events; they are in the store when this is answered."""
 
         async def work(loaded: Loaded, data: dict[str, Any]) -> Response:
-            new = await self.engine.ask(answers.append, self.engine, loaded, data)
+            new = await self.engine.write(answers.append, self.engine, loaded, data)
             known = len(data["events"]) - new
             self.engine.telemetry.events.labels("new").inc(new)
             self.engine.telemetry.events.labels("known").inc(known)
@@ -112,24 +115,24 @@ class Api:
         now = self.engine.current
         with refusing():
             code = now.ranker.user_hash(answers.user_of(user, now.shape.user.kind))
-        return answer({"deleted": await self.engine.ask(self.engine.store.delete, code)})
+        return answer({"deleted": await self.engine.write(self.engine.store.delete, code)})
 
     async def _posted(
-        self, request: Request, kind: str, work: Callable[[Loaded, dict[str, Any]], Awaitable[Response]]
+        self, request: Request, kind: str, work: Callable[[Loaded, dict[str, Any]], Awaitable[Response]], *kinds: str
     ) -> Response:
-        """Read a body, check it, and work on it in the time that there is."""
+        """Read a body of JSON, or of one of these kinds, check it, and work on it in the time that there is."""
         seconds, whole = self.engine.telemetry.stage_seconds, False
         try:
             async with asyncio.timeout(self.settings.timeout):
                 start = time.perf_counter()
-                body = await self.bodies.read(request)
+                body = await self.bodies.read(request, *kinds)
                 whole = True
                 try:
                     seconds.labels("body").observe(time.perf_counter() - start)
                     with self.engine.admitted():
                         start = time.perf_counter()
                         loaded = self.engine.current
-                        data = await self._checked(loaded, kind, body)
+                        data = await self._checked(loaded, kind_of(request), kind, body)
                         seconds.labels("check").observe(time.perf_counter() - start)
                         return await work(loaded, data)
                 finally:
@@ -143,7 +146,9 @@ class Api:
                 503, f"No answer within {self.settings.timeout:g} s. Send it again.", headers=RETRY
             ) from None
 
-    async def _checked(self, loaded: Loaded, kind: str, body: bytearray) -> dict[str, Any]:
+    async def _checked(self, loaded: Loaded, media: str, kind: str, body: bytearray) -> dict[str, Any]:
+        if media != JSON:  # the first of them loads its library, which takes long
+            return await self.engine.compute(loaded.wire.read_arrow, bytes(body))
         if len(body) <= INLINE:
             return loaded.wire.read(kind, bytes(body))
         return await self.engine.compute(loaded.wire.read, kind, bytes(body))
@@ -186,8 +191,8 @@ class Api:
 
     # -------------------------------------------------------------------------------------------------------------- state
     async def health(self, request: Request) -> Response:
-        """The process answers."""
-        return answer({"alive": True})
+        """The process answers; why events are not kept, as the last write told."""
+        return answer({"alive": True, "writes": self.engine.refuses})
 
     async def ready(self, request: Request) -> Response:
         """The bundle is loaded and the store answers."""

@@ -20,10 +20,10 @@ from typing import Any
 
 from unbraid.serve import answers
 from unbraid.serve.batching import Batcher
-from unbraid.serve.errors import RETRY, ApiError
+from unbraid.serve.errors import RETRY, ApiError, of_store
 from unbraid.serve.settings import Settings
 from unbraid.serve.shape import Shape, misfits
-from unbraid.serve.store import Store
+from unbraid.serve.store import Store, StoreError
 from unbraid.serve.telemetry import Telemetry
 from unbraid.serve.wire import Wire
 
@@ -73,6 +73,7 @@ class Engine:
         self.writers = ThreadPoolExecutor(WRITERS, "store")
         self._jobs: set[Future[Any]] = set()  # that wait or run
         self.active, self.closing, self.stuck = 0, False, False
+        self.refuses = ""  # why the last write was not kept; empty: it was
         self._reloading = threading.Lock()
         self.current = self._read(folder, None)
         self._announce()
@@ -158,6 +159,16 @@ class Engine:
     async def ask(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Run in a thread that waits for the store."""
         return await self._submit(self.writers, lambda: work(*arguments))
+
+    async def write(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """As `ask`, of a call that changes the store; how it ended is kept for ``/health``."""
+        try:
+            found = await self.ask(work, *arguments)
+        except StoreError as error:
+            self.refuses = of_store(error).message
+            raise
+        self.refuses = ""
+        return found
 
     def close(self) -> None:
         """Drop what waits, end what runs, close the store; what does not end in the time of a request is left (`stuck`)."""

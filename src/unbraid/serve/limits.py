@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("unbraid.serve")
 OWN_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+JSON = "application/json"
 BODIES = 64  # of the largest size, that are held at once: a bound on memory, whoever sends slowly
 DRAIN = 16, 2.0  # of a body that is too long: so many times the limit, and seconds, are read before it is refused
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -31,12 +32,17 @@ Send: TypeAlias = Callable[[Any], Awaitable[None]]
 
 def answer(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A response of JSON."""
-    return Response(to_json(content), status, headers, "application/json")
+    return Response(to_json(content), status, headers, JSON)
 
 
 def refused(error: ApiError, scope: Scope) -> Response:
     """The response of an error."""
     return answer(error.body(scope.get("request_id", "")), error.status, error.headers)
+
+
+def kind_of(request: Request) -> str:
+    """What a request says that its body is."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 class Watch:
@@ -86,16 +92,19 @@ class Bodies:
     def __init__(self, settings: Settings) -> None:
         self.most, self.held = settings.max_body, 0
 
-    async def read(self, request: Request) -> bytearray:
-        """The request's body of JSON; its caller gives it back to `done`.
+    async def read(self, request: Request, *kinds: str) -> bytearray:
+        """The request's body of JSON, or of one of these kinds; its caller gives it back to `done`.
 
         Raises:
-            ApiError: 415: it is not JSON by its head; 413: it is too long, by its head or as it arrives; 503: too much is held.
+            ApiError: 415: it is of another kind by its head; 413: it is too long, by its head or as it arrives; 503: too much is
+                held.
         """
         head = request.headers
-        if head.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if kind_of(request) not in (JSON, *kinds):
             found = head.get("content-type", "none")[:80]
-            raise ApiError(415, f"The body should be of `Content-Type: application/json`. Found {found!r}.")
+            raise ApiError(
+                415, f"The body should be of `Content-Type: {' or '.join((JSON, *kinds))}`. Found {found!r}."
+            )
         if head.get("content-encoding", "identity") != "identity":
             raise ApiError(415, "The body should not be compressed (`Content-Encoding`).")
         length = head.get("content-length", "")

@@ -14,37 +14,32 @@ Five trees, all integers big-endian, so that the order of bytes is that of numbe
 
 Generations are microseconds since 1970, or one more than the last: a folder put back from a backup never repeats one.
 
-Writers of one process commit together: a caller puts its work in a queue, and the first in it commits all that waits, with one
-flush.  What the library leaves to its callers is done in `_Environment`: one environment per file and process,
-none open across a fork, a map that grows while nobody reads.
+What the library leaves to its callers is done in `unbraid.serve.lmdb_env`, and its files are checked in
+`unbraid.serve.lmdb_files`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import shutil
 import struct
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbraid.serve.lmdb_env import MAP, Environment, release, share
+from unbraid.serve.lmdb_files import RESTORE, data_of, identity
 from unbraid.serve.store import (
     BIAS,
-    FORMAT,
     FORMAT_KEY,
+    Contents,
     Page,
     Record,
     StoreCorrupt,
     StoreDown,
     StoreError,
-    StoreFull,
     check_count,
     check_user,
     encoded,
@@ -52,14 +47,10 @@ from unbraid.serve.store import (
 )
 
 if TYPE_CHECKING:
-    import lmdb
+    from unbraid.serve.lmdb_env import Transaction
 
-    Transaction = lmdb.Transaction[bytes]  # not of memory views
-
-TREES = ("events", "arrivals", "ids", "users", "settings")
-READERS = 1024  # open read transactions of all processes
-MAP = 1 << 28  # bytes to begin with; doubled whenever they do not suffice
 _USER, _KEY, _META = struct.Struct(">Q"), struct.Struct(">QQQ"), struct.Struct(">QQQ")
+USERS = ("events", "arrivals", "ids", "users")  # trees whose keys begin with a user
 _EPOCH = b"\0epoch"  # no setting of a caller's
 
 
@@ -78,10 +69,10 @@ class LmdbStore:
 
     def __init__(self, folder: str | Path, *, fsync: bool = True, map_bytes: int = MAP) -> None:
         self.folder = Path(folder)
-        self._environment: _Environment | None = _share(self.folder, fsync, map_bytes)
+        self._environment: Environment | None = share(self.folder, Writer, fsync, map_bytes)
 
     @property
-    def _env(self) -> _Environment:
+    def _env(self) -> Environment:
         if self._environment is None:
             raise StoreError(f"The store {self.folder} is closed. Open it again.")
         return self._environment
@@ -97,7 +88,7 @@ class LmdbStore:
         if not checked:
             return []
 
-        def work(write: _Writer) -> list[bool]:
+        def work(write: Writer) -> list[bool]:
             new = []
             for user, digest, time_, payload in checked:
                 key = _USER.pack(user)
@@ -143,7 +134,7 @@ class LmdbStore:
         """See `Store`."""
         key, keep = _USER.pack(check_user(user)), check_count("keep", keep)
 
-        def work(write: _Writer) -> int:
+        def work(write: Writer) -> int:
             held = write.meta(user)
             if held is None or (extra := held[2] - keep) <= 0:
                 return 0
@@ -158,11 +149,11 @@ class LmdbStore:
         """See `Store`."""
         key = _USER.pack(check_user(user))
 
-        def work(write: _Writer) -> int:
+        def work(write: Writer) -> int:
             held = write.meta(user)
             if held is None:
                 return 0
-            for name in ("events", "arrivals", "ids", "users"):
+            for name in USERS:
                 deque(write.clear(name, key), 0)
             write.metas[user] = None
             write.new_epoch()  # whoever comes back starts with a generation of their own
@@ -181,6 +172,19 @@ class LmdbStore:
             yield from users
             start = users[-1] + 1 if users and users[-1] < 2 * BIAS - 1 else None
 
+    def contents(self) -> Iterator[Contents]:
+        """See `Store`."""
+        start = 0
+        try:
+            while start < 2 * BIAS:
+                with self._env.reading() as (txn, trees):  # each user at one moment
+                    users = [u for name in USERS if (u := _user(txn, trees[name], start)) is not None]
+                    found = [_contents(txn, trees, min(users))] if users else []
+                yield from found
+                start = min(users) + 1 if users else 2 * BIAS
+        except struct.error as error:
+            raise StoreCorrupt(f"{self.folder}: a key after user {start} is damaged ({error}). {RESTORE}") from error
+
     def get(self, name: str) -> str | None:
         """See `Store`."""
         with self._env.reading() as (txn, trees):
@@ -195,18 +199,18 @@ class LmdbStore:
         """See `Store`."""
         with self._env.reading() as (txn, trees):
             users, events = (txn.stat(trees[name])["entries"] for name in ("users", "events"))
-        return {"users": users, "events": events, "bytes": _data(self.folder).stat().st_size}
+        return {"users": users, "events": events, "bytes": data_of(self.folder).stat().st_size}
 
     def ready(self) -> None:
         """See `Store`."""
-        if _identity(self.folder) != self._env.identity:
+        if identity(self.folder) != self._env.identity:
             raise StoreDown(f"The files in {self.folder} were removed or replaced. Open the store again.")
         self.get(FORMAT_KEY)
 
     def close(self) -> None:
         """See `Store`."""
         if self._environment is not None:
-            _release(self._environment)
+            release(self._environment)
             self._environment = None
 
     def _records(self, pairs: Sequence[tuple[bytes, bytes | None]]) -> list[Record]:
@@ -216,13 +220,31 @@ class LmdbStore:
             keys = _KEY.iter_unpack(b"".join([key for key, _ in pairs]))
             return [Record(i, time_ - BIAS, t, v) for (_, time_, _), (i, t, v) in zip(keys, read, strict=True)]
         except (ValueError, TypeError, struct.error) as error:
-            raise StoreCorrupt(f"An event in {self.folder} is damaged ({error}). {_RESTORE}") from error
+            raise StoreCorrupt(f"An event in {self.folder} is damaged ({error}). {RESTORE}") from error
 
 
 def _setting(name: str) -> bytes:
     if not 0 < len(name.encode()) <= 480:  # LMDB's keys end at 511
         raise ValueError(f"A setting's name should be text of 1 to 480 bytes. Found {name!r}.")
     return name.encode()
+
+
+def _user(txn: Transaction, tree: Any, start: int) -> int | None:
+    """The first user of a tree from ``start`` on."""
+    cursor = txn.cursor(db=tree)
+    return int(_USER.unpack_from(cursor.key())[0]) if cursor.set_range(_USER.pack(start)) else None
+
+
+def _contents(txn: Transaction, trees: Mapping[str, Any], user: int) -> Contents:
+    key = _USER.pack(user)
+    held = txn.get(key, db=trees["users"])
+    _, newest, count = (0, 0, 0) if held is None else _META.unpack(held)
+    keyed = [(*_KEY.unpack(k)[1:], payload) for k, payload in _walk(txn, trees["events"], key)]
+    arrived = [_KEY.unpack(k + time_) for k, time_ in _walk(txn, trees["arrivals"], key)]
+    return Contents(
+        user, held is not None, count, newest, events=[(t - BIAS, n, payload) for t, n, payload in keyed],
+        index={n: t - BIAS for _, n, t in arrived}, ids={k[8:] for k, _ in _walk(txn, trees["ids"], key)},
+    )  # fmt: skip
 
 
 def _walk(txn: Transaction, tree: Any, key: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
@@ -232,7 +254,7 @@ def _walk(txn: Transaction, tree: Any, key: bytes, start: bytes = b"") -> Iterat
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
-class _Writer:
+class Writer:
     """One write transaction, and what is known of its users until it ends."""
 
     def __init__(self, txn: Transaction, trees: Mapping[str, Any]) -> None:
@@ -283,404 +305,3 @@ class _Writer:
         for user, meta in self.metas.items():
             if meta is not None:
                 self.put("users", _USER.pack(user), _META.pack(*meta))
-
-
-class _Job:
-    """A caller's work, and what came of it."""
-
-    def __init__(self, work: Callable[[_Writer], Any]) -> None:
-        self.work, self.done, self.told = work, False, threading.Event()
-        self.result: Any = None
-        self.error: BaseException | None = None
-
-
-class _Environment:
-    """A file's only LMDB environment in this process: the map, its trees, who reads and who waits for a commit.
-
-    The map is replaced (grown, reopened after a failed flush, closed for a fork) only while nobody reads.  Readers take no
-    lock: one enters itself in ``active`` and then looks at ``changing``; who changes the map sets ``changing`` and then looks
-    at ``active``, so that one of the two sees the other.  ``committing`` is held by whoever writes or changes the map.
-    ``queueing`` guards who waits for a commit and whether one of them leads.
-    """
-
-    def __init__(self, folder: Path, fsync: bool, map_bytes: int) -> None:
-        self.folder, self.fsync, self.map_bytes = folder, fsync, map_bytes
-        self.active: set[object] = set()
-        self.changing = self.closed = False
-        self.committing = threading.Lock()
-        self.queueing, self.waiting, self.led, self.together = threading.Lock(), deque[_Job](), False, 0
-        self.env: lmdb.Environment | None = None
-        self.trees: dict[str, Any] = {}
-        self.identity: tuple[int, int] | None = None
-        self.users = 0
-        self.forking: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        self._open()
-
-    # ---------------------------------------------------------------------------------------------------------- the map
-    def _open(self) -> None:
-        """Open the file and its trees; called by the only thread that uses it."""
-        lmdb = library()
-        with _translated(self.folder):
-            new = not _data(self.folder).exists()
-            self.env = lmdb.open(
-                str(self.folder), map_size=self.map_bytes, max_dbs=len(TREES), max_readers=READERS, sync=self.fsync,
-                metasync=self.fsync, readahead=False,
-            )  # fmt: skip
-            try:
-                self.env.reader_check()  # slots of killed readers keep old pages
-                self.map_bytes = max(self.map_bytes, self.env.info()["map_size"])
-                _check_length(self.env, self.folder)
-                _check_format(self.env, self.folder)
-                if new and self.fsync:
-                    _sync_names(self.folder)
-                self.trees = {name: self.env.open_db(name.encode()) for name in TREES}
-                self.identity = _identity(self.folder)
-            except BaseException:
-                self._close()
-                raise
-
-    def _close(self) -> None:
-        if self.env is not None:
-            self.env.close()
-        self.env, self.trees = None, {}
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Nobody reads in the block.  Its caller holds ``committing``."""
-        self.changing = True
-        try:
-            while self.active:
-                time.sleep(1e-4)  # reads are short, and this is rare
-            yield
-        finally:
-            self.changing = False
-
-    def _replace(self, map_bytes: int = 0) -> None:
-        """Take a larger map (0: the one that another process made).  Its caller holds ``committing``."""
-        env = self._ready()
-        with self.exclusive(), _translated(self.folder, map_bytes):
-            try:
-                env.set_mapsize(map_bytes)
-                self.map_bytes = env.info()["map_size"]
-            except library().Error:
-                self._close()  # the old map may be gone
-                raise
-
-    def _ready(self) -> lmdb.Environment:
-        """The environment, opened again after a fork or a failure.  Its caller holds ``committing``."""
-        if self.closed:
-            raise StoreError(f"The store {self.folder} is closed. Open it again.")
-        if self.env is None:
-            with self.exclusive():
-                self._open()
-        assert self.env is not None
-        return self.env
-
-    # -------------------------------------------------------------------------------------------------------- its users
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[tuple[Transaction, Mapping[str, Any]]]:
-        """A moment of the store, and its trees."""
-        me = object()
-        try:
-            with _translated(self.folder), self._begin(me) as txn:
-                yield txn, self.trees
-        finally:
-            self.active.discard(me)
-
-    def _begin(self, me: object) -> Transaction:
-        """A read transaction, with ``me`` among the active."""
-        lmdb = library()
-        while True:
-            self.active.add(me)
-            env, grown = self.env, False
-            if env is not None and not self.changing:
-                try:
-                    return env.begin()
-                except lmdb.MapResizedError:
-                    grown = True
-                except lmdb.ReadersFullError:
-                    if not env.reader_check():  # slots of killed readers
-                        raise
-            self.active.discard(me)
-            with self.committing:  # whoever changes the map is done then
-                self._replace() if grown else self._ready()
-
-    def write(self, work: Callable[[_Writer], Any]) -> Any:
-        """What ``work`` returned once it, and all that waited with it, is on disk.  It may run twice, in two transactions."""
-        job = _Job(work)
-        with self.queueing:
-            self.waiting.append(job)
-            leads, self.led = not self.led, True
-        try:
-            if not leads:
-                job.told.wait()  # that it is done, or that it leads now
-            if not job.done:
-                self._lead(job)
-        except BaseException:
-            with self.queueing:  # interrupted: whoever waits needs another leader
-                if job in self.waiting:
-                    self.waiting.remove(job)
-                    if leads or job.told.is_set():
-                        self._follow()
-            raise
-        if job.error is not None:  # of the thread that committed for this one, too
-            raise (type(job.error) if isinstance(job.error, StoreError) else StoreError)(str(job.error)) from job.error
-        return job.result
-
-    def _lead(self, job: _Job) -> None:
-        """Commit a job and all that wait behind it, tell them, and hand on."""
-        with self.committing:
-            if self.together > 1:
-                time.sleep(2e-4)  # those of the last commit are about to write again: a flush takes many times as long
-            with self.queueing:
-                jobs, self.waiting = list(self.waiting), deque()
-            self.together = len(jobs)
-            try:
-                for one, result in zip(jobs, self._commit(jobs), strict=True):
-                    one.result = result
-            except BaseException as error:
-                for one in jobs:
-                    one.error = error
-                if not isinstance(error, StoreError):
-                    raise
-            finally:
-                for one in jobs:
-                    one.done = True
-                    one.told.set()
-                with self.queueing:
-                    self._follow()
-
-    def _follow(self) -> None:
-        """The first that waits leads from now on."""
-        self.led = bool(self.waiting)
-        if self.waiting:
-            self.waiting[0].told.set()
-
-    def _commit(self, jobs: Sequence[_Job]) -> list[Any]:
-        """Results of all jobs, done in one transaction."""
-        lmdb = library()
-        again = True
-        while True:
-            env, need = self._ready(), 0
-            try:
-                with _translated(self.folder), env.begin(write=True) as txn:
-                    _lengthen(env, self.folder)
-                    write = _Writer(txn, self.trees)
-                    results = [job.work(write) for job in jobs]
-                    write.finish()
-                return results
-            except lmdb.MapFullError:
-                env.reader_check()
-                need = 2 * self.map_bytes
-            except lmdb.MapResizedError:
-                pass
-            except lmdb.PanicError as error:  # an earlier flush failed half-way: the file is whole, this handle is not
-                if not again:
-                    raise StoreError(f"{self.folder} cannot be written: {error}.") from error
-                again = False
-                with self.exclusive():
-                    self._close()
-                continue
-            self._replace(need)
-
-
-# ------------------------------------------------------------------------------------------- one environment per process
-_registry = threading.Lock()
-_shared: list[_Environment] = []
-
-
-def _share(folder: Path, fsync: bool, map_bytes: int) -> _Environment:
-    """The environment of a folder's file, which one process must not open twice: closing one would drop both's locks."""
-    with _registry:
-        there = _identity(folder)
-        found = next((one for one in _shared if there is not None and one.identity == there), None)
-        if found is None:
-            found = _Environment(folder, fsync, map_bytes)
-            _shared.append(found)
-        elif found.fsync != fsync:
-            raise ValueError(f"The store {folder} is open in this process with fsync={found.fsync}. Found {fsync}.")
-        found.users += 1
-        return found
-
-
-def _release(environment: _Environment) -> None:
-    with _registry:
-        environment.users -= 1
-        if not environment.users:
-            _shared.remove(environment)
-            with environment.committing, environment.exclusive():
-                environment.closed = True
-                if environment.env is not None:
-                    with contextlib.suppress(library().Error), environment.env.begin(write=True):
-                        _lengthen(environment.env, environment.folder)
-                environment._close()
-
-
-def _before_fork() -> None:
-    """LMDB's environment must not be open across a fork: the child would release the parent's readers."""
-    _registry.acquire()
-    for one in _shared:
-        one.committing.acquire()
-        one.forking = one.exclusive()
-        one.forking.__enter__()
-        one._close()
-        one.queueing.acquire()
-
-
-def _after_fork(child: bool) -> None:
-    for one in _shared:
-        if child:  # these were of threads that only the parent has
-            one.waiting.clear()
-            one.active.clear()
-            one.led = False
-        one.queueing.release()
-        one.forking.__exit__(None, None, None)
-        one.committing.release()
-    _registry.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=lambda: _after_fork(child=False),
-        after_in_child=lambda: _after_fork(child=True),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-_RESTORE = "Put the folder back from a copy, or delete it and import the events again."
-_CORRUPT = ("CorruptedError", "PageNotFoundError", "InvalidError", "VersionMismatchError", "IncompatibleError")
-
-
-def library() -> Any:
-    """The package; raises ImportError with a hint."""
-    try:
-        import lmdb
-    except ImportError as error:
-        raise ImportError("A history store in a folder needs LMDB: pip install 'unbraid[serve]'.") from error
-    return lmdb
-
-
-def _data(folder: Path) -> Path:
-    return folder / "data.mdb"
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Which file it is, whatever its path."""
-    try:
-        found = _data(folder).stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _sync_names(folder: Path) -> None:
-    """Wait until the new files' names would survive a power cut."""
-    for place in (folder, folder.resolve().parent):
-        with contextlib.suppress(OSError):  # some file systems refuse to sync a folder
-            handle = os.open(place, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-
-@contextlib.contextmanager
-def _translated(folder: Path, map_bytes: int = 0) -> Iterator[None]:
-    """LMDB's errors as those of a store; what `_Environment` handles itself passes."""
-    lmdb = library()
-    try:
-        yield
-    except (lmdb.MapFullError, lmdb.MapResizedError, lmdb.PanicError):
-        raise
-    except lmdb.Error as error:
-        code = getattr(error, "code", 0)
-        if type(error).__name__ in _CORRUPT:
-            raise StoreCorrupt(f"{folder} is damaged, or not a history store ({error}). {_RESTORE}") from error
-        if isinstance(error, lmdb.ReadersFullError):
-            raise StoreDown(f"{folder}: more than {READERS} readers at once.") from error
-        if map_bytes and code == errno.ENOMEM:
-            raise StoreFull(f"{folder}: no map of {map_bytes:,} bytes. Raise the limit of address space.") from error
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (code == errno.EIO and _cramped(folder)):
-            free = shutil.disk_usage(folder).free
-            raise StoreFull(
-                f"{folder}: no room for a write, {free:,} bytes are free on its disk. Make room."
-            ) from error
-        raise StoreError(f"{folder}: {error}.") from error
-    except OSError as error:
-        raise StoreError(f"{folder}: {error}.") from error
-
-
-def _cramped(folder: Path, need: int = 1 << 24) -> bool:
-    """Whether the disk, a quota or a limit leaves no room: LMDB calls a write that was cut short an input/output error."""
-    import resource
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit != resource.RLIM_INFINITY and _data(folder).stat().st_size + need > limit:
-        return True
-    probe = folder / f".probe-{os.getpid()}-{threading.get_ident()}"
-    try:
-        with probe.open("xb") as file:
-            os.posix_fallocate(file.fileno(), 0, need)
-    except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    finally:
-        probe.unlink(missing_ok=True)
-    return False
-
-
-def _check_format(env: lmdb.Environment, folder: Path) -> None:
-    """Mark a new file as a store of this version; raises StoreCorrupt for any other."""
-    with env.begin() as txn:
-        empty = not txn.stat()["entries"]
-    if not empty:
-        found = None
-        with contextlib.suppress(
-            library().NotFoundError
-        ):  # `create=False` raises where another's file has no such tree
-            tree = env.open_db(b"settings", create=False)
-            with env.begin(db=tree) as txn:
-                found = txn.get(FORMAT_KEY.encode())
-        if found is None:
-            raise StoreCorrupt(f"{folder} is an LMDB file of something else. Choose another folder.")
-        if found.decode() != FORMAT:
-            raise StoreCorrupt(
-                f"{folder} is a store of format {found.decode()}; this version reads {FORMAT}. Use the version that wrote it, "
-                "or import the events again into another folder."
-            )
-        return
-    # in one transaction: another process may be doing the same, and a crash leaves it empty
-    with env.begin(write=True) as txn:
-        tree = env.open_db(b"settings", txn=txn)
-        txn.put(FORMAT_KEY.encode(), FORMAT.encode(), overwrite=False, db=tree)
-
-
-def _check_length(env: lmdb.Environment, folder: Path) -> None:
-    """Raises StoreCorrupt for a file that was cut short: touching a page behind its end would kill the process.
-
-    A whole file may be short, too, by pages that its last transaction took and gave back; all of a short one is looked at.
-    """
-    if _missing(env, folder) <= 0:
-        return
-    from lmdb.verify import VerifyError, verify  # reads the file as a file
-
-    with env.begin(write=True):  # nobody else writes meanwhile
-        try:
-            problems = verify(str(folder))
-        except VerifyError as error:
-            problems = [str(error)]
-        if problems:
-            raise StoreCorrupt(f"{_data(folder)} is cut short: {problems[0]}. {_RESTORE}")
-        _lengthen(env, folder)
-
-
-def _missing(env: lmdb.Environment, folder: Path) -> int:
-    """How many bytes the file is shorter than its pages."""
-    return (env.info()["last_pgno"] + 1) * env.stat()["psize"] - _data(folder).stat().st_size
-
-
-def _lengthen(env: lmdb.Environment, folder: Path) -> None:
-    """Make a file as long as its pages, so that the next opening need not look at it.  Called in a write transaction."""
-    if _missing(env, folder) > 0:
-        with contextlib.suppress(OSError):
-            os.truncate(_data(folder), (env.info()["last_pgno"] + 1) * env.stat()["psize"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Required
 
 from pydantic import Field, TypeAdapter
 
+from unbraid.serve import arrow
 from unbraid.serve.wire import typed
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ SUMMARY = {
     "rank": "Order one user's candidates", "predict": "Predict rows of any users",
     "events": "Append events; they are in the store when this is answered", "reload": "Exchange the bundle",
 }  # fmt: skip
+ARROW = {arrow.MEDIA: {"schema": {
+    "type": "string", "format": "binary", "description": "A stream of Arrow, not compressed: the rows' columns, flat or lists.",
+}}}  # fmt: skip
+ARROW_ANSWER = {arrow.MEDIA: {"schema": {
+    "type": "string", "format": "binary", "description": "Where `Accept` names it: a column per task; `X-Bundle` has the bundle.",
+}}}  # fmt: skip
 SECURITY: list[dict[str, list[str]]] = [{"token": []}]
 
 
@@ -62,11 +69,12 @@ def openapi(loaded: Loaded) -> dict[str, Any]:
 
     def route(name: str, fails: tuple[int, ...]) -> dict[str, Any]:
         found = {str(status): {"description": SAID[status], "content": _json(error)} for status in sorted(fails)}
-        return {"200": {"description": "Done.", "content": _json(schemas[name, "serialization"])}} | found
+        content = _json(schemas[name, "serialization"]) | (ARROW_ANSWER if name == "predict" else {})
+        return {"200": {"description": "Done.", "content": content}} | found
 
     paths: dict[str, Any] = {}
     for name in loaded.wire.schemas():
-        content = _json(schemas[name, "validation"], example(name, loaded))
+        content = _json(schemas[name, "validation"], example(name, loaded)) | (ARROW if name == "predict" else {})
         paths[f"/{name}"] = {"post": {
             "operationId": name, "summary": SUMMARY[name], "responses": route(name, FAILS[name]),
             "requestBody": {"required": True, "content": content}, **({"security": SECURITY} if name == "reload" else {}),

@@ -21,12 +21,16 @@ sees, and a new one gives all users a new generation.
 from __future__ import annotations
 
 import json
+import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unbraid.serve.store import (
+    BIAS,
     FORMAT,
     FORMAT_KEY,
+    Contents,
     Page,
     Record,
     StoreCorrupt,
@@ -126,6 +130,12 @@ else
 end
 return values(user, arrivals(keys), {})
 """,
+    "contents": """
+local user = ARGV[2]
+local held = redis.call('HMGET', p..'u:'..user, 'generation', 'seq')
+return {redis.call('ZSCORE', p..'users', ARGV[3]) and held[1] and 1 or 0, held[2] or '0', redis.call('HGETALL', p..'v:'..user),
+        redis.call('ZRANGE', p..'e:'..user, 0, -1), redis.call('SMEMBERS', p..'i:'..user)}
+""",
     "trim": """
 local user = ARGV[2]
 local extra = redis.call('ZCARD', p..'e:'..user) - tonumber(ARGV[3])
@@ -224,6 +234,32 @@ class RedisStore:
             found = self._ask(self._client.zrangebylex, self.prefix + "users", start, "+", 0, chunk)
             yield from (int(user, 16) for user in found)
             start = "(" + found[-1].decode() if len(found) == chunk else ""
+
+    def contents(self) -> Iterator[Contents]:
+        """See `Store`."""
+        kept = set(self.users())
+        for kind in "uvei":
+            start = f"{self.prefix}{kind}:"
+            cursor = 0
+            while True:
+                cursor, keys = self._ask(self._client.scan, cursor, re.sub(r"([*?\[\]\\])", r"\\\1", start) + "*", 1000)
+                kept.update(int(name) for key in keys if (name := key[len(start.encode()) :]).isdigit())
+                if not cursor:
+                    break
+        for user in sorted(kept):
+            yield self._contents(user)
+
+    def _contents(self, user: int) -> Contents:
+        listed, seq, values, keys, ids = self._run("contents", user, f"{user:016x}")
+        try:
+            events = []
+            for arrival, text in zip(values[::2], values[1::2], strict=True):
+                time, _, payload = text.partition(b",")
+                events.append((int(time), int(arrival), payload))
+            index = {n: t - BIAS for t, n in (struct.unpack(">QQ", key) for key in keys)}
+            return Contents(user, bool(listed), None, int(seq), events, index, set(ids))
+        except (ValueError, struct.error) as error:
+            raise StoreCorrupt(f"{self.address}: a key of user {user} is damaged ({error}).") from error
 
     def get(self, name: str) -> str | None:
         """See `Store`."""

@@ -26,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from unbraid.serve.app import create_app
 from unbraid.serve.engine import Engine, fingerprint, newest
 from unbraid.serve.errors import ApiError
+from unbraid.serve.patience import Patient
 from unbraid.serve.settings import Settings
 from unbraid.serve.shape import Shape, shape_of
 from unbraid.serve.store import open_store
@@ -93,7 +94,7 @@ def build(
     from unbraid.serve.together import JoiningRanker
 
     torch.set_num_threads(1)  # requests run beside each other; two threads on one of them would fight with those
-    store = open_store(address)
+    store = Patient(open_store(address))
 
     def load(path: Path) -> tuple[JoiningRanker, Shape]:
         ranker = JoiningRanker(path, store, folder=folder, cache_bytes=cache_bytes)

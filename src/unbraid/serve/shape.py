@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import polars as pl
+
 Columns = Mapping[str, Any]  # name -> `unbraid.serve.ranker.Column`: its kind, whether it is required, an example
 
 
@@ -84,6 +86,13 @@ def _asked(new: Columns, old: Columns, what: str) -> list[str]:
         elif column.required and not old[name].required:
             found.append(f"{what} `{name}` is required, which clients may leave out")
     return found
+
+
+def dtype_of(kind: str) -> Any:
+    """The type of Polars that values of a kind (``int``, ``list[str]``) are first read as."""
+    if kind.startswith("list["):
+        return pl.List(dtype_of(kind[5:-1]))
+    return {"int": pl.Int64, "float": pl.Float64, "str": pl.String, "bool": pl.Boolean}[kind]
 
 
 def shape_of(ranker: Any) -> Shape:

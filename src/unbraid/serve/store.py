@@ -15,6 +15,7 @@ import json
 import operator
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -71,6 +72,26 @@ class Page(NamedTuple):
     whole: bool
 
 
+@dataclass(frozen=True)
+class Contents:
+    """All that is kept of a user at one moment, as it is kept, for who looks whether it is whole.
+
+    Args:
+        user: the number; listed: is it among the users?
+        count: of events, as the store counts them (None: it does not); newest: the number of the newest arrival.
+        events: time, arrival and payload (a JSON list of id, table and values; None: it is missing) of each.
+        index: arrival -> time, of the second tree or set that finds them; ids: digests of known ids.
+    """
+
+    user: int
+    listed: bool
+    count: int | None
+    newest: int
+    events: list[tuple[int, int, bytes | None]]
+    index: dict[int, int]
+    ids: set[bytes]
+
+
 class Store(Protocol):
     """Events by user.  All methods may be called from several threads at once, and raise `StoreError`."""
 
@@ -108,6 +129,10 @@ class Store(Protocol):
         """Users with events or known ids, ascending."""
         ...
 
+    def contents(self) -> Iterator[Contents]:
+        """All users of whom anything is kept, listed or not.  Raises StoreCorrupt where it cannot even be taken apart."""
+        ...
+
     def get(self, name: str) -> str | None:
         """A setting of the store."""
         ...
@@ -142,7 +167,7 @@ def open_store(address: str | Path) -> Store:
         ValueError: there is no such kind of address.
     """
     text = str(address)
-    scheme, colon, rest = text.partition(":")
+    scheme, _, rest = text.partition(":")
     if scheme in ("redis", "rediss", "unix") and rest.startswith("//"):
         from unbraid.serve.redis_store import RedisStore
 
@@ -152,7 +177,7 @@ def open_store(address: str | Path) -> Store:
         raise ValueError(f"A store's address should be {kinds}. Found {text!r}.")
     from unbraid.serve.lmdb_store import LmdbStore
 
-    return LmdbStore(Path(rest if colon and scheme == "lmdb" else text))
+    return LmdbStore(Path(text.removeprefix("lmdb:")))
 
 
 def user_hash(user: object, kind: str) -> int:
@@ -205,9 +230,12 @@ def encoded(user: int, record: Record) -> Encoded:
     except (TypeError, ValueError, RecursionError) as error:
         kinds = {name: type(value).__name__ for name, value in record.values.items()}
         raise ValueError(f"{where}: values should be those of JSON ({error}). Found {kinds}.") from error
-    # a digest: ids of any length take 16 bytes, and two of one user never meet in 128 bits
-    digest = hashlib.blake2b(record.id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return Encoded(check_user(user), digest, time_key(record.time, where), payload)
+    return Encoded(check_user(user), digest_of(record.id), time_key(record.time, where), payload)
+
+
+def digest_of(name: str) -> bytes:
+    """An id as it is known: ids of any length take 16 bytes, and two of one user never meet in 128 bits."""
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def check_user(user: int) -> int:

@@ -7,15 +7,14 @@ histories are ranked together, and all others alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from unbraid.serve.history import Past
-from unbraid.serve.ranker import Ranked, Ranker, Request, _parts, _Watch
-from unbraid.serve.store import StoreError
+from unbraid.serve.ranker import Ranked, Ranker, Request, Watch, parts
 
 COPIES = 20_000  # events that one request's candidates may read together, copies counted
 
@@ -29,7 +28,7 @@ class JoiningRanker(Ranker):
         given: list[tuple[int, dict[str, pl.Series]]] = []
         for i, request in enumerate(requests):
             try:
-                given.append((i, self._given(request)))
+                given.append((i, self.given(request)))
                 found.append(RuntimeError("not ranked"))
             except Exception as error:
                 found.append(error)
@@ -38,29 +37,23 @@ class JoiningRanker(Ranker):
         try:
             ranked = self._together([requests[i] for i, _ in given], [columns for _, columns in given])
         except Exception:  # rows that are not as declared: whose they are shows alone
-            ranked = [self._alone(requests[i]) for i, _ in given]
+            ranked = [_or_error(self.rank, requests[i]) for i, _ in given]
         for (i, _), one in zip(given, ranked, strict=True):
             found[i] = one
         return found
 
-    def _alone(self, request: Request) -> Ranked | Exception:
-        try:
-            return self.rank(request)
-        except Exception as error:
-            return error
-
     def _together(
         self, requests: Sequence[Request], columns: Sequence[dict[str, pl.Series]]
     ) -> list[Ranked | Exception]:
-        watch, bounds = _Watch(), np.cumsum([0, *(len(one.candidates) for one in requests)])
+        watch, bounds = Watch(), np.cumsum([0, *(len(one.candidates) for one in requests)])
         joined = {name: pl.concat([one[name] for one in columns], rechunk=True) for name in columns[0]}
-        with self._encoded(joined, "candidates") as encoded:
+        with self.encoded(joined, "candidates") as encoded:
             watch("rows")
             first, size = bounds[:-1], np.diff(bounds)
             events, degraded = np.zeros(len(requests), dtype=np.int64), ""
             if self.histories is not None:
                 users, whose = np.unique(encoded.columns["user"].view(np.uint64), return_inverse=True)
-                pasts, degraded = self._pasts(users.tolist())
+                pasts, degraded = self.pasts(users.tolist())
                 times = encoded.columns["time"]
                 of = whose.reshape(-1)
                 events = np.array([np.searchsorted(pasts[of[at]].events["time"], times[at]) for at in first])
@@ -70,11 +63,11 @@ class JoiningRanker(Ranker):
                     return self._split(requests, columns, few)
                 encoded.columns |= self.histories.cut(pasts, of, times)
             watch("history")
-            predictions = self._predictions([encoded.batch(part) for part in _parts(encoded)])
+            found = self.predictions([encoded.batch(part) for part in parts(encoded)])
         watch("model")
-        parts = [predictions[int(a) : int(b)] for a, b in pairwise(bounds)]
+        own = [found[int(a) : int(b)] for a, b in pairwise(bounds)]
         return [
-            self._ordered(*one, degraded, watch.seconds) for one in zip(requests, parts, events.tolist(), strict=True)
+            _or_error(self.ordered, *one, degraded, watch) for one in zip(requests, own, events.tolist(), strict=True)
         ]
 
     def _split(
@@ -83,23 +76,12 @@ class JoiningRanker(Ranker):
         """Those with few copies together, the others alone."""
         rest = [i for i in range(len(requests)) if few[i]]
         joined = iter(self._together([requests[i] for i in rest], [columns[i] for i in rest]) if rest else ())
-        return [next(joined) if few[i] else self._alone(request) for i, request in enumerate(requests)]
+        return [next(joined) if few[i] else _or_error(self.rank, request) for i, request in enumerate(requests)]
 
-    def _pasts(self, users: Sequence[int]) -> tuple[list[Past], str]:
-        """Users' events; none, and why, where the store cannot be read."""
-        assert self.histories is not None
-        try:
-            return self.histories.of(users), ""
-        except StoreError as error:
-            return self.histories.of([0] * len(users)), f"{error}"
 
-    def _ordered(
-        self, request: Request, found: pl.DataFrame, events: int, degraded: str, seconds: dict[str, float]
-    ) -> Ranked | Exception:
-        try:
-            value = self._score(request, found)
-        except Exception as error:
-            return error
-        order = np.argsort(-value, kind="stable")[: request.top or None]
-        shown = {name: found[name].to_numpy()[order] for name in found.columns}
-        return Ranked(order, value[order], shown, events, degraded, seconds)
+def _or_error(work: Callable[..., Ranked], *arguments: Any) -> Ranked | Exception:
+    """What a work gives, or what it raises: the fault of one request is not that of the others."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        return error

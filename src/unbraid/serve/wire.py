@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Required
 from pydantic import ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes that of `typing` from Python 3.12 on only
 
+from unbraid.serve import arrow
 from unbraid.serve.errors import ApiError
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from unbraid.serve.shape import Columns, Shape
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -68,6 +71,7 @@ class Wire:
     """
 
     def __init__(self, shape: Shape, most: int) -> None:
+        self.most, self.rows = most, shape.rows
         many: Any = (Field(min_length=1, max_length=most), FailFast())
         asked = _fields(shape.columns, whole=False)  # of each, in the context or in all candidates
         self._known: dict[str, Sequence[str]] = dict.fromkeys(("candidates", "context"), list(asked))
@@ -124,6 +128,10 @@ class Wire:
             return adapter.validate_json(body)
         except ValidationError as error:
             raise self._refusal(error) from None
+
+    def read_arrow(self, body: bytes) -> dict[str, pl.DataFrame]:
+        """The request of ``/predict`` whose rows are a stream of Arrow.  Raises ApiError as `read` does."""
+        return {"rows": arrow.read(body, self.rows, self.most)}
 
     def _refusal(self, error: ValidationError) -> ApiError:
         first = error.errors(include_url=False, include_context=False)[0]
