@@ -261,7 +261,7 @@ def formats(folder: Path, times: int) -> dict[str, Any]:
     """The table of JSON and Arrow; what a client does, making the body and reading the answer, counts, too."""
     bundle = prepare(folder, 50, 50, NUMBERS)
     server = Server(
-        bundle, folder / "store", folder / "log", "--max-candidates", str(ROWS), "--max-body", str(16 << 20)
+        bundle, folder / "store", folder / "log", "--max-candidates", str(ROWS), "--max-body", str(16 << 20), "--arrow"
     )
     draw = np.random.default_rng(1)
     frame = pl.DataFrame({

@@ -27,6 +27,7 @@ def serve(
     ] = 2.0,
     threads: Annotated[int, typer.Option(help="Threads that compute. [default: 0, one per processor]")] = 0,
     max_skew: Annotated[float, typer.Option(help="Seconds that an event may be ahead of the clock here.")] = 300.0,
+    arrow: Annotated[bool, typer.Option("--arrow", help="Take the rows of /predict as Arrow, too.")] = False,
     cache_mb: Annotated[int, typer.Option(min=0, help="Megabytes for histories of users that came lately.")] = 512,
     watch: Annotated[
         Path | None, typer.Option(help="Folder of bundles: serve the newest, and each that is written into it.")
@@ -49,6 +50,7 @@ def serve(
         settings = Settings(
             token=token, max_candidates=max_candidates, max_body=max_body, timeout=timeout, concurrency=concurrency,
             batch_wait_ms=batch_wait_ms, threads=threads or os.cpu_count() or 1, max_skew=max_skew,
+            arrow=arrow,
         )  # fmt: skip
         if watch is not None and not watch.is_dir():
             raise ValueError(f"--watch should be a folder. Found {watch}.")

@@ -49,7 +49,7 @@ def table(**change: Any) -> Any:
 
 
 def test_requests_and_answers_are_json_or_arrow(make: Any) -> None:
-    service = make()
+    service = make(arrow=True)
     body = {"rows": table().to_pylist()}
     want = service.post("/predict", body).json()
     assert len(want["predictions"]["click"]) == 3
@@ -73,7 +73,7 @@ def test_accept() -> None:
 
 
 def test_libraries_write_what_is_read(make: Any) -> None:
-    service = make()
+    service = make(arrow=True)
     want = service.post("/predict", rows(5, 6, 7)).json()["predictions"]
     frame = pl.DataFrame({"user": [42] * 3, "time": [NOW] * 3, "item": [5, 6, 7], "tags": [["a"], [], None]})
     polars = io.BytesIO()
@@ -155,7 +155,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_refused_says_where(make: Any, name: str) -> None:
     content, status, field = BAD[name]
-    answer = make().client.post("/predict", content=content, headers=IN)
+    answer = make(arrow=True).client.post("/predict", content=content, headers=IN)
     error = answer.json()["error"]
     assert (answer.status_code, error["field"]) == (status, field), error
     if name == "a view":
@@ -170,14 +170,14 @@ def test_rows_are_counted_before_they_are_read(make: Any) -> None:
     with pytest.raises(ApiError, match="at most 10 rows"):
         arrow.read(bytes(content), {"item": Unread("int", 1)}, 10)
     body = stream(big(5_000))
-    small = make(max_body=len(body) - 1)
+    small = make(arrow=True, max_body=len(body) - 1)
     assert small.client.post("/predict", content=body, headers=IN).status_code == 413
 
 
 def test_other_routes_and_services_without_the_library_take_json_alone(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = make()
+    service = make(arrow=True)
     for path in ("/rank", "/events"):
         refused = service.client.post(path, content=stream(table()), headers=IN)
         assert refused.status_code == 415 and "application/json`" in refused.json()["error"]["message"]
@@ -189,7 +189,7 @@ def test_other_routes_and_services_without_the_library_take_json_alone(
 
 
 def test_requests_of_both_kinds_are_computed_together(make: Any) -> None:
-    service: Service = make(batch_wait_ms=200.0)
+    service: Service = make(arrow=True, batch_wait_ms=200.0)
     with ThreadPoolExecutor(6) as pool:
         plain = [pool.submit(service.post, "/predict", rows(i, 50 + i)) for i in range(3)]
         more = [pool.submit(service.client.post, "/predict", content=stream(table()), headers=IN) for _ in range(3)]
@@ -206,8 +206,16 @@ def test_probabilities_of_classes_are_lists() -> None:
     assert got.schema == pa.schema({"a": pa.float32(), "b": pa.list_(pa.float64(), 3)})
 
 
+def test_it_has_to_be_asked_for(make: Any) -> None:
+    service = make()
+    told = service.client.post("/predict", content=stream(table()), headers=IN)
+    assert told.status_code == 415 and "application/json" in told.json()["error"]["message"]
+    body = service.client.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]
+    assert list(body["content"]) == ["application/json"]
+
+
 def test_the_description_says_so(make: Any) -> None:
-    told = make().client.get("/openapi.json").json()["paths"]["/predict"]["post"]
+    told = make(arrow=True).client.get("/openapi.json").json()["paths"]["/predict"]["post"]
     assert arrow.MEDIA in told["requestBody"]["content"] and arrow.MEDIA in told["responses"]["200"]["content"]
     assert arrow.MEDIA not in told["responses"]["422"]["content"]
 

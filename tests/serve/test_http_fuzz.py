@@ -141,7 +141,7 @@ async def ask(
 def service(folder: Path) -> Iterator[Any]:
     """An application, closed at the end; nobody is left in it."""
     store = MemoryStore()
-    settings = Settings(token="secret", batch_wait_ms=0.0, max_body=300_000, timeout=30.0)
+    settings = Settings(token="secret", batch_wait_ms=0.0, max_body=300_000, timeout=30.0, arrow=True)
     engine = Engine(loading(store), bundle(folder / "b"), store, settings)
     try:
         yield create_app(engine)

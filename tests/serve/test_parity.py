@@ -77,7 +77,7 @@ def want(place: Path, rows: pl.DataFrame) -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def client(place: Path) -> Iterator[TestClient]:
-    service, _ = build(place / "bundle", str(place / "store"), Settings())
+    service, _ = build(place / "bundle", str(place / "store"), Settings(arrow=True))
     with TestClient(service) as found:
         yield found
 

@@ -95,7 +95,7 @@ class Api:
                 return Response(stream, headers={"X-Bundle": loaded.fingerprint}, media_type=arrow.MEDIA)
             return answer({"bundle": loaded.fingerprint, "predictions": {t: v.tolist() for t, v in found.items()}})
 
-        return await self._posted(request, "predict", work, arrow.MEDIA)
+        return await self._posted(request, "predict", work, *((arrow.MEDIA,) if self.settings.arrow else ()))
 
     async def events(self, request: Request) -> Response:
         """Append events; they are in the store when this is answered."""
@@ -187,7 +187,7 @@ class Api:
 
     async def openapi(self, request: Request) -> Response:
         """The description of all this."""
-        return answer(openapi(self.engine.current))
+        return answer(openapi(self.engine.current, self.settings.arrow))
 
     # -------------------------------------------------------------------------------------------------------------- state
     async def health(self, request: Request) -> Response:

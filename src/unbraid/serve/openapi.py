@@ -57,8 +57,8 @@ ARROW_ANSWER = {arrow.MEDIA: {"schema": {
 SECURITY: list[dict[str, list[str]]] = [{"token": []}]
 
 
-def openapi(loaded: Loaded) -> dict[str, Any]:
-    """The document."""
+def openapi(loaded: Loaded, arrow_rows: bool) -> dict[str, Any]:
+    """The document; ``arrow_rows``: whether rows may come as Arrow."""
     types = [(name, "validation", one) for name, one in loaded.wire.schemas().items()]
     types += [
         (name, "serialization", TypeAdapter(one))
@@ -74,7 +74,9 @@ def openapi(loaded: Loaded) -> dict[str, Any]:
 
     paths: dict[str, Any] = {}
     for name in loaded.wire.schemas():
-        content = _json(schemas[name, "validation"], example(name, loaded)) | (ARROW if name == "predict" else {})
+        content = _json(schemas[name, "validation"], example(name, loaded)) | (
+            ARROW if arrow_rows and name == "predict" else {}
+        )
         paths[f"/{name}"] = {"post": {
             "operationId": name, "summary": SUMMARY[name], "responses": route(name, FAILS[name]),
             "requestBody": {"required": True, "content": content}, **({"security": SECURITY} if name == "reload" else {}),

@@ -19,6 +19,7 @@ class Settings:
         batch_rows: that one computation joins; a ``/rank`` of more than a quarter of it, or that explores, is computed alone.
         threads: that compute, and as many batches at once.
         max_skew: seconds that an event's time may be ahead of the server's clock.
+        arrow: whether rows may come as Arrow, which native code reads.
 
     Raises:
         ValueError: one of them is out of its range.
@@ -33,10 +34,11 @@ class Settings:
     batch_rows: int = 512
     threads: int = 2
     max_skew: float = 300.0
+    arrow: bool = False
 
     def __post_init__(self) -> None:
         least = {"timeout": 1e-3, "batch_wait_ms": 0, "max_skew": 0}
-        for name in (f.name for f in fields(self) if f.name != "token"):
+        for name in (f.name for f in fields(self) if f.name not in ("token", "arrow")):
             value, low = getattr(self, name), least.get(name, 1)
             if not low <= value < float("inf"):
                 raise ValueError(f"`{name}` should be finite and at least {low:g}. Found {value}.")
