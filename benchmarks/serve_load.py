@@ -82,6 +82,7 @@ class Server:
     """`unbraid serve` in a process of its own."""
 
     def __init__(self, bundle: Path, store: Path, log: Path, *options: str) -> None:
+        self.refused = ""  # the first answer that was not 200
         command = [
             sys.executable,
             "-m",
@@ -107,7 +108,9 @@ class Server:
         begin = time.perf_counter()
         connection.request("POST", route, body, {"Content-Type": kind, "Accept": kind})
         answer = connection.getresponse()
-        answer.read()
+        text = answer.read()
+        if answer.status != 200 and not self.refused:
+            self.refused = f"{route} {answer.status}: {text[:300].decode(errors='replace')}"
         return route, answer.status, time.perf_counter() - begin
 
     def connect(self) -> http.client.HTTPConnection:
@@ -178,7 +181,7 @@ def requests(users: int, candidates: int) -> dict[str, Callable[[random.Random],
         return json.dumps({"rows": rows}).encode()
 
     def events(draw: random.Random) -> bytes:
-        made = {"user": draw.randrange(users), "time": 10**12 + draw.randrange(10**9), "click": 1, **items(draw, 1)[0]}
+        made = {"user": draw.randrange(users), "time": 10**12 + draw.randrange(10**9), **items(draw, 1)[0]}
         return json.dumps({"table": "rows", "events": [{"id": f"{draw.getrandbits(64):x}", **made}]}).encode()
 
     return {"/rank": rank, "/predict": predict, "/events": events}
@@ -246,7 +249,8 @@ def soak(server: Server, users: int, candidates: int, seconds: float) -> dict[st
         rows = memory[len(memory) * tenth // 10 : len(memory) * (tenth + 1) // 10]
         tenths.append((percentiles(part)[1], max(rows, default=0.0)))
     errors = sum(status != 200 for _, (_, status, _) in answers)
-    print(f"\nSoak of {seconds / 60:g} minutes, 8 clients: {len(answers):,} requests, {errors} errors\n")
+    first = f" (the first: {server.refused})" if errors else ""
+    print(f"\nSoak of {seconds / 60:g} minutes, 8 clients: {len(answers):,} requests, {errors} errors{first}\n")
     print(
         markdown(
             ["tenth", "p99 of /rank, ms", "MiB"],
