@@ -203,7 +203,8 @@ class ClassHead(nn.Module):
 
     Attributes:
         width: of what it reads with its last layer.
-        gives: names of its extras, the vectors (K, d) and the scale (): what a loss with margins needs.
+        gives: names of its extras, the vectors (K, d) and the scale (): what a loss with margins needs; constants: those of
+            them that are not one per row, which are all.
 
     Raises:
         ValueError: there is to be no projection, and the widths differ.
@@ -213,7 +214,7 @@ class ClassHead(nn.Module):
         self, task: str, classes: Classes, width: int, hidden: Sequence[int] = (), dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.gives = (f"heads.vectors.{task}", f"heads.scale.{task}")
+        self.gives = self.constants = (f"heads.vectors.{task}", f"heads.scale.{task}")
         self.tower, self.width = mlp(width, hidden, dropout), mlp_width(width, hidden)
         self.vectors: Tensor
         self.scale: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,18 +51,31 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _require_one_process(command: str | None) -> None:
+    """End with a message if torchrun started several processes of a command that does not train together."""
+    if command not in (None, "train") and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        fail(
+            ValueError(
+                f"torchrun started several processes of `unbraid {command}`, which would all do the same. Several processes are "
+                "for `unbraid train`; start this one without torchrun."
+            )
+        )
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Train recommendation and transfer models whose tasks and domains share parameters without hurting each other."""
+    _require_one_process(context.invoked_subcommand)
 
 
-def fail(error: Exception) -> NoReturn:
-    """Print one clear message and end with 2."""
-    typer.secho(f"unbraid: {error}", fg="red", err=True)
+def fail(error: Exception, process: int = 0) -> NoReturn:
+    """Print one clear message, of a process other than the first with its number, and end with 2."""
+    typer.secho(f"unbraid{f' (process {process})' if process else ''}: {error}", fg="red", err=True)
     raise typer.Exit(2)
 
 
@@ -144,7 +158,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a run, print the test metrics of every task and domain, and write a bundle."""
-    from unbraid import config
+    from unbraid import config, parallel
     from unbraid.job import JobError
     from unbraid.job import train as job
     from unbraid.progress import Console
@@ -155,16 +169,20 @@ def train(
         choice = load_run(run, settings, seed, steps, init)
         refuse_unread([choice], settings, steps)
         folder = out or Path("runs") / choice.name
-        with Console(quiet=as_json) as watcher:
+        with Console(quiet=as_json or parallel.launched() > 0) as watcher:
             watcher.note(f"run `{choice.name}`, seed {choice.seed}")
             result = job(
                 choice, folder, resume=resume, overwrite=overwrite, baseline=baseline, watcher=watcher, track=track or (),
                 track_every=track_every, report=report,
             )  # fmt: skip
-    except (config.RunError, JobError, ValueError, OSError, FloatingPointError, ImportError) as error:
-        fail(error)
+    except parallel.Elsewhere:  # the process that raised it says it
+        raise typer.Exit(2) from None
+    except (config.RunError, JobError, ValueError, OSError, FloatingPointError, ImportError, parallel.Lost) as error:
+        fail(error, parallel.launched())
     except KeyboardInterrupt:
         fail(RuntimeError("interrupted; continue with the same command and --resume"))
+    if parallel.launched():  # the first process tells
+        return
     if as_json:
         print(json.dumps(result.metrics))
         return

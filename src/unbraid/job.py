@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import tomllib
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +18,7 @@ import tomli_w
 import torch
 from torch import nn
 
-from unbraid import config, store
+from unbraid import config, parallel, store
 from unbraid.baseline import TargetEncoding
 from unbraid.bundle import EVALUATION_ROWS, Bundle, build, trained_splits, warm_start
 from unbraid.data.encode import encode
@@ -30,7 +32,7 @@ from unbraid.evaluate import evaluate
 from unbraid.model import Model
 from unbraid.render import render_markdown
 from unbraid.track import Tracker
-from unbraid.train import Local, Watcher, predict
+from unbraid.train import Local, Watcher, predict, shared_scores
 from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores, Term
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def train(
 ) -> Result:  # fmt: skip
     """Encode, train, evaluate and write the bundle.
 
+    In one of several processes that torchrun started (docs/distributed.md) they train together; the first one writes and tells.
+
     Args:
         run: what to do; out: the bundle's folder (None: nothing is written); tables: tables in memory by name.
         resume: continue the unfinished run in ``out``; overwrite: delete what is in ``out`` first.
@@ -75,25 +79,49 @@ def train(
     Raises:
         JobError: ``out`` holds another run, or a finished one; DataError, BundleError, OSError as they say.
         ValueError, ImportError: ``track`` cannot be written to, or its library is missing.
+        unbraid.parallel.Lost: another process ended; unbraid.parallel.Elsewhere: one raised what is meant for all.
     """
     watcher = watcher or Watcher()
     if run.training.threads:
         torch.set_num_threads(run.training.threads)
     folder = None if out is None else Path(out)
-    tracker = Tracker(watcher, track, track_every, run, folder, resume) if track else None
-    if folder is not None and _prepare(folder, run, resume, overwrite):
-        watcher.note(f"{folder} is finished; nothing to resume")
-        bundle = Bundle.load(folder)
-        result = Result(bundle, bundle.metrics, folder)
-        return reported(result, tables, watcher) if report and not (folder / "report.json").exists() else result
-    try:
-        with tracker or contextlib.nullcontext(watcher) as told:
-            result = _train(run, folder, tables, resume, baseline, keep_scores, told)
-    except (ValueError, JobError, FloatingPointError):  # a mistake to mend: the folder is free for the next try
-        if folder is not None and not _worth(folder):
-            clear(folder)
-        raise
+    with parallel.together(run.training.device) as device:
+        if parallel.rank():
+            watcher, track = Watcher(), ()
+        resume = resume or _restarted(folder)
+        tracker = Tracker(watcher, track, track_every, run, folder, resume) if track else None
+        if folder is not None and _prepared(folder, run, resume, overwrite):
+            watcher.note(f"{folder} is finished; nothing to resume")
+            bundle = Bundle.load(folder)
+            result = Result(bundle, bundle.metrics, folder)
+            report = report and not (folder / "report.json").exists()
+        else:
+            try:
+                with tracker or contextlib.nullcontext(watcher) as told:
+                    result = _train(run, folder, tables, resume, baseline, keep_scores, told, device)
+            except (ValueError, JobError, FloatingPointError):  # a mistake to mend: the folder is free for the next try
+                if folder is not None and not parallel.rank() and not _worth(folder):
+                    clear(folder)
+                raise
+        report = report and not parallel.rank()
     return reported(result, tables, watcher) if report else result
+
+
+def _restarted(folder: Path | None) -> bool:
+    """Did torchrun start this again after a process ended (``--max-restarts``), with something to resume?"""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and folder is not None and (folder / "run.toml").exists()
+
+
+def _prepared(folder: Path, run: config.Run, resume: bool, overwrite: bool) -> bool:
+    """`_prepare` by the first process.  Raises JobError where another one does not see the folder."""
+    finished = parallel.on_first(lambda: _prepare(folder, run, resume, overwrite))
+    if not all(seen := parallel.gather((folder / "run.toml").exists())):
+        raise JobError(
+            f"Process {seen.index(False)} does not see {folder}, which the first one wrote. Processes on several machines need a "
+            "folder that all of them share."
+        )
+    return finished
 
 
 def reported(result: Result, tables: Tables | None, watcher: Watcher) -> Result:
@@ -109,16 +137,18 @@ def reported(result: Result, tables: Tables | None, watcher: Watcher) -> Result:
 
 def _train(
     run: config.Run, folder: Path | None, tables: Tables | None, resume: bool, baseline: bool, keep_scores: bool,
-    watcher: Watcher,
+    watcher: Watcher, device: str,
 ) -> Result:  # fmt: skip
     """`train` once its folder is ready."""
-    encoded, trained, session = learn(run, folder, tables=tables, resume=resume, watcher=watcher)
-    schema = encoded.schema
+    encoded, trained, session = learn(run, folder, device=device, tables=tables, resume=resume, watcher=watcher)
     session.watcher.stage("evaluating", 0, 0)
-    scores = predict(trained, encoded.in_order(encoded.split("test"), EVALUATION_ROWS), schema, device=session.device)
-    metrics = measure(run, encoded, trained, scores, session, baseline)
+    scores = shared_scores(
+        lambda rows: predict(trained, encoded.in_order(rows, EVALUATION_ROWS), encoded.schema, device=device),
+        encoded.split("test"),
+    )
+    metrics = parallel.on_first(lambda: measure(run, encoded, trained, scores, session, baseline))
     bundle = Bundle(run, encoded.fitted, trained.cpu().eval(), metrics)
-    if folder is not None:
+    if folder is not None and not parallel.rank():
         if keep_scores:
             state = {part.name: getattr(scores, part.name) for part in dataclasses.fields(scores)}
             store.save(folder / "scores.safetensors", state)
@@ -132,18 +162,22 @@ def _train(
 
 
 def learn(
-    run: config.Run, folder: Path | None, *, tables: Tables | None = None, resume: bool = False, watcher: Watcher
+    run: config.Run, folder: Path | None, *, device: str, tables: Tables | None = None, resume: bool = False,
+    watcher: Watcher,
 ) -> tuple[Encoded, Model, Local]:  # fmt: skip
     """Encode and train a run.  The test split is not looked at.
 
     Args:
-        folder: where checkpoints and the log go, if anywhere; the rest as of `train`.
+        folder: where checkpoints and the log go, if anywhere; device: of `parallel.together`; the rest as of `train`.
 
     Returns:
         The encoded data, the trained model on the session's device, and the session, whose processes have ended.
     """
     old = Bundle.load(run.init) if run.init else None
-    encoded = Encoded(encode(run.data, tables=tables, grow=old.fitted if old else None, progress=watcher.stage))
+    grow = old.fitted if old else None
+    encoded = Encoded(parallel.one_by_one(lambda: encode(run.data, tables=tables, grow=grow, progress=watcher.stage)))
+    parallel.require_same("data (encoded folder, rows)", (encoded.folder.name, encoded.rows))
+    parallel.require_same("run (sum of its text)", zlib.crc32(config.dumps(run).encode()))
     schema = encoded.schema
     for warning in (
         *warnings_of(run.data, tables=tables), *one_class_domains(encoded), *empty_histories(encoded),
@@ -154,7 +188,6 @@ def learn(
     if old is not None:
         counts = warm_start(model, encoded.fitted, old)
         watcher.note("warm start: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if run.training.device == "auto" else run.training.device
     terms = bound_terms(run, schema, model)
     check_labels(terms, encoded, run.training.mix)
     if run.data.exposure and not any("exposure" in getattr(term, "reads", ()) for term in terms):
@@ -166,7 +199,7 @@ def learn(
     )  # fmt: skip
     check_selection(run, session)
     model = model.to(device)
-    attach(encoded, model, augment=run.augment, progress=watcher.stage, device=device)
+    parallel.one_by_one(lambda: attach(encoded, model, augment=run.augment, progress=watcher.stage, device=device))
     with contextlib.closing(session):
         trained = run.schedule(session, model, session.total_steps())
     return encoded, cast(Model, trained), session

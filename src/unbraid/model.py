@@ -11,8 +11,9 @@ A history encoder may give further vectors for *second heads*: one small network
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -272,6 +273,11 @@ class Model(nn.Module):
         names = frozenset(name for member in members for name in getattr(member, "gives", ()))
         return names.difference(getattr(self.tower, "renamed", ()))
 
+    @property
+    def constants(self) -> frozenset[str]:
+        """Names of the extras that are not one per row, as its heads state them."""
+        return frozenset(name for head in self.heads.values() for name in getattr(head, "constants", ()))
+
     # ----------------------------------------------------------------------------------------------------------- forward
     def forward(self, batch: Batch, step: int | None = None) -> Output:
         """What the model says about a batch.  ``step`` is for members whose behaviour depends on training time."""
@@ -279,7 +285,8 @@ class Model(nn.Module):
         logits, hidden, two = {}, {}, dict[str, Tensor]()
         for task in self.schema.tasks:
             head = cast(_Head, self.heads[task_key(task.name)])
-            found, hidden[task.name] = head(out.tasks[task.name], batch.domain, batch.observed[task.name])
+            observed = of_live_domains(batch, partial(_observed, task.name))
+            found, hidden[task.name] = head(out.tasks[task.name], batch.domain, observed)
             logits[task.name], more = head.finish(found)
             two |= more
         output = Output(logits, hidden, out.shared, {**out.extras, **two}, lookups)
@@ -295,7 +302,8 @@ class Model(nn.Module):
         rows, lookups = self._read(batch)
         second: dict[str, Tensor] = {}
         hidden = list(self._all_hidden(batch, rows, second).values())
-        domains = (batch.domain, counted_rows(batch)) if getattr(self.tower, "reads_domain", False) else ()
+        reads = getattr(self.tower, "reads_domain", False)
+        domains = (batch.domain, of_live_domains(batch, counted_rows)) if reads else ()
         out = self.tower(hidden, *domains)
         return TowerOutput(out.tasks, out.shared, {**out.extras, **self._second_logits(second)}), lookups
 
@@ -531,6 +539,20 @@ def counted_rows(batch: Batch) -> Tensor:
     """(B,) bool: rows that are observed for some task and whose weight is not 0."""
     observed = torch.stack(list(batch.observed.values())).any(0)
     return observed if batch.weight is None else observed & (batch.weight > 0)
+
+
+def _observed(task: str, batch: Batch) -> Tensor:
+    return batch.observed[task]
+
+
+def of_live_domains(batch: Batch, which: Callable[[Batch], Tensor]) -> Tensor:
+    """(B,) bool: which rows count, to somebody who asks only whether any row of a domain does.
+
+    Of a batch that several processes share these are the rows of domains that have such a row in any of them.
+    """
+    if batch.whole is batch:
+        return which(batch)
+    return torch.isin(batch.domain, batch.whole.domain[which(batch.whole)])
 
 
 class _SecondHead(nn.Module):

@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unbraid import store
+from unbraid import parallel, store
 from unbraid.data.mix import Mix, Of, Parts, batches
 from unbraid.data.table import Encoded, Read, order, prefetch, steps_per_epoch
 from unbraid.evaluate import NAMES, RANKING, evaluate, lower_is_better
+from unbraid.normalise import over_processes
 from unbraid.optim.averaging import Average, Running, remeasure
 from unbraid.types import (
     FORBID,
@@ -108,11 +109,13 @@ def fit(
 def losses_of(
     model: nn.Module, batch: Batch, terms: Sequence[Term], step: int
 ) -> tuple[dict[str, Tensor], Output]:  # fmt: skip
-    """Losses of a batch by objective, and what the model said about it."""
+    """Losses of a batch by objective, and what the model said about it; of a batch that processes share, about the own rows."""
+    parallel.note(batch)
     output = model(batch, step)
+    said, whole = parallel.said(output, batch, getattr(model, "constants", ()))
     losses: dict[str, Tensor] = {}
     for term in terms:
-        for objective, loss in term(output, batch, step).items():
+        for objective, loss in term(said, whole, step).items():
             losses[objective] = losses[objective] + loss if objective in losses else loss
     return losses, output
 
@@ -160,6 +163,15 @@ def scores_of(
         if "request" in meta:
             group = np.where(meta["request"] >= 0, meta["request"], -1 - group)
     return Scores(group=group, meta=meta, domains=schema.domains, **joined)
+
+
+def shared_scores(score: Callable[[np.ndarray], Scores], rows: np.ndarray) -> Scores:
+    """The scores of rows, of which every process computes a part; all processes get all."""
+    if parallel.world() == 1 or len(rows) < parallel.world():
+        return score(rows)
+    parts = parallel.gather(score(rows[parallel.share(len(rows))]))
+    names = [part.name for part in fields(Scores) if part.name != "domains"]
+    return replace(parts[0], **{name: _join([getattr(part, name) for part in parts]) for name in names})
 
 
 def _join(parts: list[Any]) -> Any:
@@ -320,14 +332,14 @@ class Local:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Write a line of ``log.jsonl``."""
-        if self.folder is not None:
+        if self.folder is not None and parallel.rank() == 0:
             with (self.folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def cut_log(self, call: int | str, step: int) -> None:
         """Drop what an interrupted process logged of a call after a step: it is done, and logged, again."""
         path = None if self.folder is None else self.folder / "log.jsonl"
-        if path is None or not path.exists():
+        if path is None or parallel.rank() or not path.exists():
             return
         kept = []
         for line in path.read_text().splitlines():
@@ -391,8 +403,12 @@ class Local:
         """Predictions on a split, or on some of its rows (row numbers); ``read`` as in `fit`, ``hidden`` as in `predict`."""
         allowed = self.rows(split)
         chosen = allowed if rows is None else _inside(np.unique(rows), allowed)
-        batches = self.data.in_order(chosen, 4 * self.training.batch_size, read)
-        return predict(model, batches, self.data.schema, hidden=hidden, device=self.device)
+
+        def score(part: np.ndarray) -> Scores:
+            batches = self.data.in_order(part, 4 * self.training.batch_size, read)
+            return predict(model, batches, self.data.schema, hidden=hidden, device=self.device)
+
+        return shared_scores(score, chosen)
 
     def fork(self, model: nn.Module, state: State) -> tuple[nn.Module, State]:
         """Independent copies."""
@@ -405,7 +421,8 @@ class Local:
             done: the state holds all that the calls of ``fit`` so far made.  Their own checkpoints are removed, and
                 `restore` counts calls, steps and seconds on from here.
         """
-        if self.folder is None:
+        parallel.wait()  # nobody reads any more what is replaced or removed here
+        if self.folder is None or parallel.rank():
             return
         counts = {"calls": self.calls, "steps": self.steps, "seconds": self.seconds} if done else None
         store.save(self.folder / f"schedule-{tag}.safetensors", {"state": state, "counts": counts})
@@ -456,6 +473,9 @@ class Local:
         if rows is not None and not 0 < len(rows) == len(_inside(rows, self.rows("train+valid"))):
             raise ValueError("A session trains on rows of the training and validation splits. Found others, or none.")
         call, self.calls = self.calls, self.calls + 1
+        if parallel.world() > 1:
+            require_one_process(model.train())
+            parallel.same_start(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable is None or trainable(name))
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -508,6 +528,10 @@ class Local:
         Raises:
             What `fit` raises; ChildProcessError when a process ends unexpectedly; ValueError when something cannot be pickled.
         """
+        if jobs > 1 and parallel.world() > 1:
+            raise ValueError(
+                f"Several processes train this run together, and `schedule.jobs` {jobs} would start more. Set it to 1."
+            )
         if jobs > 1 and len(calls) > 1:
             from unbraid.workers import Workers
 
@@ -620,9 +644,10 @@ class Rehearse:
             rows, size = self.session.rows("valid"), self.session.training.batch_size
             if not len(rows):
                 raise ValueError("The update learns weights on the validation split, which has no rows.")
-            self.batches, self.at = self.session.data.shuffled(rows, size, self.seed, step, False, self.read), step
+            self.at, read = step, self.read or self.session.data.batch
+            self.batches = shares(order(rows, size, self.seed, step), read)
         self.at += 1
-        return self._losses(next(self.batches).to(self.session.device), step, draw=1)
+        return self._losses(parallel.join(next(self.batches)).to(self.session.device), step, draw=1)
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -635,7 +660,9 @@ class Rehearse:
         before = {name: value.clone() for name, value in self.model.named_buffers()}
         cuda = [torch.cuda.current_device()] if self.session.device.startswith("cuda") else []
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, step, draw]).generate_state(1)[0]))
+            # processes read other rows, and draw other numbers for them
+            numbers = [self.seed, step, draw, *([parallel.rank()] if parallel.rank() else [])]
+            torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
             found = losses_of(self.model, batch, self.terms, step)
         for name, value in self.model.named_buffers():
             value.data.copy_(before[name])
@@ -684,7 +711,7 @@ class _OneFit:
         for term, state in zip(self.memories, self.remembered, strict=bool(self.remembered)):
             term.load_state_dict(state)
         terms = terms if self.sample is None else [self.sample.restrict(term) for term in terms]
-        moved: Iterator[Batch] = (batch.to(session.device) for batch in batches)
+        moved = self._joined(batches, start)
         if self.rehearse is not None:
             moved = self.rehearse.watch(moved, start, terms, self.read)
         self.told_step, self.began = start, time.monotonic()
@@ -693,10 +720,11 @@ class _OneFit:
         done = start
         try:
             if not self._out_of_patience():  # else the process died between its last look and its end
-                done = fit(
-                    self.model, moved, terms, self._step, steps=self.steps, start=start,
-                    callbacks=(self._tell, self._look, self._keep),
-                )  # fmt: skip
+                with over_processes(self.model):
+                    done = fit(
+                        self.model, moved, terms, self._step, steps=self.steps, start=start,
+                        callbacks=(self._tell, self._look, self._keep),
+                    )  # fmt: skip
         finally:
             batches.close()  # type: ignore[attr-defined]
             if self.rehearse is not None:
@@ -706,7 +734,8 @@ class _OneFit:
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         elif self.average is not None:
-            self._write_average(self.average)
+            with over_processes(self.model):
+                self._write_average(self.average)
         self._save(done, finished=True)
         self._remember()
 
@@ -725,7 +754,7 @@ class _OneFit:
     def _step(self, losses: Losses, output: Output) -> None:
         """The update, and the mean of the weights after it."""
         if self.average is not None:
-            self.average.before(output.lookups)
+            self.average.before(parallel.read_by_any(output.lookups))
         self.update(losses, output)
         if self.average is not None:
             self.average.after(self.update.settle)
@@ -739,8 +768,7 @@ class _OneFit:
     def _batches_to_measure(self) -> Iterator[Batch]:
         given = self._batches(0)
         try:
-            for batch in given:
-                yield batch.to(self.session.device)
+            yield from self._joined(given, 0)
         finally:
             given.close()  # type: ignore[attr-defined]
 
@@ -765,8 +793,22 @@ class _OneFit:
         else:
             rows = self.sample.order(size, start)
         if view is None:
-            return prefetch(read(part) for part in rows)
+            return shares(rows, read)
         return prefetch(batches(((part, part[:0]) for part in rows), read, self.seed, start, view, of))
+
+    def _joined(self, batches: Iterator[Batch], start: int) -> Iterator[Batch]:
+        """The batches on the session's device, with what losses need of other processes' rows.
+
+        Several processes draw what they draw (dropout) by the step and their number, so that a training continues on any number
+        of them.
+        """
+        for step, batch in enumerate(batches, start):
+            if parallel.world() > 1:
+                numbers = np.random.SeedSequence([self.seed, step, parallel.rank(), 5])
+                torch.manual_seed(int(numbers.generate_state(1)[0]))
+            found = parallel.join(batch).to(self.session.device)
+            parallel.note(found)
+            yield found
 
     def _known(self) -> tuple[np.ndarray, dict[str, Tensor], dict[str, Tensor]]:
         """The rows, their labels, and which of these every batch with the row knows."""
@@ -780,7 +822,7 @@ class _OneFit:
         self.session.watcher.trained(done, losses)
         now = time.monotonic()
         if now - self.told_at > 0.2 or done == self.steps:
-            speed = (done - self.told_step) * len(batch) / max(now - self.told_at, 1e-9)
+            speed = (done - self.told_step) * len(batch.whole) / max(now - self.told_at, 1e-9)
             self.session.watcher.step(done, self.steps, speed, {k: float(v.detach()) for k, v in losses.items()})
             self.told_at, self.told_step = now, done
         return False
@@ -861,7 +903,7 @@ class _OneFit:
 
     def _save(self, done: int, finished: bool) -> None:
         path = self._path()
-        if path is None:
+        if path is None or parallel.rank():
             return
         self.session.watcher.saving()
         state: State = {
@@ -894,11 +936,27 @@ class _OneFit:
             self.average.load_state_dict(state["average"])
         self.seconds = state["seconds"]
         _set_random_state(state["rng"])
+        parallel.wait()
         self.session.watcher.note(f"resumed at step {state['step']:,} of {self.steps:,}")
         self.session.cut_log(self.call, state["step"])
         if state["finished"]:
             self._add_up(self.seconds, state["step"])
         return state["step"], state["finished"]
+
+
+def shares(rows: Iterable[np.ndarray], read: Read) -> Iterator[Batch]:
+    """This process's rows of the batches of these row numbers, made ahead."""
+    return prefetch(parallel.mine(lambda part, _: read(part), each) for each in rows)
+
+
+def require_one_process(model: nn.Module) -> None:
+    """Raises ValueError if a part of a model in training mode sees more rows than its own, and so must see all of a batch."""
+    for name, part in model.named_modules():
+        if why := getattr(part, "one_process", ""):
+            raise ValueError(
+                f"`{name}` ({type(part).__name__}) trains in one process only: {why}, and each of {parallel.world()} processes "
+                "sees a part. Choose a variant without it (docs/distributed.md has a table), or train in one process."
+            )
 
 
 def _copies(model: nn.Module) -> dict[str, Tensor]:

@@ -357,6 +357,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.row)
 
+    @property
+    def whole(self) -> Batch:
+        """The batch that these rows are of: itself, unless several processes train on it together (without features then)."""
+        return self
+
     def select(self, rows: Tensor) -> Batch:
         """The given rows ((n,) int64 or (B,) bool).  Raises ValueError if it splits a pair of views."""
         index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
@@ -536,6 +541,8 @@ Losses = Mapping[str, Tensor]  # objective (a task, a domain, or "task@domain") 
 @runtime_checkable
 class Term(Protocol):
     """(output, batch, step) -> objective -> scalar.  An objective without an observed row is absent, never 0 or NaN.
+
+    Where several processes train together, output and batch are of the rows of all of them (`unbraid.parallel`).
 
     ``needs`` names the ``Output.extras`` it reads; a missing one is an error when the run is built.  A term may have a
     method ``check(orphans)``: it is called once before training with `unbraid.data.table.Encoded.orphans` of the

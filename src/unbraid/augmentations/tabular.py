@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from unbraid import parallel
 from unbraid.types import EXACT, FORBID, MISSING, Batch, Feature, Ragged, Schema
 
 
@@ -77,7 +78,9 @@ class Tabular:
         schema: Schema = data.schema
 
         def view(batch: Batch, strong: bool, seed: int) -> Batch:
-            return changed(batch, self.strong if strong else self.weak, schema, torch.Generator().manual_seed(seed))
+            # processes see other rows, whose changes should not be alike
+            draw = torch.Generator().manual_seed(seed + parallel.rank())
+            return changed(batch, self.strong if strong else self.weak, schema, draw)
 
         return view
 

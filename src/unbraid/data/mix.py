@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
+from unbraid import parallel
 from unbraid.types import FORBID, Batch
 
 Read = Callable[[np.ndarray], Batch]  # row numbers (n,) -> their batch
@@ -131,11 +133,18 @@ def batches(
         seed: of the views, with the step; view: makes them; of: which rows get a strong view, too.
     """
     for step, (known, hidden) in enumerate(order, start):
-        batch = read(np.concatenate([known, hidden]))
-        if len(hidden):
-            places = torch.arange(len(batch)) >= len(known)
-            batch = replace(batch, observed={task: seen & ~places for task, seen in batch.observed.items()})
-        yield batch if view is None else with_views(batch, view, of, (seed, step))
+        yield parallel.mine(partial(_made, read, len(known), view, of, (seed, step)), np.concatenate([known, hidden]))
+
+
+def _made(
+    read: Read, known: int, view: View | None, of: Of, seed: Sequence[int], rows: np.ndarray, first: int
+) -> Batch:  # fmt: skip
+    """The rows of a batch from place ``first`` on, with their views; labels from place ``known`` on are not read."""
+    batch = read(rows)
+    places = torch.arange(first, first + len(batch)) >= known
+    if places.any():
+        batch = replace(batch, observed={task: seen & ~places for task, seen in batch.observed.items()})
+    return batch if view is None else with_views(batch, view, of, seed)
 
 
 def with_views(batch: Batch, view: View, of: Of, seed: Sequence[int]) -> Batch:

@@ -56,6 +56,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from unbraid import parallel
 from unbraid.encoders.packed import (
     OTHER_PIECE_VALUES,
     PIECE_VALUES,
@@ -162,7 +163,8 @@ class DINHistory(nn.Module):
         asked = [target["value"][name] for name in self.targets]
         query = _side_by_side(asked) if asked else reads[0].vectors.new_zeros(history.lengths.shape[0], 0)
         if not isinstance(history, Listed) and not len(reads[0].index):
-            return {name: query.new_zeros(len(history), width) for name, width in self.widths.items()}
+            nothing = self._statistics_of_others(query)
+            return {name: query.new_zeros(len(history), width) + nothing for name, width in self.widths.items()}
         if self.keep:
             reads, history, statistics = self._search(reads, history, query)
         values = _side_by_side([gather(read) for read in reads])
@@ -215,11 +217,36 @@ class DINHistory(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(H,) mean and variance of a layer: the batch's, which are noted, or the running ones."""
         dice = cast(Dice, self.dice[depth])
-        if not self.training or count < 2:  # one event has no variance
+        if not self.training:
             return dice.mean, dice.variance
-        mean, variance = _statistics(apply, count, steps, linear)
+        below = [*steps, linear] if steps else []
+        if parallel.world() > 1:  # the events of all processes
+            width = cast(nn.Linear, self.layers[depth]).out_features if steps else linear[0].shape[1]
+            mine = apply(partial(_moments, _sizes(below)), _flat(below)) if count and parallel.counts() else None
+            found = parallel.all_rows(linear[0].new_zeros(0, 1 + width + width**2) if mine is None else mine)
+            count = int(found[:, 0].sum())
+        if count < 2:  # one event has no variance
+            return dice.mean, dice.variance
+        if parallel.world() == 1:
+            found = apply(partial(_moments, _sizes(below)), _flat(below))
+        mean, variance = _statistics(found, count, None if steps else linear)
         dice.note(mean, variance)
         return mean, variance
+
+    def _statistics_of_others(self, like: Tensor) -> Tensor:
+        """0, of a batch whose events are all other processes': they wait for this one in both directions."""
+        nothing = like.new_zeros(())
+        if not (self.training and len(self.dice) and parallel.world() > 1):
+            return nothing
+        noted: list[tuple[Tensor, Tensor]] = []
+
+        def statistics(depth: int, steps: Sequence[Step], linear: Step) -> tuple[Tensor, Tensor]:
+            noted.append(self._statistics(_no_events, 0, depth, steps, linear))
+            return noted[-1]
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.keep):
+            self._steps(statistics)
+        return nothing + sum((mean.sum() + variance.sum()) * 0 for mean, variance in noted)
 
     def _folded(self) -> Tensor:
         """The first weights for [e, r, q * e, q]: those of q - e go to q's and, negated, to e's."""
@@ -380,20 +407,21 @@ def _without_gradients(
     return torch.cat(found)
 
 
-def _statistics(apply: Apply, count: int, steps: Sequence[Step], linear: Step) -> tuple[Tensor, Tensor]:
-    """(H,) mean and variance, over all ``count`` events, of what ``linear`` gives on top of ``steps``.
+def _no_events(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    raise AssertionError("There is no event to apply it to.")
 
-    Of the first layer both follow from its inputs' mean and covariance, which are narrower and need no (n, H) values.
+
+def _statistics(found: Tensor, count: int, linear: Step | None) -> tuple[Tensor, Tensor]:
+    """(H,) mean and variance, over all ``count`` events, from `_Moments` of their parts (p, 1 + F + F * F).
+
+    Of the first layer these are of its inputs, which are narrower and need no (n, H) values, and ``linear`` is the layer.
     """
-    first = not steps
-    below = [] if first else [*steps, linear]
-    found = apply(partial(_moments, _sizes(below)), _flat(below))
     width = math.isqrt(found.shape[1])  # of 1 + F + F * F
     counts, sums, products = found.split([1, width, width * width], 1)
     mean = sums.sum(0) / count
     apart = (sums / counts - mean) * counts.sqrt()
     covariance = (products.sum(0).view(width, width) + apart.T @ apart) / count
-    if not first:
+    if linear is None:
         return mean, covariance.diagonal()
     weight, bias = linear
     return weight @ mean + bias, ((weight @ covariance) * weight).sum(1).clamp(min=0)

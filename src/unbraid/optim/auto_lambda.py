@@ -27,16 +27,17 @@ reached.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from unbraid import parallel
 from unbraid.optim.joint import JointUpdate
 from unbraid.optim.weighted import Learned, Setting
-from unbraid.types import FORBID, Losses, Output, Rehearsal, State
+from unbraid.types import FORBID, Lookup, Losses, Output, Rehearsal, State
 
 BIBTEX = """
 @article{liu2022autolambda,
@@ -193,7 +194,20 @@ class Leaves:
         places += [(self.update.rows.tables[name], ids, self.lr) for name, ids, _ in rows]
         leaves = [*(p for p, _ in self.dense), *(lookup.vectors for lookup in rows)]
         grads = torch.autograd.grad(loss, leaves, retain_graph=keep, allow_unused=True)
+        if parallel.world() > 1:
+            return self._summed(grads, rows)
         return [Part(w, ids, g, lr) for (w, ids, lr), g in zip(places, grads, strict=True) if g is not None]
+
+    def _summed(self, grads: Sequence[Tensor | None], rows: Sequence[Lookup]) -> list[Part]:
+        """The sums of all processes' gradients."""
+        named = self.update.named_dense()
+        of_rows = {
+            read.table: (read.ids, g) for read, g in zip(rows, grads[len(named) :], strict=True) if g is not None
+        }
+        dense, summed = self.update.summed(dict(zip(named, grads, strict=False)), of_rows, rows)
+        steps = {name: lr for name, (_, lr) in zip(named, self.dense, strict=True)}
+        found = [Part(named[name], None, grad, steps[name]) for name, grad in dense.items()]
+        return found + [Part(self.update.rows.tables[n], ids, g, self.lr) for n, (ids, g) in summed.items()]
 
     def shift(self, parts: list[Part], size: float) -> None:
         """Add size * step size * gradient."""

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from unbraid import parallel
 from unbraid.optim.rows import Decay, LazyTable, RowAdam
 from unbraid.types import FORBID, Course, Lookup, Losses, Output, State
 
@@ -189,7 +190,57 @@ class JointUpdate:
 
     def apply(self, output: Output) -> None:
         """Clip the gradients that are there, step both optimisers and the learning rate."""
-        self.move(row_gradients(output.lookups, self.rows.tables))
+        rows = row_gradients(output.lookups, self.rows.tables)
+        if parallel.world() > 1:
+            named = self.named_dense()
+            grads, rows = self.summed({name: p.grad for name, p in named.items()}, rows, output.lookups)
+            for name, parameter in named.items():
+                parameter.grad = grads.get(name)
+        self.move(rows)
+
+    def named_dense(self) -> dict[str, Tensor]:
+        """Name -> trained dense parameter."""
+        return dict(zip(self.names, (p for group in self.dense.param_groups for p in group["params"]), strict=True))
+
+    def summed(
+        self, dense: Mapping[str, Tensor | None], rows: Mapping[str, tuple[Tensor, Tensor]], lookups: Iterable[Lookup]
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Sums over all processes of gradients of dense parameters by name, and of lazy tables' rows.
+
+        Args:
+            rows: table -> distinct ids (U,) and gradient (U, D); lookups: all that the forward pass read.
+        """
+        ids = self.read_anywhere(lookups)
+        named = self.named_dense()
+        tables = self.rows.tables
+        like = {
+            **named,
+            **{name: tables[name].new_empty(len(each), tables[name].shape[1]) for name, each in ids.items()},
+        }
+        own = {name: spread(*rows[name], ids[name]) for name in rows}
+        found = parallel.total({**dense, **own}, like)
+        return (
+            {name: grad for name, grad in found.items() if name in named},
+            {name: (ids[name], found[name]) for name in ids if name in found},
+        )
+
+    def read_anywhere(self, lookups: Iterable[Lookup], more: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Table -> ascending ids (G,) that any process read, of lazy tables and of ``more`` (table -> its weight).
+
+        Decay that these rows owe is paid on all processes: whoever read a row has paid it, and replicas stay equal bit for bit.
+        """
+        tables = {**self.rows.tables, **(more or {})}
+        read: dict[str, list[Tensor]] = {name: [] for name in tables}
+        for name, ids, _ in lookups:
+            if name in read:
+                read[name].append(ids)
+        none = torch.zeros(0, dtype=torch.int64)
+        found = parallel.union({
+            name: torch.cat(parts) if parts else none.to(tables[name].device) for name, parts in read.items()
+        })  # fmt: skip
+        for name in self.rows.tables:
+            self.rows.catch_up(name, found[name])
+        return found
 
     def move(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """`apply` with the gradients of lazy tables given: table -> distinct ids (U,) and gradient (U, D)."""
@@ -259,6 +310,11 @@ def row_gradients(lookups: Iterable[Lookup], tables: Collection[str]) -> dict[st
         if name in tables and vectors.grad is not None:
             found.setdefault(name, []).append((ids, vectors.grad))
     return {name: parts[0] if len(parts) == 1 else _merged(parts) for name, parts in found.items()}
+
+
+def spread(ids: Tensor, grad: Tensor, every: Tensor) -> Tensor:
+    """(G, D) gradient at the ascending ids ``every`` (G,), of one at some of them (U,); 0 elsewhere."""
+    return grad.new_zeros(len(every), grad.shape[1]).index_copy_(0, torch.searchsorted(every, ids), grad)
 
 
 def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unbraid.optim.joint import Joint, JointUpdate
+from unbraid import parallel
+from unbraid.optim.joint import Joint, JointUpdate, spread
 from unbraid.types import Losses, Output, State
 
 
@@ -134,9 +135,27 @@ class PerTask(JointUpdate):
             )  # fmt: skip
             laid = [_laid_out(grad, like) for grad, like in zip(found, tensors, strict=True)]
             of[objective] = self._named(names, laid, ids)
-        return Gradients(
+        grads = Gradients(
             of, {name: parts[0] if len(parts) == 1 else torch.cat(parts).unique() for name, parts in ids.items()}
         )
+        return grads if parallel.world() == 1 else self._summed(grads, output)
+
+    def _summed(self, grads: Gradients, output: Output) -> Gradients:
+        """The sums of all processes' gradients, all objectives' in one exchange."""
+        tables = dict(self.rows.tables)
+        if self.reads_dense_lookups:
+            tables |= {name: cast(nn.Parameter, self.parameters[key]) for name, key in self.dense_tables.items()}
+        ids = self.read_anywhere(output.lookups, tables)
+        like = {**self.parameters, **{n: tables[n].new_empty(len(each), tables[n].shape[1]) for n, each in ids.items()}}
+        own: dict[tuple[str, str], Tensor | None] = {
+            (objective, leaf): spread(grads.ids[leaf], grad, ids[leaf]) if leaf in ids else grad
+            for objective, found in grads.of.items() for leaf, grad in found.items()
+        }  # fmt: skip
+        every = parallel.total(own, {(objective, leaf): one for objective in grads.of for leaf, one in like.items()})
+        of: dict[str, dict[str, Tensor]] = {objective: {} for objective in grads.of}
+        for (objective, leaf), grad in every.items():
+            of[objective][leaf] = grad
+        return Gradients(of, ids)
 
     def check_gradients(self, grads: Gradients) -> None:
         """Raise FloatingPointError unless all gradients are finite: a loss scale may be too large for them."""

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unbraid import parallel
 from unbraid.schedules import domains
 from unbraid.schedules.domains import Domains
 from unbraid.types import FORBID, Batch, Look, Output, Session, State
@@ -471,8 +472,8 @@ class Tuning:
 
 def _pull(parameter: nn.Parameter, l2: float) -> Callable[[Tensor], Tensor]:
     """A gradient plus that of ``l2 / 2`` times the squared distance from where the parameter is now."""
-    anchor = parameter.detach().clone()
-    return lambda grad: grad + l2 * (parameter.detach() - anchor)
+    anchor, part = parameter.detach().clone(), l2 / parallel.world()  # gradients of all processes are added up
+    return lambda grad: grad + part * (parameter.detach() - anchor)
 
 
 def _part(steps: int, place: int, count: int) -> int:

@@ -37,7 +37,7 @@ How this differs:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -45,7 +45,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unbraid import parallel
 from unbraid.layers import by_domain, mlp, mlp_width, require_positive, task_key
+from unbraid.normalise import sums_by
 from unbraid.towers.mlp import BottomAndTower, one_width, side_by_side, task_towers
 from unbraid.types import FIRST_VALUE, TowerOutput
 
@@ -98,15 +100,25 @@ class StarTower(nn.Module):
         The trunk is the bottom's output (B, ``bottom[-1]``), each row's by its own domain's weights.
         """
         x = side_by_side(hidden)
+        common = None
+        if self.normalised and self.training and parallel.world() > 1:
+            common = _Common(x, domain, counted, len(self.own) + FIRST_VALUE)
 
         def of(code: int, mine: Tensor) -> tuple[Tensor, Tensor]:
             own = self._of(code)
             live = not self.training or code < FIRST_VALUE or bool(counted[mine].any())
-            state, aside = self._bottom(x[mine], own, live and code >= FIRST_VALUE), self._aside(x[mine], own)
+            if common is None:
+                state = self._bottom(x[mine], own, live and code >= FIRST_VALUE)
+            else:
+                state = self._layers(common.normalised(self, x[mine], own, code), own)
+            aside = self._aside(x[mine], own)
             # a gradient of zeros would move them by their momentum
             return (state, aside) if live else (state.detach(), aside.detach())
 
         z, a = by_domain(domain, len(self.own) + FIRST_VALUE, of)
+        if common is not None:
+            common.note(self.own)
+            z = z + common.zero()
         found = {task: self.towers[task_key(task)](z) for task in self.widths}
         return TowerOutput({task: torch.cat([h, a], 1) if a.shape[1] else h for task, h in found.items()}, z, {})
 
@@ -126,6 +138,10 @@ class StarTower(nn.Module):
             gamma, beta = self.gamma * (1 + own["gamma"]), self.beta + own["beta"]
             batch = self.training and learns and len(x) >= FEWEST
             x = F.batch_norm(x, own["mean"], own["var"], gamma, beta, batch, MOMENTUM, EPS)
+        return self._layers(x, own)
+
+    def _layers(self, x: Tensor, own: dict[str, Tensor]) -> Tensor:
+        """(n, width) normalised rows of one domain -> (n, bottom[-1])."""
         for place, layer in enumerate(self.layers):
             weight, bias = layer.weight, layer.bias
             x = F.linear(x, weight * (1 + own[f"factors.{place}"]), bias + own[f"biases.{place}"])  # type: ignore[operator]
@@ -139,6 +155,40 @@ class StarTower(nn.Module):
         first = own["indicator"].expand(x.shape[0], -1)
         found: Tensor = self.auxiliary(F.relu(first if self.features is None else first + self.features(x)))
         return found
+
+
+class _Common:
+    """Statistics by domain over the rows of all processes that share a batch.
+
+    Args:
+        x: (n, width) this process's rows; domain, counted: as in `StarTower.forward`; codes: how many there are.
+    """
+
+    def __init__(self, x: Tensor, domain: Tensor, counted: Tensor, codes: int) -> None:
+        found = sums_by(torch.cat([x, torch.ones_like(x[:, :1]), counted.to(x.dtype).unsqueeze(1)], 1), domain, codes)
+        self.count = found[:, -2:-1].detach()
+        self.learns = ((found[:, -1] > 0) & (self.count[:, 0] >= FEWEST)).tolist()
+        self.learns[:FIRST_VALUE] = [False] * FIRST_VALUE
+        self.mean = found[:, :-2] / self.count.clamp(min=1)
+        self.var = sums_by((x - self.mean[domain]).square(), domain, codes) / self.count.clamp(min=1)
+
+    def normalised(self, tower: StarTower, x: Tensor, own: dict[str, Tensor], code: int) -> Tensor:
+        """(n, width) rows of one domain, by its statistics in the batch if it learns, else by the running ones."""
+        mean, var = (self.mean[code], self.var[code]) if self.learns[code] else (own["mean"], own["var"])
+        return (x - mean) * (var + EPS).rsqrt() * (tower.gamma * (1 + own["gamma"])) + tower.beta + own["beta"]
+
+    @torch.no_grad()
+    def note(self, domains: Iterable[nn.Module]) -> None:
+        """Move the running statistics of the domains that learn."""
+        for code, part in enumerate(domains, FIRST_VALUE):
+            if self.learns[code]:
+                kept = _named(part)
+                kept["mean"].lerp_(self.mean[code], MOMENTUM)
+                kept["var"].lerp_(self.var[code] * (self.count[code] / (self.count[code] - 1)), MOMENTUM)
+
+    def zero(self) -> Tensor:
+        """0, through the sums of all processes: each must go through them backwards, also one without a row of a domain."""
+        return (self.mean.sum() + self.var.sum()) * 0
 
 
 class _Domain(nn.Module):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unbraid import config, job
+from unbraid import config, job, parallel
 from unbraid.data.source import Tables
 from unbraid.evaluate import evaluate, lower_is_better
 from unbraid.train import Watcher, check_metric, selected
@@ -153,7 +153,8 @@ def measured(run: config.Run, objective: Objective, tables: Tables | None, ask: 
 
 def _value(run: config.Run, objective: Objective, tables: Tables | None, watcher: Watcher) -> float:
     """The objective of one training."""
-    encoded, model, session = job.learn(run, None, tables=tables, watcher=watcher)
+    with parallel.together(run.training.device) as device:
+        encoded, model, session = job.learn(run, None, device=device, tables=tables, watcher=watcher)
     metrics: dict[str, Any] = {}
     if objective.metric:
         metrics = evaluate(session.score(model, "valid"), encoded.schema, replicates=0)
