@@ -81,7 +81,7 @@ def test_a_trial_is_what_training_its_candidate_gives() -> None:
     asked: list[tuple[int, float]] = []
     outcome = measured(RUN, objective, LOG, lambda look, value: bool(asked.append((look, value))))
     heard = Ears()
-    learn(RUN, None, tables=LOG, watcher=heard)
+    learn(RUN, None, device="cpu", tables=LOG, watcher=heard)
     assert outcome.state == "complete" and len(outcome.values) == 2
     assert [value for _, value in asked] == list(outcome.looks) == heard.found, "looks of the first seed alone"
     assert outcome.values[0] == heard.found[-1], "without patience the last weights are kept"
