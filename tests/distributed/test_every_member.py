@@ -80,7 +80,10 @@ def test_the_losses_under_test_were_there(found: dict[Key, tuple[Trained, list[T
 def test_the_page_has_this_table(found: dict[Key, tuple[Trained, list[Trained]]]) -> None:
     table = written({key: many[0].refused for key, (_, many) in found.items()})
     text = PAGE.read_text()
-    start, end = "<!-- table of members: tests/distributed/test_every_member.py writes it -->\n", "<!-- end of the table -->"
+    start, end = (
+        "<!-- table of members: tests/distributed/test_every_member.py writes it -->\n",
+        "<!-- end of the table -->",
+    )
     old = text[text.index(start) + len(start) : text.index(end)]
     if os.environ.get(WRITE):
         PAGE.write_text(text.replace(start + old + end, start + table + end))
