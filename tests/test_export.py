@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from toylog import make_data, make_log, make_run
+from toylog import make_data, make_log, make_run, views_for
 from typer.testing import CliRunner
 
 from unbraid import config, export
@@ -328,18 +328,6 @@ def test_the_command(small: Bundle, tmp_path: Path) -> None:
 def members(choice: Any) -> Iterator[Any]:
     """The classes of a slot's union."""
     yield from typing.get_args(typing.get_args(choice)[0])
-
-
-def views_for(tower: Any) -> Views:
-    """Views that a tower accepts."""
-    for kind in ("shared", "per_task", "separate"):
-        views = Views(kind=kind, width=4)  # type: ignore[arg-type]
-        try:
-            tower.build(["a", "b"], views.names(["a", "b"]), [8] * len(views.names(["a", "b"])))
-            return views
-        except ValueError:
-            continue
-    raise AssertionError(f"{tower} accepts no views")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import polars as pl
 
 from unbraid.config import ModelChoice, Run
 from unbraid.data.source import Data, Events, Split
+from unbraid.encoders.table import Views
 from unbraid.optim.joint import Joint
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training
@@ -96,3 +97,16 @@ def config_classes() -> list[type]:
 
     visit(Run)
     return found
+
+
+def views_for(tower: Any, **options: Any) -> Views:
+    """Views that a tower accepts."""
+    for kind in ("shared", "per_task", "separate"):
+        views = Views(kind=kind, width=4, **options)  # type: ignore[arg-type]
+        try:
+            names = views.names(["a", "b"])
+            tower.build(["a", "b"], names, [8] * len(names))
+            return views
+        except ValueError:
+            continue
+    raise AssertionError(f"{tower} accepts no views")

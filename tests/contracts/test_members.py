@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from toylog import config_classes, make_data, make_log, make_run
+from toylog import config_classes, make_data, make_log, make_run, views_for
 
 from unbraid import config, store
 from unbraid.bundle import build
@@ -32,19 +32,6 @@ def members(choice: Any) -> list[Any]:
     """The classes of a slot's union."""
     inner = typing.get_args(choice)[0] if typing.get_origin(choice) is typing.Annotated else choice
     return list(typing.get_args(inner)) or [inner]
-
-
-def views_for(tower: Any) -> Views:
-    """Views that a tower accepts."""
-    for kind in ("shared", "per_task", "separate"):
-        views = Views(kind=kind, width=4)  # type: ignore[arg-type]
-        try:
-            names = views.names(["a", "b"])
-            tower.build(["a", "b"], names, [8] * len(names))
-            return views
-        except ValueError:
-            continue
-    raise AssertionError(f"{tower} accepts no views")
 
 
 def choices() -> list[Any]:

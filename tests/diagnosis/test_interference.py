@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from healthkit import make_case, make_run, make_table
 
 from unbraid import report
@@ -68,6 +69,23 @@ def test_a_gain_is_what_is_better_without_the_others_and_alone_of_two_is_without
     drop, alone = Interference().gains(case)
     assert alone["click"] == pytest.approx((0.15, 0.15, 0.15)) and alone["buy"] == pytest.approx((-0.05,) * 3)
     assert drop == {("buy", "click"): alone["click"], ("click", "buy"): alone["buy"]}
+
+
+def test_every_branch_trains_with_its_own_weights(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, told = Local.fit, []
+
+    def noted(self: Local, model: Any, steps: int, **more: Any) -> Any:
+        told.append((dict(more["weights"]), more["seed"], next(model.parameters()).detach().clone()))
+        return fit(self, model, steps, **more)
+
+    monkeypatch.setattr(Local, "fit", noted)
+    Interference().gains(case)
+    weights, seeds, starts = zip(*told, strict=True)
+    assert weights == ({"click": 1, "buy": 1}, {"click": 1, "buy": 0}, {"click": 0, "buy": 1})
+    assert set(seeds) == {(case.seed,)}, "all see the same batches"
+    assert all(torch.equal(start, next(case.model.parameters())) for start in starts), (
+        "all begin with the trained weights"
+    )
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toylog import make_data, make_run
+from toylog import make_data, make_run, views_for
 
 from unbraid import config
 from unbraid.augmentations.tabular import Change, Tabular
@@ -60,19 +60,6 @@ def small(**changes: Any) -> ModelChoice:
     return ModelChoice(**{**parts, **changes})
 
 
-def views_for(tower: Any) -> Views:
-    """Views that a tower accepts."""
-    for kind in ("shared", "per_task", "separate"):
-        views = Views(kind=kind, width=4, lazy_rows=0)  # type: ignore[arg-type]
-        try:
-            names = views.names(["a", "b"])
-            tower.build(["a", "b"], names, [8] * len(names))
-            return views
-        except ValueError:
-            continue
-    raise AssertionError(f"{tower} accepts no views")
-
-
 def words(member: type, *keys: str) -> Iterator[tuple[str, Any]]:
     """The member as it is, and with each other word that some keys of it may have."""
     kind = member().kind  # type: ignore[attr-defined]
@@ -88,7 +75,7 @@ def words(member: type, *keys: str) -> Iterator[tuple[str, Any]]:
 def models() -> Iterator[tuple[str, str, Run]]:
     for cls in members(config.TowerChoice):
         for name, tower in words(cls, "norm"):
-            yield "tower", name, base(model=small(tower=tower, tables=views_for(tower)))
+            yield "tower", name, base(model=small(tower=tower, tables=views_for(tower, lazy_rows=0)))
     dense = replace(small(), tables=Views(width=4, lazy_rows=-1))
     yield "tower", "shared_bottom, dense tables", base(model=dense)
     for tower, kind in ((config.STEM, "per_task"), (config.STEMAL, "separate")):

@@ -283,6 +283,7 @@ def pages(folder: Path) -> list[str]:
 
 
 def release(environment: Environment) -> None:
+    """One user less; the last one's leave closes the environment, its file made as long as its pages need."""
     with _registry:
         environment.users -= 1
         if not environment.users:
