@@ -16,7 +16,7 @@ from toylog import make_data, make_log, make_run
 from typer.testing import CliRunner
 
 from unbraid import config
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.compare import MEAN, budget_of, check, compare, difference, holm, same_rows, tabulate, with_means
 from unbraid.data.source import Split
 from unbraid.evaluate import Drawn, Slice, evaluate, replicate

@@ -23,7 +23,7 @@ from typer.main import get_command
 
 from unbraid import config
 from unbraid.bundle import build
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.data.encode import encode
 from unbraid.data.source import Data
 from unbraid.data.table import Encoded

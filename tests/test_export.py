@@ -24,7 +24,7 @@ from unbraid.bundle import Bundle, Predictor, build
 from unbraid.calibration.kept import Calibrators, Kept
 from unbraid.calibration.maps import Affine, Calibration, Curves, Linear
 from unbraid.class_head import Classes
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.source import Data

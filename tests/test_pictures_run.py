@@ -21,7 +21,7 @@ from unbraid.backbones.efficientnet_lite0 import EfficientNetLite0
 from unbraid.backbones.minilm import MiniLM
 from unbraid.backbones.small_conv import SmallConv
 from unbraid.bundle import BACKBONES, Bundle, BundleError, Predictor, build, with_uncertainty
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.config import ModelChoice, Run, RunError
 from unbraid.data.describe import describe
 from unbraid.data.describe_table import render

@@ -18,10 +18,12 @@ from test_docs import small_schema
 from toylog import make_data, make_log, make_run
 from typer.testing import CliRunner
 
-from unbraid import cli, config, recipes
+from unbraid import config, recipes
 from unbraid.analysis import collapse
 from unbraid.bundle import build
 from unbraid.citations import citations
+from unbraid.cli.common import refuse_unread
+from unbraid.cli.main import app
 from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.source import Data, DataError, Split
@@ -44,7 +46,7 @@ ROOT = Path(__file__).parent.parent
 
 def said(*words: Any, code: int = 2) -> str:
     """What the command line says."""
-    done = CliRunner().invoke(cli.app, [str(word) for word in words])
+    done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == code, done.output
     return done.output
 
@@ -75,9 +77,7 @@ def test_a_budget_that_the_schedule_does_not_read_is_refused(tmp_path: Path) -> 
     message = said("train", run, "--set", "training.epochs=2", "--out", tmp_path / "a")
     assert "--set training.epochs: schedule online does not read it" in message
     assert "--steps: schedule online" in said("compare", run, "--steps", 3, "--out", tmp_path / "a")
-    cli.refuse_unread(
-        [make_run(schedule=online.Online()), make_run()], ["training.epochs=2"], 3
-    )  # one of them reads it
+    refuse_unread([make_run(schedule=online.Online()), make_run()], ["training.epochs=2"], 3)  # one of them reads it
 
 
 def test_options_of_exploration_are_named(tmp_path: Path) -> None:

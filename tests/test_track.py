@@ -19,7 +19,7 @@ from toylog import make_log, make_run
 from typer.testing import CliRunner
 
 from unbraid import config
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.config import ModelChoice
 from unbraid.encoders.table import Views
 from unbraid.job import train

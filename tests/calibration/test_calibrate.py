@@ -19,7 +19,7 @@ from unbraid.bundle import CALIBRATION, Bundle, BundleError, Predictor, with_unc
 from unbraid.calibrate import calibrate, method_of, remove_from
 from unbraid.calibration.scaling import Temperature
 from unbraid.calibration.transcal import TransCal
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.config import RunError
 from unbraid.job import evaluate_bundle, train
 from unbraid.selection.entropy import TargetEntropy

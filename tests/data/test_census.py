@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from unbraid import config
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.data.census import ARCHIVED, COLUMNS, FILES, NUMBERS, PROXIES, TASKS, WEIGHT, People, census
 from unbraid.data.encode import encode
 from unbraid.data.event_log import write

@@ -13,7 +13,8 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from unbraid import cli, config
+from unbraid import config
+from unbraid.cli.main import app
 from unbraid.data import guess
 from unbraid.data.guess import EACH, single_auc
 from unbraid.data.infer import infer
@@ -74,7 +75,7 @@ def train(text: str, folder: Path, *options: str) -> Any:
     file = folder / "run.toml"
     file.write_text(text)
     done = CliRunner().invoke(
-        cli.app, ["train", str(file), "--steps", "20", "--out", str(folder / "out"), "--json", *options]
+        app, ["train", str(file), "--steps", "20", "--out", str(folder / "out"), "--json", *options]
     )
     assert done.exit_code == 0, done.output
     return done

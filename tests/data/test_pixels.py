@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from unbraid import config
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.data.encode import encode
 from unbraid.data.pixels import FASHION, FILES, Few, Pair, digits, fashion_mnist, few_of
 from unbraid.data.source import DataError

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from unbraid import config
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.data.encode import encode
 from unbraid.data.event_log import Targets, write
 from unbraid.data.public import GENRES_100K, LOOKED_FOR, Ratings, layout_of, movielens, recbole_folder, taobao

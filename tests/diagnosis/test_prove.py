@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from unbraid import compare as comparing
 from unbraid import recipes, report, store
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.config import Run, dumps
 from unbraid.data.planted import sick_log
 from unbraid.diagnosis import prove as proving

@@ -17,7 +17,7 @@ from toylog import make_log, make_run
 from typer.testing import CliRunner, Result
 
 from unbraid import config, recipes, store
-from unbraid.cli import app
+from unbraid.cli.main import app
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_nothing_half_written(here: Path) -> None:
     """Files may not grow past a limit: the encode, then the checkpoint, fails with a clear message and no leftovers."""
     limit = (
         "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from unbraid.cli import app; app(sys.argv[2:])"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from unbraid.cli.main import app; app(sys.argv[2:])"
     )
     cache = here / "cache2"
     env = {**ENV, "UNBRAID_CACHE": str(cache)}
@@ -246,8 +246,8 @@ def test_kill_nine_ten_times_then_resume_is_bit_equal(here: Path) -> None:
 
 def test_help_is_quick_and_does_not_import_torch() -> None:
     code = (
-        "import sys, unbraid.cli; from typer.testing import CliRunner; "
-        "r = CliRunner().invoke(unbraid.cli.app, ['--help']); assert r.exit_code == 0; "
+        "import sys, unbraid.cli.main; from typer.testing import CliRunner; "
+        "r = CliRunner().invoke(unbraid.cli.main.app, ['--help']); assert r.exit_code == 0; "
         "print('torch' in sys.modules, 'polars' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True).stdout

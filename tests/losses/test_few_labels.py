@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from unbraid import config, store
 from unbraid.augmentations.tabular import Change, Tabular
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.config import ModelChoice, Run
 from unbraid.data.mix import Mix
 from unbraid.data.source import Data, Split

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from unbraid import report as rendered
 from unbraid import store
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.config import Run, dumps
 from unbraid.diagnosis.diagnose import CHECKS
 from unbraid.job import Result, train

@@ -997,7 +997,7 @@ def test_a_killed_run_is_resumed_by_the_command(tmp_path: Path, monkeypatch: pyt
 def test_the_command_trains_and_explains(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from unbraid.cli import app
+    from unbraid.cli.main import app
 
     make_log(rows=500).write_parquet(tmp_path / "log.parquet")
     text = config.dumps(full_run(metric="logloss")).replace('rows = "log"', 'rows = "log.parquet"')

@@ -18,7 +18,7 @@ import pytest
 from storekit import Server, event
 from typer.testing import CliRunner
 
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.serve.check import MOST, check
 from unbraid.serve.lmdb_store import LmdbStore
 from unbraid.serve.redis_store import RedisStore

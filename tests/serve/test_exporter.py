@@ -23,7 +23,7 @@ from storekit import Server
 from toylog import make_data, make_log, make_run
 from typer.testing import CliRunner
 
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.data.encode import encode
 from unbraid.data.source import DataError, Events, Join
 from unbraid.data.table import Encoded

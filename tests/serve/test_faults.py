@@ -85,7 +85,7 @@ def test_a_full_disk_refuses_writes_alone_and_room_makes_them_work_again(tmp_pat
         assert service.post("/events", events("small")).json() == {"new": 1, "known": 0}
         assert service.get("/health").json()["writes"] == ""
         # as does another command, and a larger disk
-        code = "import sys; from unbraid.cli import main; main()"
+        code = "import sys; from unbraid.cli.main import main; main()"
         done = subprocess.run(
             [sys.executable, "-c", code, "store", "trim", str(disk), "--keep", "100"], capture_output=True
         )
@@ -361,7 +361,7 @@ def test_a_damaged_bundle_is_refused_at_reload_and_the_old_one_goes_on(good: Pat
 def test_a_damaged_bundle_is_refused_at_start(good: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from unbraid.cli import app
+    from unbraid.cli.main import app
 
     for folder, says in damaged(good, tmp_path):
         found = CliRunner().invoke(app, command(folder, tmp_path / "store")[3:])
@@ -372,7 +372,7 @@ def test_a_damaged_bundle_is_refused_at_start(good: Path, tmp_path: Path) -> Non
 def test_a_damaged_store_is_refused_at_start(good: Path, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from unbraid.cli import app
+    from unbraid.cli.main import app
 
     store = open_store(tmp_path / "whole")
     store.append([(user, Record(f"{n}", n, "rows", {"pad": "x" * 60})) for user in range(5) for n in range(300)])

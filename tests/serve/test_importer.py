@@ -13,7 +13,7 @@ from toylog import make_data, make_log, make_run
 from typer.testing import CliRunner
 
 from unbraid import config
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.data.events import NO_TIME
 from unbraid.data.source import Data, DataError, Events, Join
 from unbraid.serve.importer import import_events

@@ -18,7 +18,7 @@ from toylog import make_data, make_log, make_run
 from typer.testing import CliRunner
 
 from unbraid import config
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.data import encode as encoding
 from unbraid.data.source import Split
 from unbraid.data.table import Encoded

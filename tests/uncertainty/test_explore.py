@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from unbraid import config
 from unbraid.bundle import Bundle, Predictor, with_uncertainty
-from unbraid.cli import app
+from unbraid.cli.main import app
 from unbraid.job import train
 from unbraid.model import Heads
 from unbraid.train import Training

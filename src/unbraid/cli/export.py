@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from unbraid.cli.common import Raw, fail
+
 
 def export(
     bundle: Annotated[Path, typer.Argument(help="A trained bundle.")],
@@ -15,11 +17,10 @@ def export(
         str, typer.Option(help="onnx (needs the extra `onnx`), or torch: an exported PyTorch program.")
     ] = "onnx",
     folder: Annotated[Path | None, typer.Option(help="Read the run's tables from this folder, for the check.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Without the bundle's calibrators.")] = False,
+    raw: Raw = False,
     tolerance: Annotated[float, typer.Option(help="The largest difference to the bundle that is allowed.")] = 1e-5,
 ) -> None:
     """Write a bundle as a graph with its vocabularies, and compare it with the bundle on rows of the validation split."""
-    from unbraid.cli import fail
     from unbraid.export import export as job
 
     try:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from unbraid.cli.common import fail
+
 
 def serve(
     bundle: Annotated[Path, typer.Argument(help="A trained bundle.")],
@@ -37,8 +39,6 @@ def serve(
     """Serve a bundle over HTTP: rank candidates, predict rows, keep events as histories."""
     import logging
     import os
-
-    from unbraid.cli import fail
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbraid.cli.common import AsJson, fail
+
 if TYPE_CHECKING:
     from unbraid.diagnosis.diagnosis import Report
 
@@ -27,7 +29,7 @@ def diagnose(
     prove: Annotated[Path | None, typer.Option(help="Train the first remedies, too, in this folder.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of --prove.")] = 3,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what is finished in the folder of --prove.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look into a trained bundle and its data: findings with intervals, severity and a remedy for each."""
     import rich.console
@@ -35,7 +37,6 @@ def diagnose(
     from unbraid import report as rendered
     from unbraid import store
     from unbraid.bundle import Bundle
-    from unbraid.cli import fail
     from unbraid.diagnosis.diagnose import diagnose as examine
     from unbraid.diagnosis.prove import prove as try_out
     from unbraid.diagnosis.prove import remedies

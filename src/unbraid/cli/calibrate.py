@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbraid.cli.common import AsJson, fail
+
 if TYPE_CHECKING:
     from unbraid.calibrate import Change
 
@@ -43,14 +45,13 @@ def calibrate(
     remove: Annotated[
         bool, typer.Option("--remove", help="Remove calibrators (of --task, --domain; else all).")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fit calibrators to held-out rows and an unlabelled target, and add them to the bundle for predict and evaluate."""
     from unbraid import store
     from unbraid.bundle import CALIBRATION, Bundle
     from unbraid.calibrate import calibrate as fit
     from unbraid.calibrate import method_of, remove_from
-    from unbraid.cli import fail
     from unbraid.data.source import SPLITS
 
     try:

