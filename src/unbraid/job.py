@@ -32,7 +32,8 @@ from unbraid.evaluate import evaluate
 from unbraid.model import Model
 from unbraid.render import render_markdown
 from unbraid.track import Tracker
-from unbraid.train import Local, Watcher, predict, shared_scores
+from unbraid.train import Local, Watcher, predict
+from unbraid.train.scoring import shared_scores
 from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores, Term
 
 if TYPE_CHECKING:

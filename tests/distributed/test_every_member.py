@@ -12,7 +12,8 @@ from every_member import every
 from together_kit import Trained, apart, gap, together, trained
 
 from unbraid import parallel
-from unbraid.train import Local, require_one_process
+from unbraid.train import Local
+from unbraid.train.session import require_one_process
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"

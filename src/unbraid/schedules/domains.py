@@ -13,7 +13,7 @@ from torch import nn
 
 from unbraid.evaluate import evaluate, lower_is_better
 from unbraid.render import markdown
-from unbraid.train import selected
+from unbraid.train.scoring import selected
 from unbraid.types import FIRST_VALUE, Schema, Scores, Session
 
 READING = "*Head*: the largest domains that together have half of the rows; *tail*: the others."

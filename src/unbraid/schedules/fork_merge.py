@@ -57,7 +57,7 @@ from unbraid.analysis.plots import figure, finish
 from unbraid.evaluate import evaluate, lower_is_better
 from unbraid.render import markdown
 from unbraid.schedules.merging import Branches, combine_states
-from unbraid.train import selected
+from unbraid.train.scoring import selected
 from unbraid.types import FORBID, NO_DOMAIN, Look, Session, State
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from unbraid.serve.rows import (
     series,
 )
 from unbraid.serve.store import USER_TYPE, Record, Store, StoreError
-from unbraid.train import scores_of
+from unbraid.train.scoring import scores_of
 from unbraid.types import Batch, Shared
 from unbraid.uncertainty.explore import Exploration
 from unbraid.uncertainty.last_layer import UncertaintyError

@@ -20,7 +20,8 @@ import torch
 from unbraid import config, job, parallel
 from unbraid.data.source import Tables
 from unbraid.evaluate import evaluate, lower_is_better
-from unbraid.train import Watcher, check_metric, selected
+from unbraid.train import Watcher
+from unbraid.train.scoring import check_metric, selected
 from unbraid.types import Schema
 from unbraid.workers import Worker
 

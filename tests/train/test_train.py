@@ -23,7 +23,8 @@ from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.stem import STEM
-from unbraid.train import Local, Training, Watcher, check_metric, selected
+from unbraid.train import Local, Training, Watcher
+from unbraid.train.scoring import check_metric, selected
 from unbraid.types import Feature, History, Task
 
 TABLES = {"log": make_log()}
