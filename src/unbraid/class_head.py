@@ -73,10 +73,15 @@ class ClassSource(Protocol):
     """Config of where vectors of classes come from."""
 
     @property
-    def scale(self) -> float: ...
+    def scale(self) -> float:
+        """Factor of the cosine between a row and a class."""
+
     @property
-    def projection(self) -> Projection: ...
-    def of(self, names: Sequence[str]) -> Classes: ...
+    def projection(self) -> Projection:
+        """What makes a row's hidden vector comparable with the classes' vectors."""
+
+    def of(self, names: Sequence[str]) -> Classes:
+        """Vectors of the classes with these names, in order; ValueError: one has none."""
 
 
 @dataclass(frozen=True)

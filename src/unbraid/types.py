@@ -559,8 +559,11 @@ class Term(Protocol):
     """
 
     @property
-    def needs(self) -> tuple[str, ...]: ...
-    def __call__(self, output: Output, batch: Batch, step: int) -> Losses: ...
+    def needs(self) -> tuple[str, ...]:
+        """Names of the extras that it reads."""
+
+    def __call__(self, output: Output, batch: Batch, step: int) -> Losses:
+        """Losses of a batch's rows, a scalar for each objective with an observed row."""
 
 
 class Rehearsal(Protocol):
@@ -601,8 +604,11 @@ class Augmentation(Protocol):
     """
 
     @property
-    def of(self) -> Literal["unlabelled", "all"]: ...
-    def bind(self, data: Any) -> Callable[[Batch, bool, int], Batch]: ...
+    def of(self) -> Literal["unlabelled", "all"]:
+        """Rows that also get a strong view."""
+
+    def bind(self, data: Any) -> Callable[[Batch, bool, int], Batch]:
+        """What changes a batch: (batch, strong, seed) -> the same rows, changed."""
 
 
 @dataclass(frozen=True)
@@ -623,15 +629,26 @@ class Selection(Protocol):
     """
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """The member's name in a run file."""
+
     @property
-    def lower_is_better(self) -> bool: ...
+    def lower_is_better(self) -> bool:
+        """Is a lower value the better one?"""
+
     @property
-    def reads_hidden(self) -> bool: ...
+    def reads_hidden(self) -> bool:
+        """Does it need `Scores.hidden`?"""
+
     @property
-    def oracle(self) -> bool: ...
-    def check(self, scores: Scores, schema: Schema) -> None: ...
-    def __call__(self, scores: Scores, schema: Schema) -> Judged: ...
+    def oracle(self) -> bool:
+        """Does it read labels of rows that stand for those without?"""
+
+    def check(self, scores: Scores, schema: Schema) -> None:
+        """Raise ValueError where rows (of scores without logits) or tasks do not fit."""
+
+    def __call__(self, scores: Scores, schema: Schema) -> Judged:
+        """Judge a model by its scores on the validation split."""
 
 
 class Update(Protocol):
@@ -640,12 +657,18 @@ class Update(Protocol):
     An update with weights of its own may have a method ``told()``: objective -> its weight now, for the log and the report.
     """
 
-    def __call__(self, losses: Losses, output: Output) -> None: ...
+    def __call__(self, losses: Losses, output: Output) -> None:
+        """Take one step; losses that are not finite raise before anything moves."""
+
     def settle(self) -> None:
         """Bring lazily kept parameters up to date, before they are read by evaluation or saved."""
 
-    def state_dict(self) -> State: ...
-    def load_state_dict(self, state: State) -> None: ...
+    def state_dict(self) -> State:
+        """All that a resumed training needs to go on bit for bit."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from what `state_dict` gave."""
+
     def seek(self, step: int) -> None:
         """Set the number of steps done, for step sizes that go by it."""
 
@@ -677,45 +700,92 @@ class Session(Protocol):
     """All that a schedule may use.  The test split cannot be reached from here."""
 
     @property
-    def schema(self) -> Schema: ...
+    def schema(self) -> Schema:
+        """What the columns mean."""
+
     @property
-    def metric(self) -> str: ...
+    def metric(self) -> str:
+        """What the run selects by."""
+
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        """Where the model and its batches are: ``cpu``, ``cuda`` ..."""
+
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """The run's seed."""
+
     @property
-    def seconds(self) -> float: ...
+    def seconds(self) -> float:
+        """Seconds spent on training so far, those before an interruption included."""
+
     @property
-    def look(self) -> Look: ...
+    def look(self) -> Look:
+        """How the run looks at the validation split, unless a call says otherwise."""
+
     @property
-    def objectives(self) -> tuple[str, ...]: ...
-    def rows(self, split: str) -> Any: ...
-    def column(self, name: str, rows: Any) -> Any: ...
-    def times(self, rows: Any) -> tuple[Any, float]: ...
-    def steps_of(self, rows: int, epochs: int) -> int: ...
+    def objectives(self) -> tuple[str, ...]:
+        """Names that the run's losses can have on the training rows."""
+
+    def rows(self, split: str) -> Any:
+        """Ascending row numbers (n,) of ``train``, ``valid`` or ``train+valid``; the test split is refused."""
+
+    def column(self, name: str, rows: Any) -> Any:
+        """(n,) what is known of each row beside features and labels (``user``, ``domain`` ...); None: no such column."""
+
+    def times(self, rows: Any) -> tuple[Any, float]:
+        """(n,) int64 times of rows in the log's unit since 1970, and how many of these units make a second."""
+
+    def steps_of(self, rows: int, epochs: int) -> int:
+        """Steps in which `fit` with ``stream`` reads so many rows ``epochs`` times."""
+
     def fit(
         self, model: nn.Module, steps: int, *, weights: Mapping[str, float] | None = None, rows: Any = None,
         trainable: Callable[[str], bool] | None = None, update_state: State | None = None,
         seed: int | Sequence[int] | None = None, stream: bool = False, total: int = 0, start: int = 0,
         look: Look | None = None, sample: Mapping[str, float] | None = None, read: Callable[[Any], Batch] | None = None,
-    ) -> tuple[nn.Module, State]: ...  # fmt: skip
+    ) -> tuple[nn.Module, State]:  # fmt: skip
+        """Train the model in place; gives it back with the update's state.  `unbraid.train.session` has the arguments."""
+
     def fit_apart(
         self, model: nn.Module, steps: int, calls: Sequence[Mapping[str, Any]], *, jobs: int = 1, **common: Any
-    ) -> Iterator[tuple[State, State]]: ...
+    ) -> Iterator[tuple[State, State]]:
+        """Several calls of `fit` that begin alike, ``jobs`` at once; yields the weights and the update's state of each."""
+
     def score(
         self, model: nn.Module, split: str = "valid", rows: Any = None, read: Callable[[Any], Batch] | None = None
-    ) -> Scores: ...
-    def batch(self, rows: Any, features: Mapping[str, Any] | None = None) -> Batch: ...
-    def batches(self, rows: Any) -> Iterator[Batch]: ...
-    def reads(self, rows: Any, steps: int, seed: Sequence[int], stream: bool = False) -> Any: ...
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor | None: ...
-    def charge(self, seconds: float) -> None: ...
-    def fork(self, model: nn.Module, state: State) -> tuple[nn.Module, State]: ...
-    def checkpoint(self, tag: str, state: State, *, done: bool = False) -> None: ...
-    def restore(self, tag: str) -> State | None: ...
-    def keep(self, record: Mapping[str, Any]) -> None: ...
-    def tell(self, text: str) -> None: ...
+    ) -> Scores:
+        """Predictions on a split, or on some of its rows."""
+
+    def batch(self, rows: Any, features: Mapping[str, Any] | None = None) -> Batch:
+        """Rows as a batch on the CPU; ``features``: what to give in the place of the table's."""
+
+    def batches(self, rows: Any) -> Iterator[Batch]:
+        """Rows in order, in batches of the training's size on the session's device."""
+
+    def reads(self, rows: Any, steps: int, seed: Sequence[int], stream: bool = False) -> Any:
+        """Ascending: those of the rows that `fit` with these arguments reads."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """The run's weighted loss of rows as one batch, a scalar to differentiate; None: no label is known."""
+
+    def charge(self, seconds: float) -> None:
+        """Count time that a schedule spent on training outside `fit`."""
+
+    def fork(self, model: nn.Module, state: State) -> tuple[nn.Module, State]:
+        """Independent copies of a model and an update's state."""
+
+    def checkpoint(self, tag: str, state: State, *, done: bool = False) -> None:
+        """Keep a schedule's own state under a tag; ``done``: it holds all that the calls of `fit` so far made."""
+
+    def restore(self, tag: str) -> State | None:
+        """The state kept under a tag, when a run is resumed; else None."""
+
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """What the schedule found on its way (plain values), for ``metrics.json``."""
+
+    def tell(self, text: str) -> None:
+        """A line for who watches the run."""
 
 
 class Schedule(Protocol):
@@ -727,7 +797,8 @@ class Schedule(Protocol):
     ``same`` names keys that change nothing of the result, so that a run may be resumed with others.
     """
 
-    def __call__(self, session: Session, model: nn.Module, steps: int) -> nn.Module: ...
+    def __call__(self, session: Session, model: nn.Module, steps: int) -> nn.Module:
+        """Train ``steps`` steps through the session; gives the trained module."""
 
 
 class Calibrator(Protocol):
@@ -758,13 +829,15 @@ class Calibrator(Protocol):
 class Probe(Protocol):
     """A trained model and data become a finding."""
 
-    def __call__(self, model: nn.Module, schema: Schema, batches: Iterable[Batch]) -> Finding: ...
+    def __call__(self, model: nn.Module, schema: Schema, batches: Iterable[Batch]) -> Finding:
+        """Look at a model by means of batches."""
 
 
 class Interaction(Protocol):
     """Config of an interaction: ``build(widths)`` gives a module (view: field -> (B, D)) -> (B, width)."""
 
-    def build(self, widths: Mapping[str, int]) -> nn.Module: ...
+    def build(self, widths: Mapping[str, int]) -> nn.Module:
+        """Of a view's fields, field -> width."""
 
 
 class ExtraHead(Protocol):
@@ -775,10 +848,15 @@ class ExtraHead(Protocol):
     """
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """The member's name in a run file."""
+
     @property
-    def loss(self) -> str: ...
-    def build(self, schema: Schema, trunk: int, hidden: Mapping[str, int]) -> nn.Module: ...
+    def loss(self) -> str:
+        """Kind of the loss that trains it."""
+
+    def build(self, schema: Schema, trunk: int, hidden: Mapping[str, int]) -> nn.Module:
+        """The networks, for a trunk of this width and task -> width of `Output.hidden`."""
 
 
 @dataclass(frozen=True)
@@ -800,4 +878,5 @@ class Tower(Protocol):
     ``views`` names the views in order: ``("shared",)``, one per task and ``"shared"`` last, one per task, or any other names.
     """
 
-    def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> nn.Module: ...
+    def build(self, tasks: Sequence[str], views: Sequence[str], widths: Sequence[int]) -> nn.Module:
+        """The module, for tasks and views in order; ``widths``: of each view's hidden vector."""

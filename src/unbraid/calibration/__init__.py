@@ -1,0 +1,1 @@
+"""After training: logits to better probabilities, also for a target without labels."""

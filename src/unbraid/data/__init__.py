@@ -1,0 +1,1 @@
+"""A declared log, encoded once and read in batches; looking at logs, and public ones."""

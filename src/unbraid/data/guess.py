@@ -142,6 +142,7 @@ class Column:
         self.names_rows = self.distinct > (0.97 * self.rows if self.rows > len(self.values) else self.rows - 1)
 
     def named(self, words: set[str]) -> bool:
+        """Is one of these words in its name?"""
         return bool(words & set(self.words))
 
     @property
@@ -480,6 +481,7 @@ class Guess:
 
     @property
     def least(self) -> dict[str, int]:
+        """Its ``min_count``, if it has one, else nothing."""
         return {k: v for k, v in self.feature.items() if k == "min_count"}
 
 

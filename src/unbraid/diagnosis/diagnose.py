@@ -42,7 +42,8 @@ class Check(Protocol):
     title: ClassVar[str]
     page: ClassVar[str]
 
-    def __call__(self, case: Case) -> list[Diagnosis]: ...
+    def __call__(self, case: Case) -> list[Diagnosis]:
+        """Findings, worst first or in any order; none where all is well."""
 
 
 CHECKS: tuple[Check, ...] = (

@@ -1,0 +1,1 @@
+"""Tables, histories, numbers and given vectors to vectors; the search in long histories."""

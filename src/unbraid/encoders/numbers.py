@@ -53,7 +53,8 @@ class Spread:
 class NumberEncoder(Protocol):
     """Config of a member: ``build`` gives a module ((B, 2), (B, 1)) -> (B, w) with an attribute ``width``: w."""
 
-    def build(self, spread: Spread, width: int, std: float) -> nn.Module: ...
+    def build(self, spread: Spread, width: int, std: float) -> nn.Module:
+        """For a number with this spread; ``width``: the view's; ``std``: of the first weights of tables."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from unbraid.types import FORBID
 class VectorEncoder(Protocol):
     """Config of a member: ``build`` gives a module (feature -> (B, D)) -> (field -> (B, w)) with ``widths``: field -> w."""
 
-    def build(self, widths: Mapping[str, int], width: int, std: float) -> nn.Module: ...
+    def build(self, widths: Mapping[str, int], width: int, std: float) -> nn.Module:
+        """For given vectors, feature -> D; ``width``: the view's; ``std``: of the first weights of tables."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""(output, batch) to one scalar per objective."""

@@ -1,0 +1,1 @@
+"""Several losses to one parameter change, and averages of weights along a training."""

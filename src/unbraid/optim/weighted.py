@@ -95,8 +95,11 @@ class Weighting(Protocol):
     def told(self) -> Mapping[str, float]:
         """objective -> the weight of its loss now."""
 
-    def state_dict(self) -> State: ...
-    def load_state_dict(self, state: State) -> None: ...
+    def state_dict(self) -> State:
+        """All that a resumed training needs of the weights."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from what `state_dict` gave."""
 
 
 class WeightedUpdate(JointUpdate):

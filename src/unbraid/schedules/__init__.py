@@ -1,0 +1,1 @@
+"""Which parameters, rows and weights train when."""

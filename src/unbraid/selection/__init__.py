@@ -1,0 +1,1 @@
+"""Which look at the validation split is kept, for a target without labels."""

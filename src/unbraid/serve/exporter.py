@@ -49,8 +49,9 @@ def export_events(
         Table -> events.
 
     Raises:
-        ExportError: the store keeps less than rows, or has no such table or events; FileExistsError: the folder is there, and
-        is no export that ``overwrite`` allows to go; StoreError, OSError.
+        ExportError: the store keeps less than rows, or has no such table or events.
+        FileExistsError: the folder is there, and is no export that ``overwrite`` allows to go.
+        StoreError: the store cannot be read.
     """
     folder = Path(folder)
     kept = _tables(store, tables)

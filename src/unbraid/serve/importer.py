@@ -42,8 +42,10 @@ def import_events(
         ``read``, ``new`` and ``no_user`` (events without a user, which no history has).
 
     Raises:
-        DataError: a table cannot be read, or holds values that JSON has not; ValueError: the store holds events of users of
-        another type, times of another unit, or rows with fewer columns, or it keeps otherwise than ``keep``; StoreError.
+        DataError: a table cannot be read, or holds values that JSON has not.
+        ValueError: the store holds events of users of another type, times of another unit, or rows with fewer columns, or it
+            keeps otherwise than ``keep``.
+        StoreError: the store cannot be read or written.
     """
     if not data.events:
         raise src.DataError(

@@ -56,6 +56,7 @@ class Watch:
         self.app, self.telemetry = app, telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; what is not HTTP passes through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -262,9 +262,11 @@ class Writer:
         self.metas: dict[int, list[int] | None] = {}  # generation, newest arrival, count
 
     def put(self, tree: str, key: bytes, value: bytes, overwrite: bool = True) -> bool:
+        """Set a key's value; False: it was there, and ``overwrite`` is off."""
         return self.txn.put(key, value, overwrite=overwrite, db=self.trees[tree])
 
     def remove(self, tree: str, key: bytes) -> None:
+        """Remove a key, if it is there."""
         self.txn.delete(key, db=self.trees[tree])
 
     def clear(self, tree: str, key: bytes, most: int = 2 * BIAS) -> Iterator[bytes]:
@@ -276,6 +278,7 @@ class Writer:
             yield found
 
     def meta(self, user: int) -> list[int] | None:
+        """Generation, newest arrival and number of a user's events, as this transaction sees them; None: no such user."""
         if user not in self.metas:
             held = self.txn.get(_USER.pack(user), db=self.trees["users"])
             self.metas[user] = None if held is None else list(_META.unpack(held))
@@ -302,6 +305,7 @@ class Writer:
         return epoch
 
     def finish(self) -> None:
+        """Write what was learned of the users."""
         for user, meta in self.metas.items():
             if meta is not None:
                 self.put("users", _USER.pack(user), _META.pack(*meta))

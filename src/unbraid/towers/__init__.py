@@ -1,0 +1,1 @@
+"""One vector per view to one per task."""

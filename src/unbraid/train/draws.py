@@ -37,14 +37,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Restricted:
+    """A term with the losses of each step's drawn objective alone."""
+
     sample: Sample
     term: Term
 
     @property
     def needs(self) -> tuple[str, ...]:
+        """Names of the extras that the term reads."""
         return self.term.needs
 
     def __call__(self, output: Output, batch: Batch, step: int) -> Losses:
+        """The term's losses, of the objective that this step drew and its parts."""
         name = self.sample.names[self.sample.picks[step]]
         losses = self.term(output, batch, step)
         return {

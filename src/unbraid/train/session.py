@@ -355,7 +355,8 @@ class Local:
             The trained weights and the update's state of each call, in order.  The model itself ends as it began.
 
         Raises:
-            What `fit` raises; ChildProcessError when a process ends unexpectedly; ValueError when something cannot be pickled.
+            ChildProcessError: a process ended unexpectedly.
+            ValueError: something cannot be pickled; beside these, what `fit` raises.
         """
         if jobs > 1 and parallel.world() > 1:
             raise ValueError(

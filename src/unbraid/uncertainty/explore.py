@@ -77,7 +77,8 @@ class Belief:
 class Exploration(Protocol):
     """What chooses logits: (belief, (N,) codes of requests) -> (N,)."""
 
-    def __call__(self, belief: Belief, request: Array) -> Array: ...
+    def __call__(self, belief: Belief, request: Array) -> Array:
+        """Logits to rank by; rows with one code of a request share a draw."""
 
 
 class Thompson:
