@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
-from scipy.optimize import minimize, minimize_scalar
-from scipy.special import expit, softmax
+import scipy
 
 from unbraid.calibration.labelled import Labelled, importance, kind_of
 from unbraid.calibration.maps import Affine, Calibration
@@ -68,8 +67,8 @@ class CPCS:
 def brier(rows: Labelled, w: Array, temperature: float) -> float:
     """Mean weighted Brier score (summed over classes) at a temperature."""
     if rows.logits.ndim == 1:
-        return float((w * 2 * (expit(rows.logits / temperature) - rows.labels) ** 2).mean())
-    gap = softmax(rows.logits / temperature, axis=1)
+        return float((w * 2 * (scipy.special.expit(rows.logits / temperature) - rows.labels) ** 2).mean())
+    gap = scipy.special.softmax(rows.logits / temperature, axis=1)
     gap[np.arange(len(gap)), rows.labels] -= 1
     return float((w * (gap**2).sum(1)).mean())
 
@@ -79,7 +78,7 @@ def brier_temperature(rows: Labelled, w: Array) -> float:
     grid = np.log(np.geomspace(*TEMPERATURES, 61))
     best = int(np.argmin([brier(rows, w, float(np.exp(t))) for t in grid]))
     cell = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
-    found = minimize_scalar(
+    found = scipy.optimize.minimize_scalar(
         lambda t: brier(rows, w, float(np.exp(t))), bounds=cell, method="bounded", options={"xatol": 1e-9}
     )
     return float(np.exp(found.x))
@@ -92,9 +91,11 @@ def weighted_brier_fit(rows: Labelled, w: Array) -> tuple[float, float]:
 
     def loss(x: Array) -> tuple[float, Array]:
         slope = np.exp(x[0])
-        p = expit(slope * z + x[1])
+        p = scipy.special.expit(slope * z + x[1])
         gap = 2 * w * (p - y) * p * (1 - p)
         return float((w * (p - y) ** 2).mean()), np.array([(gap * z).mean() * slope, gap.mean()])
 
-    found = minimize(loss, [np.log(start[0]), start[1]], jac=True, method="BFGS", options={"gtol": 1e-10})
+    found = scipy.optimize.minimize(
+        loss, [np.log(start[0]), start[1]], jac=True, method="BFGS", options={"gtol": 1e-10}
+    )
     return float(np.exp(found.x[0])), float(found.x[1])

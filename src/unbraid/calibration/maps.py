@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax, logit, softmax
+import scipy
 
 from unbraid.types import State
 
@@ -62,7 +62,7 @@ class Curves:
     def __call__(self, logits: Array) -> Array:
         """Of one shape with ``logits``."""
         if len(self.scores) == 1:
-            return logit(self._curve(0, np.asarray(logits, np.float64)))
+            return scipy.special.logit(self._curve(0, np.asarray(logits, np.float64)))
         columns = against_others(logits)
         p = np.stack([self._curve(k, columns[:, k]) for k in range(len(self.scores))], 1)
         return np.log(p / p.sum(1, keepdims=True))
@@ -76,14 +76,14 @@ class Curves:
 
 def against_others(logits: Array) -> Array:
     """(N, K) logits -> (N, K) log-odds of each class against all others, without overflow."""
-    log_p = log_softmax(np.asarray(logits, np.float64), axis=1)
+    log_p = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
     with np.errstate(divide="ignore"):
         return log_p - np.log(np.maximum(-np.expm1(log_p), np.finfo(np.float64).tiny))
 
 
 def confidence(logits: Array) -> Array:
     """(N, K) logits -> (N,) the largest probability."""
-    return softmax(np.asarray(logits, np.float64), axis=1).max(1)
+    return scipy.special.softmax(np.asarray(logits, np.float64), axis=1).max(1)
 
 
 Map = Affine | Linear | Curves

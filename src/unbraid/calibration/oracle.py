@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.optimize import minimize
+import scipy
 
 from unbraid.calibration.labelled import Labelled, kind_of, labelled
 from unbraid.calibration.maps import Affine, Calibration, confidence
@@ -72,7 +72,7 @@ def _valleys(rows: Labelled) -> list[float]:
         return top_ece(rows.logits / t, rows.labels)
 
     starts = [2.0, *sorted(np.geomspace(0.05, 50, 200), key=ece)[:5]]
-    return [float(minimize(lambda t: ece(t[0]), [start], method="Nelder-Mead").x[0]) for start in starts]
+    return [float(scipy.optimize.minimize(lambda t: ece(t[0]), [start], method="Nelder-Mead").x[0]) for start in starts]
 
 
 def top_ece(logits: Array, labels: Array) -> float:

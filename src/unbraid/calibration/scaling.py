@@ -23,8 +23,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
-from scipy.optimize import brentq, minimize
-from scipy.special import expit, log_softmax, softmax
+import scipy
 
 from unbraid.calibration.labelled import Labelled, kind_of, labelled
 from unbraid.calibration.maps import Affine, Calibration, Linear
@@ -75,7 +74,7 @@ def fit_temperature(rows: Labelled) -> tuple[float, tuple[str, ...]]:
     right = z * y if z.ndim == 1 else np.take_along_axis(z, y[:, None], 1)[:, 0]
 
     def derivative(a: float) -> float:
-        expected = expit(a * z) * z if z.ndim == 1 else (softmax(a * z, axis=1) * z).sum(1)
+        expected = scipy.special.expit(a * z) * z if z.ndim == 1 else (scipy.special.softmax(a * z, axis=1) * z).sum(1)
         return float(np.average(expected - right, weights=w))
 
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
@@ -85,7 +84,7 @@ def fit_temperature(rows: Labelled) -> tuple[float, tuple[str, ...]]:
         )
     if derivative(high) <= 0:
         return TEMPERATURES[0], ("the held-out rows are predicted without a mistake: the temperature is at its bound",)
-    return 1 / brentq(derivative, low, high, xtol=1e-14, rtol=1e-14), ()
+    return 1 / scipy.optimize.brentq(derivative, low, high, xtol=1e-14, rtol=1e-14), ()
 
 
 def logistic_fit(rows: Labelled) -> tuple[float, float]:
@@ -138,7 +137,7 @@ class _PerClass:
         rows = labelled(held_out, task)
         classes = rows.logits.shape[1]
         unit = np.eye(classes) if self.full else np.ones(classes)
-        found = minimize(_cross_entropy, np.append(unit.ravel(), np.zeros(classes)), (rows, unit, self.penalty),
+        found = scipy.optimize.minimize(_cross_entropy, np.append(unit.ravel(), np.zeros(classes)), (rows, unit, self.penalty),
                          method="L-BFGS-B", jac=True,
                          options={"maxiter": 5000, "maxfun": 50_000, "ftol": 1e-15, "gtol": 1e-9})  # fmt: skip
         weight, bias = found.x[:-classes].reshape(unit.shape), found.x[-classes:]
@@ -157,7 +156,7 @@ def _cross_entropy(x: Array, rows: Labelled, unit: Array, penalty: float) -> tup
     z, y, w = rows
     w = w / w.sum()
     weight, bias = x[: unit.size].reshape(unit.shape), x[unit.size :]
-    log_p = log_softmax((z @ weight.T if unit.ndim == 2 else z * weight) + bias, axis=1)
+    log_p = scipy.special.log_softmax((z @ weight.T if unit.ndim == 2 else z * weight) + bias, axis=1)
     gap = np.exp(log_p)
     gap[np.arange(len(y)), y] -= 1
     gap *= w[:, None]

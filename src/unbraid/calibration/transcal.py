@@ -41,8 +41,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq, minimize
-from scipy.special import expit
+import scipy
 
 from unbraid.calibration.density import Support
 from unbraid.calibration.labelled import Labelled, importance, kind_of
@@ -234,14 +233,20 @@ def match_confidence(
             *notes,
             f"no temperature that makes the mean confidence as high as {wanted:.3g} is allowed: {low:g} is taken",
         )
-    inverse = brentq(lambda a: confidence(a * logits).mean() - wanted, 1 / high, 1 / low, xtol=1e-14, rtol=1e-13)
+    inverse = scipy.optimize.brentq(
+        lambda a: confidence(a * logits).mean() - wanted, 1 / high, 1 / low, xtol=1e-14, rtol=1e-13
+    )
     return 1 / inverse, notes
 
 
 def match_mean(logits: Array, rate: float) -> float:
     """The intercept b at which the mean of ``sigmoid(logits + b)`` is ``rate``, in (0, 1)."""
     span = float(np.abs(logits).max()) + 50
-    return float(brentq(lambda b: expit(logits + b).mean() - rate, -span, span, xtol=1e-13, rtol=1e-13))
+
+    def missed(b: float) -> float:
+        return scipy.special.expit(logits + b).mean() - rate
+
+    return float(scipy.optimize.brentq(missed, -span, span, xtol=1e-13, rtol=1e-13))
 
 
 def _joint(target: Array, risk: Risk, solver: str, bias_term: bool) -> tuple[float, float]:
@@ -251,5 +256,5 @@ def _joint(target: Array, risk: Risk, solver: str, bias_term: bool) -> tuple[flo
         power = float(x[1]) if bias_term else 1.0
         return abs(float(confidence(target / x[0]).mean()) - (1 - risk(power)))
 
-    found = minimize(objective, START, method="SLSQP", bounds=BOUNDS[solver])
+    found = scipy.optimize.minimize(objective, START, method="SLSQP", bounds=BOUNDS[solver])
     return float(found.x[0]), float(found.x[1]) if bias_term else 1.0

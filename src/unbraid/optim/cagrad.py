@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from unbraid.optim.aggregated import Rule, View, levelled
@@ -97,7 +97,7 @@ def dual(gramian: np.ndarray, radius: float) -> np.ndarray:
         norm = math.sqrt(max(w @ product, 1e-16))
         return float(w @ mean + radius * norm), mean + radius * product / norm
 
-    found = minimize(
+    found = scipy.optimize.minimize(
         value, np.full(count, 1 / count), jac=True, method="SLSQP", bounds=[(0, 1)] * count, tol=1e-12,
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": lambda w: np.ones(count)},
     )  # fmt: skip

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from unbraid.optim import imtl_l, rlw
@@ -367,7 +367,7 @@ def projector(ridge: float) -> Any:
             matrix = G.double().cpu().numpy() / (trace or 1.0) + ridge * np.eye(len(G))
             root = np.linalg.cholesky(matrix).T
             rows = U.double().cpu().numpy().reshape(-1, len(G))
-            found = np.stack([u + nnls(root, -root @ u)[0] for u in rows])
+            found = np.stack([u + scipy.optimize.nnls(root, -root @ u)[0] for u in rows])
             return torch.from_numpy(found).reshape(U.shape).to(G)
 
     return Projector()

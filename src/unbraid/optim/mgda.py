@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from unbraid.optim.aggregated import Rule, View, levelled
@@ -80,5 +80,5 @@ def shortest(gramian: Tensor) -> Tensor:
     values, vectors = np.linalg.eigh(levelled(gramian)[0].numpy())
     root = np.sqrt(values.clip(min=0))[:, None] * vectors.T
     ones = np.ones(len(root))
-    w = nnls(np.vstack([root, ones]), np.append(0 * ones, 1.0))[0]
+    w = scipy.optimize.nnls(np.vstack([root, ones]), np.append(0 * ones, 1.0))[0]
     return torch.from_numpy(w / w.sum())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.special import log_softmax
+import scipy
 
 from unbraid.types import FIRST_VALUE, FORBID, Judged, Schema, Scores, Task
 
@@ -103,4 +103,4 @@ def _counts(scores: Scores) -> Array:
 def log_probabilities(logits: Array) -> Array:
     """(n, C) float64 logarithms of the classes' probabilities, from (n, C) logits or (n,) of a binary task."""
     z = np.asarray(logits, np.float64)
-    return log_softmax(np.stack([np.zeros_like(z), z], 1) if z.ndim == 1 else z, axis=1)
+    return scipy.special.log_softmax(np.stack([np.zeros_like(z), z], 1) if z.ndim == 1 else z, axis=1)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from scipy.special import log_softmax
+import scipy
 
 from unbraid.selection.rows import Array, OnTarget, log_probabilities
 from unbraid.types import FORBID, Judged, Schema, Scores, Task
@@ -85,7 +85,7 @@ def density(p: Array, temperature: float) -> float:
         similar = part @ unit.T / temperature
         own = np.arange(len(part))
         similar[own, start + own] = -np.inf
-        log_s = log_softmax(similar, axis=1)
+        log_s = scipy.special.log_softmax(similar, axis=1)
         log_s[own, start + own] = 0.0  # weight 0
         s = np.exp(log_s)
         s[own, start + own] = 0.0

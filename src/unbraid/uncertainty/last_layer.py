@@ -33,8 +33,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.special import expit
 from torch import nn
 
 from unbraid.types import Schema, Scores, State
@@ -180,7 +180,9 @@ class Logistic(Posterior):
         self, hidden: Array, logits: Array, labels: Array, weight: Array | None, head: Array | None
     ) -> None:
         """As `update`, from logits (N,): exact where p rounds to 1."""
-        self._add(hidden, self._weights(weight, len(hidden)), head, expit(logits) * expit(-logits))
+        self._add(
+            hidden, self._weights(weight, len(hidden)), head, scipy.special.expit(logits) * scipy.special.expit(-logits)
+        )
 
 
 class Linear(Posterior):
