@@ -49,9 +49,10 @@ from unbraid.encoders.pooling import Mean
 from unbraid.encoders.table import Views
 from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
-from unbraid.job import bound_terms, train
+from unbraid.job import train
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
+from unbraid.preflight import bound_terms
 from unbraid.towers.multi_embedding import MultiEmbedding
 from unbraid.train import fit
 from unbraid.types import FIRST_VALUE

@@ -15,7 +15,7 @@ import torch
 from unbraid import bundle, config, recipes
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
-from unbraid.job import bound_terms
+from unbraid.preflight import bound_terms
 
 PAGE = (Path(__file__).parent.parent / "docs" / "tencent.md").read_text()
 DRAWN = " ".join(re.findall(r"^```text\n(.*?)^```", PAGE, re.M | re.S)[0].split())

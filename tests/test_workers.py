@@ -22,8 +22,8 @@ from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
-from unbraid.job import bound_terms
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.towers.stem import STEM
 from unbraid.train import Local, Training, Watcher
 from unbraid.types import Look

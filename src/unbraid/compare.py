@@ -51,7 +51,8 @@ from unbraid.data.fitted import Fitted
 from unbraid.data.source import Data, Tables
 from unbraid.data.table import Encoded
 from unbraid.evaluate import Array, Drawn, Slice, lead_metric, lower_is_better, replicate
-from unbraid.job import JobError, baseline_scores, bound_terms, check_labels, default_baseline, train
+from unbraid.job import baseline_scores, default_baseline, train
+from unbraid.preflight import JobError, bound_terms, check_labels
 from unbraid.render import render_comparison
 from unbraid.train import Watcher
 from unbraid.types import Scores, Task

@@ -22,9 +22,9 @@ from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
-from unbraid.job import bound_terms
 from unbraid.model import Heads, Model
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.types import Batch, Feature, Task
 
 

@@ -20,7 +20,8 @@ from unbraid.data.encode import encode
 from unbraid.data.mix import Mix, batches, walk, with_views
 from unbraid.data.source import Data, DataError
 from unbraid.data.table import Encoded
-from unbraid.job import JobError, bound_terms, train
+from unbraid.job import JobError, train
+from unbraid.preflight import bound_terms
 from unbraid.train import Local, Watcher
 from unbraid.types import Batch, Losses, Output, State, Task
 

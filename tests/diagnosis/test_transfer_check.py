@@ -31,12 +31,13 @@ from unbraid.diagnosis.transfer import (
     widened,
 )
 from unbraid.encoders.table import Views
-from unbraid.job import bound_terms, train
+from unbraid.job import train
 from unbraid.losses.domain_adversary import DomainAdversary, DomainClassifier
 from unbraid.losses.esmm import ESMM
 from unbraid.losses.supervised import Supervised
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.schedules.individual import Individual
 from unbraid.schedules.one_stage import OneStage
 from unbraid.schedules.online import Online

@@ -23,7 +23,7 @@ from unbraid.config import Run
 from unbraid.data.encode import encode
 from unbraid.data.features import attach
 from unbraid.data.table import Encoded
-from unbraid.job import bound_terms
+from unbraid.preflight import bound_terms
 from unbraid.train import Local, Watcher
 from unbraid.types import Batch
 

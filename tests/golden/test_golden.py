@@ -16,7 +16,7 @@ from unbraid import recipes
 from unbraid.bundle import build
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
-from unbraid.job import bound_terms
+from unbraid.preflight import bound_terms
 from unbraid.train import fit
 
 STORED = Path(__file__).parent / "losses.json"

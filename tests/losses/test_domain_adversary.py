@@ -21,12 +21,13 @@ from unbraid.data.encode import encode
 from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
-from unbraid.job import JobError, bound_terms, train
+from unbraid.job import JobError, train
 from unbraid.losses.domain_adversary import BoundDomainAdversary, DomainAdversary, DomainClassifier
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads, Model
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.schedules.d_train import DTrain
 from unbraid.schedules.fork_merge import Branch, ForkMerge
 from unbraid.towers.mlp import SharedBottom

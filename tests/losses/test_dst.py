@@ -33,11 +33,12 @@ from unbraid.citations import citations
 from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
-from unbraid.job import JobError, bound_terms
+from unbraid.job import JobError
 from unbraid.losses.dst import DST, PARTS, DSTHeads, shunned
 from unbraid.losses.flexmatch import PerClass
 from unbraid.losses.supervised import Supervised
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.towers.mlp import SharedBottom
 from unbraid.types import Batch, Output, Schema, Task
 

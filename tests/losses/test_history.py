@@ -19,13 +19,14 @@ from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
 from unbraid.encoders.table import Views
 from unbraid.encoders.twin import TWIN
-from unbraid.job import JobError, bound_terms, train
+from unbraid.job import JobError, train
 from unbraid.losses.focal import Focal
 from unbraid.losses.history import HistoryLoss
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.stem import STEM
 from unbraid.types import Batch, Output, Schema, Task

@@ -19,7 +19,6 @@ from unbraid.config import ModelChoice, RunError
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
-from unbraid.job import bound_terms
 from unbraid.job import train as train_run
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.averaging import MEASURED, Average, Running, remeasure
@@ -28,6 +27,7 @@ from unbraid.optim.ema import EMA
 from unbraid.optim.joint import Joint
 from unbraid.optim.uniform_average import UniformAverage
 from unbraid.optim.wise_ft import WiSEFT
+from unbraid.preflight import bound_terms
 from unbraid.schedules.individual import Individual
 from unbraid.towers.ame import AME
 from unbraid.towers.mlp import SharedBottom

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from toylog import make_data, make_log, make_run
 
+from unbraid.bundle import build
 from unbraid.config import DIN, ModelChoice, Run
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
-from unbraid.job import bound_terms, build
 from unbraid.optim.joint import Joint, JointUpdate
+from unbraid.preflight import bound_terms
 from unbraid.train import Local
 from unbraid.types import Course, Losses, Output
 

@@ -20,10 +20,11 @@ from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
-from unbraid.job import JobError, bound_terms, train
+from unbraid.job import JobError, train
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads, Model
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.schedules.copies import Copies, Fits
 from unbraid.schedules.individual import Individual
 from unbraid.schedules.one_stage import OneStage

@@ -24,12 +24,13 @@ from unbraid.data.table import Encoded
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
 from unbraid.encoders.table import Views
-from unbraid.job import JobError, bound_terms, train
+from unbraid.job import JobError, train
 from unbraid.losses.history import HistoryLoss
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Heads, Model
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.schedules import d_train
 from unbraid.schedules.d_train import DTrain, FrozenHead, Tuning, hidden_of
 from unbraid.schedules.domains import Domains, head_and_tail, table, values

@@ -20,9 +20,9 @@ from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
 from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
-from unbraid.job import bound_terms
 from unbraid.model import Heads
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.schedules.d_train import DTrain
 from unbraid.schedules.individual import Individual
 from unbraid.schedules.one_stage import OneStage

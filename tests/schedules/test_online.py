@@ -22,9 +22,10 @@ from unbraid.data.encode import encode
 from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded, order, steps_per_epoch
 from unbraid.encoders.table import Views
-from unbraid.job import JobError, bound_terms, train
+from unbraid.job import JobError, train
 from unbraid.model import Heads
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.schedules import online
 from unbraid.schedules.online import Online, plot
 from unbraid.towers.mlp import SharedBottom

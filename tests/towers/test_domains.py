@@ -19,10 +19,11 @@ from unbraid.encoders.dare import DARE
 from unbraid.encoders.table import Views
 from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
-from unbraid.job import bound_terms, train
+from unbraid.job import train
 from unbraid.layers import task_key
 from unbraid.model import Heads
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.towers.aitm import AITM
 from unbraid.towers.ame import AME
 from unbraid.towers.domains import DomainTower, domain_names

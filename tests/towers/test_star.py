@@ -16,11 +16,12 @@ from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
-from unbraid.job import bound_terms, train
+from unbraid.job import train
 from unbraid.layers import task_key
 from unbraid.model import Heads
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.schedules.d_train import DTrain
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.star import STAR

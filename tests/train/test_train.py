@@ -393,7 +393,7 @@ def test_a_schedule_of_several_fits_resumes_inside_each(tmp_path: Path) -> None:
     """Two calls of fit, the second with frozen layers and other weights; a death in either resumes bit-equal."""
     from unbraid.bundle import build
     from unbraid.data.encode import encode
-    from unbraid.job import bound_terms
+    from unbraid.preflight import bound_terms
 
     data = Encoded(encode(make_data(), tables=TABLES))
     run = make_run(model=DROPOUT)

@@ -38,11 +38,11 @@ from unbraid.analysis.plots import INK, device_of, figure, finish
 from unbraid.analysis.transfer import REFERENCE
 from unbraid.config import Run
 from unbraid.evaluate import Array, evaluate, lead_metric, lower_is_better
-from unbraid.job import bound_terms
 from unbraid.layers import require_positive
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.optim.per_task import Gradients, PerTask
+from unbraid.preflight import bound_terms
 from unbraid.train import predict
 from unbraid.types import Batch, Finding, Schema
 

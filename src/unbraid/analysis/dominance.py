@@ -50,11 +50,11 @@ from unbraid.analysis.plots import INK, device_of, figure, finish, shortened
 from unbraid.bundle import build
 from unbraid.config import Run
 from unbraid.evaluate import Array
-from unbraid.job import bound_terms
 from unbraid.layers import require_positive
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.optim.per_task import Gradients, PerTask
+from unbraid.preflight import bound_terms
 from unbraid.train import fit
 from unbraid.types import Batch, Course, Finding, Losses, Output, Schema, State
 

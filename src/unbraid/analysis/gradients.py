@@ -40,10 +40,10 @@ from unbraid.encoders.dare import DARE
 from unbraid.encoders.searched import Searching
 from unbraid.encoders.table import Table
 from unbraid.evaluate import Array
-from unbraid.job import bound_terms
 from unbraid.layers import require_positive
 from unbraid.model import Model
 from unbraid.optim.joint import Joint, JointUpdate, clip
+from unbraid.preflight import bound_terms
 from unbraid.train import fit
 from unbraid.types import FIRST_VALUE, Batch, Finding, Output, Schema
 

@@ -35,7 +35,7 @@ def compare(
     """
     from unbraid import config, recipes
     from unbraid.compare import compare as job
-    from unbraid.job import JobError
+    from unbraid.preflight import JobError
     from unbraid.progress import Console
 
     try:

@@ -40,7 +40,7 @@ def diagnose(
     from unbraid.diagnosis.diagnose import diagnose as examine
     from unbraid.diagnosis.prove import prove as try_out
     from unbraid.diagnosis.prove import remedies
-    from unbraid.job import JobError
+    from unbraid.preflight import JobError
     from unbraid.progress import Console
 
     def write(report: Report) -> None:

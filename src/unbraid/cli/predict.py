@@ -26,7 +26,8 @@ def evaluate(
     """Metrics of a bundle, per task and domain, with intervals."""
     from unbraid.bundle import Bundle, trained_splits
     from unbraid.data.source import SPLITS
-    from unbraid.job import JobError, evaluate_bundle
+    from unbraid.job import evaluate_bundle
+    from unbraid.preflight import JobError
 
     try:
         if split not in SPLITS:
@@ -70,7 +71,8 @@ def predict(
 ) -> None:
     """Predict rows: Parquet in, Parquet out.  Histories come from the run's event tables, strictly before each row."""
     from unbraid.bundle import Predictor
-    from unbraid.job import JobError, write_predictions
+    from unbraid.job import write_predictions
+    from unbraid.preflight import JobError
     from unbraid.uncertainty.ensemble import Ensemble
 
     try:

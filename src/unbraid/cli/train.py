@@ -32,8 +32,8 @@ def train(
 ) -> None:
     """Train a run, print the test metrics of every task and domain, and write a bundle."""
     from unbraid import config, parallel
-    from unbraid.job import JobError
     from unbraid.job import train as job
+    from unbraid.preflight import JobError
     from unbraid.progress import Console
 
     try:

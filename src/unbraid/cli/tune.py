@@ -44,7 +44,7 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Search for hyper-parameters: train candidates, judge them on the validation split, write the best as a run file."""
-    from unbraid.job import JobError
+    from unbraid.preflight import JobError
     from unbraid.progress import Console
     from unbraid.tune.search import tune as search
 

@@ -22,7 +22,7 @@ from unbraid.data.source import Tables
 from unbraid.data.table import Encoded
 from unbraid.diagnosis.diagnosis import NotApplicable
 from unbraid.evaluate import Drawn, lead_metric, lower_is_better, replicate
-from unbraid.job import bound_terms
+from unbraid.preflight import bound_terms
 from unbraid.train import Local, Watcher, predict
 from unbraid.types import Batch, Schema, Scores, Task
 

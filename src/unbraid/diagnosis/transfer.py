@@ -36,12 +36,12 @@ from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remed
 from unbraid.diagnosis.interference import apart
 from unbraid.diagnosis.plots import Bars, Histogram
 from unbraid.evaluate import Drawn, Slice, lead_metric, replicate
-from unbraid.job import bound_terms
 from unbraid.losses.esmm import ESMM
 from unbraid.losses.focal import Focal
 from unbraid.losses.margin import Margin
 from unbraid.losses.supervised import Supervised
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.schedules.individual import Individual
 from unbraid.schedules.one_stage import OneStage
 from unbraid.towers.single_task import SingleTask

@@ -21,8 +21,9 @@ import torch
 from unbraid import config, store
 from unbraid.compare import compare, metrics_of, try_to_build
 from unbraid.data.source import Tables
-from unbraid.job import JobError, clear
+from unbraid.preflight import JobError
 from unbraid.report import tuning
+from unbraid.run_folder import clear
 from unbraid.train import Watcher
 from unbraid.tune import space as spaces
 from unbraid.tune.space import Drawn, Space

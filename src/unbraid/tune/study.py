@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unbraid.compat import optional
-from unbraid.job import JobError
+from unbraid.preflight import JobError
 from unbraid.tune.space import Drawn, Space
 from unbraid.tune.trial import Outcome
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from unbraid import config, job, parallel
+from unbraid.bundle import trained_splits
 from unbraid.data.source import Tables
 from unbraid.evaluate import evaluate, lower_is_better
 from unbraid.train import Watcher
@@ -55,7 +56,7 @@ class Objective:
         """
         if seeds < 1:
             raise job.JobError(f"--seeds should be at least 1. Found {seeds}.")
-        if "valid" in job.trained_splits(run):
+        if "valid" in trained_splits(run):
             raise job.JobError(
                 f"Schedule `{run.schedule.kind}` trains on the validation rows, which a search has to judge by. Tune the run "
                 "with schedule `one_stage`, and use what it finds."
