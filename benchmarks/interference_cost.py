@@ -41,8 +41,8 @@ import train_speed
 from train_speed import BATCH, Ours, Round, our_mmoe, timed
 
 from unbraid.data.table import Encoded
+from unbraid.heads import Heads
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.joint import Joint
 from unbraid.schedules.d_train import DTrain

@@ -47,10 +47,10 @@ from unbraid.data.encode import encode
 from unbraid.data.event_log import write
 from unbraid.data.fitted import Fitted
 from unbraid.evaluate import replicate
+from unbraid.heads import Heads
 from unbraid.job import evaluate_bundle, train
 from unbraid.losses.domain_adversary import DomainAdversary, DomainClassifier
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.render import budget, markdown
 from unbraid.towers.star import STAR

@@ -54,9 +54,10 @@ from unbraid.data.encode import encode
 from unbraid.data.source import Data, Events, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.layers import initialise
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads, Model
+from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.towers.experts import MMoE
 from unbraid.towers.mlp import SharedBottom

@@ -21,9 +21,10 @@ from unbraid.data.encode import encode
 from unbraid.data.source import Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.job import train
 from unbraid.losses.margin import Margin
-from unbraid.model import Heads, Model
+from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.schedules.individual import Individual
 from unbraid.towers.mlp import SharedBottom

@@ -32,7 +32,8 @@ from unbraid.data.table import Encoded
 from unbraid.encoders.packed import Listed
 from unbraid.encoders.table import Views
 from unbraid.graph import PREDICTED, Graph, drawn, inputs_of, mapped, taken_apart
-from unbraid.model import Heads, Model
+from unbraid.heads import Heads
+from unbraid.model import Model
 from unbraid.types import Feature, Field, History, Task
 from unbraid.uncertainty.last_layer import digest_of
 

@@ -31,11 +31,11 @@ from unbraid.data.table import Encoded
 from unbraid.encoders.numeral import Numeral
 from unbraid.encoders.similarity import Similarity
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.job import train
 from unbraid.losses.exposure import Exposure
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads
 from unbraid.render import render_table
 from unbraid.schedules import online
 from unbraid.train import Watcher

@@ -204,7 +204,7 @@ class ClassHead(nn.Module):
     """The head of one task with `Classes`.
 
     Args:
-        task: its name; width: H of what the tower gives; hidden, dropout: of an MLP below P, as in `unbraid.model.Heads`.
+        task: its name; width: H of what the tower gives; hidden, dropout: of an MLP below P, as in `unbraid.heads.Heads`.
 
     Attributes:
         width: of what it reads with its last layer.

@@ -58,6 +58,7 @@ from unbraid.encoders.tin import TIN
 from unbraid.encoders.twin import TWIN
 from unbraid.encoders.twin_v2 import TWINV2
 from unbraid.encoders.vectors import Projected, Raw
+from unbraid.heads import Heads
 from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
 from unbraid.interactions.fm import FM, FwFM
@@ -77,7 +78,7 @@ from unbraid.losses.mcc import MCC
 from unbraid.losses.pseudo_label import PseudoLabel
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads, require_encoders
+from unbraid.model import require_encoders
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.aggregated import AggregatedUpdate
 from unbraid.optim.arml import ARML

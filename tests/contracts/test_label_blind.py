@@ -38,9 +38,9 @@ from unbraid.data.encode import encode
 from unbraid.data.mix import Mix
 from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
+from unbraid.heads import Heads
 from unbraid.job import Result, baseline_scores, train
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.schedules.one_stage import OneStage
 from unbraid.selection.rows import OnTarget

@@ -22,7 +22,8 @@ from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
-from unbraid.model import Heads, Model
+from unbraid.heads import Heads
+from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
 from unbraid.types import Batch, Feature, Task

@@ -19,9 +19,9 @@ from unbraid.class_head import ClassFile, write_vectors
 from unbraid.config import ModelChoice, Run
 from unbraid.data.mix import Mix
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.losses.exposure import Exposure
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training

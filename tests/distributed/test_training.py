@@ -32,7 +32,7 @@ from unbraid.config import (
 )
 from unbraid.data.mix import Mix
 from unbraid.encoders.table import Views
-from unbraid.model import Heads
+from unbraid.heads import Heads
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training
 

@@ -21,10 +21,11 @@ from unbraid.data.encode import encode
 from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.job import JobError, train
 from unbraid.losses.domain_adversary import BoundDomainAdversary, DomainAdversary, DomainClassifier
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads, Model
+from unbraid.model import Model
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms

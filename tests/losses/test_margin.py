@@ -19,10 +19,10 @@ from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.job import JobError
 from unbraid.losses.margin import Margin, margin_loss
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads
 from unbraid.preflight import bound_terms
 from unbraid.types import Feature, Task
 

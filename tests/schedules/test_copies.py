@@ -20,9 +20,10 @@ from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.job import JobError, train
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads, Model
+from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
 from unbraid.schedules.copies import Copies, Fits

@@ -24,11 +24,12 @@ from unbraid.data.table import Encoded
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.job import JobError, train
 from unbraid.losses.history import HistoryLoss
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads, Model
+from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
 from unbraid.schedules import d_train

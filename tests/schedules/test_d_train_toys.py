@@ -20,7 +20,7 @@ from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
 from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
-from unbraid.model import Heads
+from unbraid.heads import Heads
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
 from unbraid.schedules.d_train import DTrain

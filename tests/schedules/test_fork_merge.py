@@ -24,9 +24,9 @@ from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded, order
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.job import JobError, train
 from unbraid.losses.supervised import Supervised
-from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
 from unbraid.schedules.fork_merge import Branch, ForkMerge, greedy_search, grid_search, plan, plot, simplex

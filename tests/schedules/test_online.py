@@ -22,8 +22,8 @@ from unbraid.data.encode import encode
 from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded, order, steps_per_epoch
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.job import JobError, train
-from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
 from unbraid.schedules import online

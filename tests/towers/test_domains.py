@@ -17,11 +17,11 @@ from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
 from unbraid.job import train
 from unbraid.layers import task_key
-from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
 from unbraid.towers.aitm import AITM

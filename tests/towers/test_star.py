@@ -16,9 +16,9 @@ from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.job import train
 from unbraid.layers import task_key
-from unbraid.model import Heads
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms

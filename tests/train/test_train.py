@@ -18,8 +18,8 @@ from unbraid.bundle import Bundle, BundleError, Predictor
 from unbraid.config import ModelChoice
 from unbraid.data.table import Encoded, prefetch
 from unbraid.encoders.table import Views
+from unbraid.heads import Heads
 from unbraid.job import JobError, evaluate_bundle, train
-from unbraid.model import Heads
 from unbraid.optim.joint import Joint
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.stem import STEM

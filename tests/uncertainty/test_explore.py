@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from unbraid import config
 from unbraid.bundle import Bundle, Predictor, with_uncertainty
 from unbraid.cli.main import app
+from unbraid.heads import Heads
 from unbraid.job import train
-from unbraid.model import Heads
 from unbraid.train import Training
 from unbraid.types import Scores, Task
 from unbraid.uncertainty.ensemble import Ensemble

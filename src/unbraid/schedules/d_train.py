@@ -62,7 +62,7 @@ FEW = 16  # products of fewer rows take another kernel, whose last bits differ: 
 
 @dataclass(frozen=True)
 class DTrain:
-    """Three phases over domains.  Needs ``model.heads.by = "domain"``; the head is what `unbraid.model.Heads` says.
+    """Three phases over domains.  Needs ``model.heads.by = "domain"``; the head is what `unbraid.heads.Heads` says.
 
     Args:
         phases: which phases run; the steps of the others go to these.
