@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_LINES = 1000  # of the table of metrics
 MOST_NUMBERS = 200  # lines of a plot's table
-MOST_SAID = 12  # differences in a comparison's summary
 
 
 def html(report: Report, *, docs: str = "") -> str:
