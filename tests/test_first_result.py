@@ -12,7 +12,7 @@ import pytest
 from typer.main import get_command
 
 import unbraid
-from unbraid.cli import app
+from unbraid.cli.main import app
 
 SOURCE = Path(__file__).parents[1] / "src"
 HEAVY = {
@@ -57,7 +57,7 @@ def test_help_of_every_command_loads_nothing_heavy() -> None:
     commands += [[group, name] for group in ("data", "store") for name in get_command(app).commands[group].commands]  # type: ignore[attr-defined]
     assert len(commands) > 12
     code = f"""
-from unbraid.cli import app
+from unbraid.cli.main import app
 for words in {[[], *commands]}:
     try:
         app([*words, '--help'])
