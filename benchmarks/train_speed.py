@@ -5,7 +5,7 @@ would write it by hand (below), once by `unbraid.train.fit` on `unbraid.data.tab
 Encoding lies outside the timing.  Rounds of the two sides alternate in one process (each case has its own), so that other
 work on the machine hits both; a ratio is the median over the pairs, above 1 ours is better.
 
-    python benchmarks/train_speed.py [--quick] [--threads 1 2] [--only mmoe tables din memory]
+    python benchmarks/train_speed.py [--quick] [--threads 1 2] [--only mmoe tables din dense memory]
 
 | ratio | plain | ours |
 |---|---|---|
@@ -15,6 +15,8 @@ work on the machine hits both; a ratio is the median over the pairs, above 1 our
 | ``lazy_vs_dense_1m`` | MMoE, 8 tables of 1M rows, fused Adam | the same, lazy |
 | ``din_packed`` | DIN, histories padded to the longest of the batch, fused Adam | packed, all tables dense |
 | ``din_packed_kept`` | as ``din_packed``, in a process that keeps the memory it frees: without page faults | the same |
+| ``bfloat16_NAME`` | our loop in float32 | the same in bfloat16: MMoE, a small shared bottom, cross layers |
+| ``compile_NAME`` | our loop | the same with ``training.compile``: an interaction below a small tower |
 | ``din_memory`` | peak of the resident memory over that before the first step, plain | the same, ours |
 
 Ratios of speed are ratios of rows per second, by the clock and the number of torch's threads: ``NAME.wall.2``; ``NAME`` alone
@@ -55,13 +57,17 @@ from unbraid.data.source import Data, Events, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.heads import Heads
+from unbraid.interactions.cross import Cross
+from unbraid.interactions.fm import FM
+from unbraid.interactions.gwpfm import GwPFM
 from unbraid.layers import initialise
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.towers.experts import MMoE
 from unbraid.towers.mlp import SharedBottom
-from unbraid.train import fit
+from unbraid.train import Training, fit
+from unbraid.train.dense import dense
 from unbraid.types import Feature, Field, History, Schema, Task, Update
 
 SIZES = {"user": 100_000, "item": 100_000, "shop": 10_000, "brand": 1_000, "city": 500, "age": 50, "hour": 24, "os": 8}
@@ -259,17 +265,18 @@ class Plain:
 
 # ----------------------------------------------------------------------------------------------------------- our side
 class Ours:
-    """The library's side, on an endless stream of prefetched batches."""
+    """The library's side, on an endless stream of prefetched batches; ``training``: precision and compilation."""
 
-    def __init__(self, model: Model, data: Encoded) -> None:
-        self.model, self.done = model, 0
+    def __init__(self, model: Model, data: Encoded, training: Training | None = None) -> None:
+        self.model, self.done, self.training = model, 0, training or Training()
         self.terms = [Supervised().bind(data.schema)]
         self.update: Update = Joint(lr=1e-3).build(model, steps=1, weights={})
         self.stream = data.shuffled(data.split("train"), BATCH, seed=0)
 
     def train(self, steps: int) -> None:
         """Some steps."""
-        self.done = fit(self.model, self.stream, self.terms, self.update, steps=self.done + steps, start=self.done)
+        with dense(self.model, self.training):
+            self.done = fit(self.model, self.stream, self.terms, self.update, steps=self.done + steps, start=self.done)
 
     def settle(self) -> None:
         """Let the prefetch thread fill its queue again, so that a round pays for as many batches as it used."""
@@ -280,6 +287,13 @@ def our_mmoe(schema: Schema, lazy: bool, heads: Heads | None = None) -> Model:
     """The same MMoE from the library's parts."""
     tower = MMoE(experts=EXPERTS, expert=EXPERT, gate=(), tower=TOWER)
     return Model(schema, tower, Views(width=WIDTH, lazy_rows=0 if lazy else -1), heads=heads)
+
+
+def our_small(schema: Schema, interaction: Any = None) -> Model:
+    """A small shared bottom on an interaction of the eight fields."""
+    return Model(
+        schema, SharedBottom(bottom=(64, 32), tower=()), Views(width=WIDTH, lazy_rows=0), interaction=interaction
+    )
 
 
 def our_din(schema: Schema, lazy: bool) -> Model:
@@ -309,7 +323,7 @@ def timed(side: Plain | Ours, steps: int) -> Round:
     return Round(wall, time.process_time() - cpu)
 
 
-def compare(plain: Plain, ours: Ours, steps: int, pairs: int) -> dict[str, Any]:
+def compare(plain: Plain | Ours, ours: Ours, steps: int, pairs: int) -> dict[str, Any]:
     """Rows per second of both sides and the median ratios of alternating pairs of rounds."""
     sides: tuple[Plain | Ours, ...] = (plain, ours)
     for side in sides:  # moments are made, pages touched
@@ -331,7 +345,8 @@ def compare(plain: Plain, ours: Ours, steps: int, pairs: int) -> dict[str, Any]:
     return figures
 
 
-Case = Callable[[Path, bool], tuple[Plain, Ours, int, int]]  # (cache, quick) -> both sides, steps per round, pairs
+Side = Plain | Ours
+Case = Callable[[Path, bool], tuple[Side, Ours, int, int]]  # (cache, quick) -> both sides, steps per round, pairs
 
 
 def mmoe(folder: Path, quick: bool, lazy: bool) -> tuple[Plain, Ours, int, int]:
@@ -357,12 +372,41 @@ def din(folder: Path, quick: bool) -> tuple[Plain, Ours, int, int]:
     return plain, Ours(our_din(data.schema, lazy=False), data), *((1, 2) if quick else (3, 7))
 
 
+INTERACTIONS: dict[str, Any] = {
+    "small": None,
+    "cross": Cross(),
+    "fm": FM(),
+    "gwpfm": GwPFM(groups={"of_user": ("user", "age")}),
+}
+
+
+def options(folder: Path, quick: bool, name: str, training: Training) -> tuple[Ours, Ours, int, int]:
+    """Our loop without and with an option, all tables lazy."""
+    data = encoded(40_000 if quick else 400_000, folder)
+    of = [
+        our_mmoe(data.schema, True) if name == "mmoe" else our_small(data.schema, INTERACTIONS[name]) for _ in range(2)
+    ]
+    return Ours(of[0], data), Ours(of[1], data, training), *((2, 2) if quick else (16, 11))
+
+
+def bfloat16(name: str) -> tuple[str, Case]:
+    """The case of a precision."""
+    return "dense", lambda folder, quick: options(folder, quick, name, Training(precision="bfloat16"))
+
+
+def compiled(name: str) -> tuple[str, Case]:
+    """The case of compilation.  Quick ones are left to the eager loop: a compiler takes a minute."""
+    return "dense", lambda folder, quick: options(folder, quick, name, Training(compile=not quick))
+
+
 CASES: dict[str, tuple[str, Case]] = {
     "loop_overhead_dense": ("mmoe", lambda folder, quick: mmoe(folder, quick, lazy=False)),
     "loop_overhead_lazy": ("mmoe", lambda folder, quick: mmoe(folder, quick, lazy=True)),
     "lazy_vs_dense_1m": ("tables", million),
     "din_packed": ("din", din),
     "din_packed_kept": ("din", din),
+    **{f"bfloat16_{name}": bfloat16(name) for name in ("mmoe", "small", "cross")},
+    **{f"compile_{name}": compiled(name) for name in ("cross", "fm", "gwpfm")},
 }
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # glibc: give nothing back
 

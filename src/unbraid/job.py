@@ -40,6 +40,7 @@ from unbraid.render import render_markdown
 from unbraid.run_folder import clear, prepare, worth
 from unbraid.track import Tracker
 from unbraid.train import Local, Watcher, predict
+from unbraid.train.dense import check_dense
 from unbraid.train.scoring import shared_scores
 from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores
 
@@ -201,6 +202,7 @@ def learn(
     )  # fmt: skip
     check_selection(run, session)
     model = model.to(device)
+    check_dense(model, run.training, device)
     parallel.one_by_one(lambda: attach(encoded, model, augment=run.augment, progress=watcher.stage, device=device))
     with contextlib.closing(session):
         trained = run.schedule(session, model, session.total_steps())

@@ -243,6 +243,14 @@ class Model(nn.Module):
         return names.difference(getattr(self.tower, "renamed", ()))
 
     @property
+    def dense_parts(self) -> list[nn.Module]:
+        """What may train in another precision or compiled (`unbraid.train.dense`): all that reads nothing but numbers of rows.
+
+        Not the heads: a logit of bfloat16 would have three digits.
+        """
+        return [*self.backbones.values(), *self.interactions.values(), self.tower]
+
+    @property
     def constants(self) -> frozenset[str]:
         """Names of the extras that are not one per row, as its heads state them."""
         return frozenset(name for head in self.heads.values() for name in getattr(head, "constants", ()))

@@ -38,6 +38,9 @@ def over_processes(model: nn.Module) -> Iterator[None]:
 
 def sums_by(x: Tensor, group: Tensor, count: int) -> Tensor:
     """(count, D) sums over all processes of rows (n, D) by group (n,), below ``count``; those of a spare row are 0."""
+    x = x.to(
+        torch.promote_types(x.dtype, torch.float32)
+    )  # counts and sums of bfloat16 would be rounded to three digits
     return parallel.all_sum(x.new_zeros(count, x.shape[1]).index_add(0, group, x * parallel.counts()))
 
 

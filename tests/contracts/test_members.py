@@ -26,6 +26,8 @@ from unbraid.heads import Heads
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
+from unbraid.train import Training
+from unbraid.train.dense import dense
 from unbraid.types import Batch, Feature, Task
 
 
@@ -185,6 +187,30 @@ def test_the_model_never_reads_meta_labels_or_row(choice: ModelChoice, encoded: 
     stripped = dataclasses.replace(batch, labels=labels, meta={}, row=torch.zeros_like(batch.row), weight=None)
     for task, logits in model(batch).logits.items():
         assert torch.equal(model(stripped).logits[task], logits)
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_bfloat16_is_near_float32_and_reaches_the_same(choice: ModelChoice, encoded: Encoded) -> None:
+    """Outputs are float32 and near those of float32, gradients are float32 and reach the same parameters."""
+    run, model = model_of(choice, encoded)
+    (term,), names, found = bound_terms(run, encoded.schema, model), dict(model.named_parameters()), []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        with dense(model, Training(precision=precision)):  # type: ignore[arg-type]
+            output = model(some(encoded), 0)
+            losses = term(output, some(encoded), 0)
+            grads = torch.autograd.grad(sum(losses.values()), list(names.values()), allow_unused=True)
+        found.append((output, losses, grads))
+    (plain, wanted, one), (low, losses, two) = found
+    for name in plain.logits:
+        assert low.logits[name].dtype == low.hidden[name].dtype == torch.float32
+        torch.testing.assert_close(low.logits[name], plain.logits[name], rtol=0.05, atol=0.02)
+        torch.testing.assert_close(losses[name], wanted[name], rtol=0.02, atol=0.01)
+    assert low.trunk.dtype == torch.float32
+    assert all(value.dtype == plain.extras[name].dtype for name, value in low.extras.items())
+    assert [grad is None for grad in one] == [grad is None for grad in two]
+    flat = [torch.cat([g.flatten() for g in grads if g is not None]) for grads in (one, two)]
+    assert flat[1].dtype == torch.float32 and torch.cosine_similarity(*flat, dim=0) > 0.98
 
 
 # ---------------------------------------------------------------------------------------------------------------- absence

@@ -58,6 +58,8 @@ class CrossModule(FlatModule):
         width: width of the result, the sum of all fields' D.
     """
 
+    compiles = True  # `unbraid.train.dense`
+
     def __init__(self, config: Cross, widths: Mapping[str, int]) -> None:
         super().__init__(widths)
         self.layers = nn.ModuleList(product(self.width, config.rank) for _ in range(config.layers))

@@ -62,6 +62,8 @@ class PairwiseModule(FlatModule):
         ValueError: fewer than two fields.
     """
 
+    compiles = True  # `unbraid.train.dense`
+
     def __init__(self, config: Pairwise, widths: Mapping[str, int], kind: str) -> None:
         super().__init__(widths)
         if len(widths) < 2:

@@ -19,6 +19,7 @@ from unbraid.evaluate import evaluate
 from unbraid.normalise import over_processes
 from unbraid.optim.averaging import Running, remeasure
 from unbraid.train.checkpoints import copies, random_state, set_random_state
+from unbraid.train.dense import dense
 from unbraid.train.draws import Sample
 from unbraid.train.loop import fit
 from unbraid.train.rehearsal import Rehearse, shares
@@ -80,7 +81,7 @@ class Call:
         done = start
         try:
             if not self._out_of_patience():  # else the process died between its last look and its end
-                with over_processes(self.model):
+                with over_processes(self.model), dense(self.model, session.training):
                     done = fit(
                         self.model, moved, terms, self._step, steps=self.steps, start=start,
                         callbacks=(self._tell, self._look, self._keep),

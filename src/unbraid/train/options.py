@@ -27,6 +27,9 @@ class Training:
         device: where to train; ``auto`` is CUDA when there is one.
         threads: of torch on the CPU; 0 leaves its own choice.  Small models gain little from a second thread, and on a
             machine whose cores are busy two threads can be ten times slower than one.
+        precision: what backbones, interactions and the tower compute in while they train (`unbraid.train.dense`); weights,
+            losses, updates and all evaluation are float32 in any case.
+        compile: compile interactions of fields with ``torch.compile``; needs a compiler (docs/run-file.md).
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
@@ -41,6 +44,8 @@ class Training:
     mix: Mix | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs"):
