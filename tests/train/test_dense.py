@@ -22,9 +22,10 @@ from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
-from unbraid.job import bound_terms, train
+from unbraid.job import train
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.joint import Joint
+from unbraid.preflight import bound_terms
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Local, Training, Watcher, losses_of
 from unbraid.train import dense as dense_module

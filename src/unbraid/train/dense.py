@@ -1,16 +1,17 @@
 """How the dense parts of a model compute while they train: in bfloat16, and compiled.
 
-**Precision.**  With ``bfloat16`` the networks that a model names in ``dense_parts`` (backbones, interactions, the tower) run under
-``torch.autocast``: their matrix products read and write bfloat16 and add up in float32.  What they give is float32 again, so that
-all else stays in it: tables, histories and their searches, heads, losses, gradients of parameters, every update and its moments.
+**Precision.**  With ``bfloat16`` the networks that a model names in ``dense_parts`` (backbones, interactions, the tower) run
+under ``torch.autocast``: their matrix products read and write bfloat16 and add up in float32.  What they give is float32 again,
+so that all else stays in it: tables, histories and their searches, heads, losses, gradients of parameters, every update and its
+moments.
 Validation and all that comes after training compute in float32, too: that is the model which the bundle holds.
 
 There is no float16.  Its gradients vanish below 6e-8, so that losses need a scale that is found by skipping steps, and an update
 with accumulators per task cannot skip a step of one task alone; bfloat16 has float32's range and needs none.
 
 **Compilation.**  ``torch.compile`` of the parts that say ``compiles``.  Those give one tensor.  A tower gives one per task, and a
-compiled function returns gradients of zeros where a task has no loss in a batch: they would move its parameters by their momentum,
-and tell an update per task that every parameter is shared.
+compiled function returns gradients of zeros where a task has no loss in a batch: they would move its parameters by their
+momentum, and tell an update per task that every parameter is shared.
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ def check_dense(model: nn.Module, training: Training, device: str) -> None:
     except Exception as error:
         why = [line.strip() for line in str(error).splitlines() if line.strip()][:1]
         raise ValueError(
-            f"`training.compile` needs a compiler that torch can call: g++ or clang++ with Python's headers for a CPU, Triton and "
-            f"a C compiler for CUDA. torch says: {''.join(why) or type(error).__name__}. Install it, or set `training.compile` "
-            "to false."
+            "`training.compile` needs a compiler that torch can call: g++ or clang++ with Python's headers for a CPU, Triton "
+            f"and a C compiler for CUDA. torch says: {''.join(why) or type(error).__name__}. Install it, or set "
+            "`training.compile` to false."
         ) from error
 
 
