@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
 from unbraid import config
+from unbraid.data import source as src
 from unbraid.data.encode import encode
 from unbraid.data.source import (
     SPLITS,
@@ -148,13 +150,79 @@ def test_joins_keep_rows_and_order_whatever_the_key_type(opened):
         (pl.DataFrame({"key": [0, 1, 1], "shop": [1, 2, 3]}), ["`right`", "`key` should be unique", "3 rows, 2 keys"]),
         (pl.DataFrame({"kee": [0, 1], "shop": [1, 2]}), ["`right`", "no column `key`"]),
         (pl.DataFrame({"key": ["0", "1"], "shop": [1, 2]}), ["`right`", "`key` is Int64 in the rows and String"]),
-        (pl.DataFrame({"key": [0, 1], "item": [1, 2]}), ["`right`", "both sides have item", "Rename"]),
+        (pl.DataFrame({"key": [0, 1], "item": [1, 2]}), ["`right`", "both sides have item", "rename"]),
     ],
 )
 def test_bad_joins(right, words, opened):
     with pytest.raises(DataError) as error:
         opened(replace(DATA, rows="log", joins=(Join("right", "key"),)), log=LOG, right=right)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_join_by_a_key_of_another_name_twice(tmp_path):
+    ports = pl.DataFrame({"code": ["A", "B", "C"], "name": ["007", "x", "y"], "zip": ["0501", "1", "2"]})
+    ports.write_csv(tmp_path / "ports.csv")
+    rows = pl.DataFrame(
+        {
+            "start": ["A", "B"] * 6,
+            "stop": ["C", "A"] * 6,
+            "name": range(N),
+            "label": LOG["label"],
+            "split": LOG["split"],
+        }
+    )
+    rows.write_csv(tmp_path / "log.csv")
+    joins = tuple(Join("ports.csv", on, "code", f"{on}_") for on in ("start", "stop"))
+    data = replace(
+        DATA, rows="log.csv", folder=str(tmp_path), joins=joins, features=(Feature("start_name"), Feature("stop_zip"))
+    )
+    got = src.rows_plan(data, Path(), None).collect()
+    assert got["start_name"].to_list() == ["007", "x"] * 6 and got["stop_name"].to_list() == ["y", "007"] * 6
+    assert got["name"].to_list() == list(range(N)) and got["stop_zip"].to_list() == ["2", "0501"] * 6, (
+        "an id is what is written"
+    )
+    with pytest.raises(DataError, match="no column `cod`. Columns: code, name, zip"):
+        src.rows_plan(replace(data, joins=(Join("ports.csv", "start", "cod"),)), Path(), None)
+    ports.with_columns(start=pl.lit(1)).write_csv(tmp_path / "odd.csv")
+    with pytest.raises(DataError, match="has `start` beside its key `code`. Give a `prefix`"):
+        src.rows_plan(replace(data, joins=(Join("odd.csv", "start", "code"),)), Path(), None)
+
+
+def splits_of(data, **tables):
+    return src.rows_plan(data, Path(), tables or None).collect()[src.SPLIT].to_list()
+
+
+def test_a_split_by_files(tmp_path):
+    for name, rows in (("a_train", 200), ("b_train", 100), ("test", 30), ("val", 20)):
+        pl.DataFrame({"item": [f"{name}{n % 9}" for n in range(rows)], "label": [0] * rows}).write_csv(
+            tmp_path / f"{name}.csv"
+        )
+    by = Split(kind="file", valid_files="val.csv", test_files="t*.csv")
+    data = replace(DATA, rows="*.csv", folder=str(tmp_path), split=by)
+    got = splits_of(data)
+    assert got == [0] * 300 + [2] * 30 + [1] * 20, "files in the order of their names"
+    got = splits_of(replace(data, split=replace(by, valid_files="")))
+    assert got[300:330] == [2] * 30 and set(got[:300]) == {0, 1} == set(got[330:]) | {1} and 10 < got.count(1) < 60
+    users = src.rows_plan(replace(data, user="item", split=replace(by, valid_files="")), Path(), None).collect()
+    assert users.group_by("item").agg(pl.col(src.SPLIT).n_unique())[src.SPLIT].max() == 1, "whole users"
+    doubled = replace(data, drop_duplicates=True)
+    assert len(splits_of(doubled)) == 36, "equal rows of one file and of two are one"
+    with pytest.raises(DataError, match="`valid_files`: no file of `\\*.csv` is called `v.csv`. Found a_train.csv"):
+        splits_of(replace(data, split=replace(by, valid_files="v.csv")))
+    with pytest.raises(DataError, match="is in memory"):
+        splits_of(replace(DATA, rows="log", split=by), log=LOG)
+    with pytest.raises(ValueError, match="needs `test_files`"):
+        Split(kind="file")
+    with pytest.raises(ValueError, match="are of a split by `file`"):
+        Split(kind="user", test_files="x")
+
+
+def test_a_split_by_rows():
+    log = pl.concat([LOG] * 100)
+    data = replace(DATA, rows="log", split=Split(kind="row", valid=0.2, test=0.3, seed=1))
+    got = splits_of(data, log=log)
+    assert [round(got.count(k) / len(got), 1) for k in range(3)] == [0.5, 0.2, 0.3]
+    assert got == splits_of(data, log=log) != splits_of(replace(data, split=replace(data.split, seed=2)), log=log)
 
 
 def test_a_joined_file_that_is_missing(tmp_path):

@@ -15,7 +15,7 @@ from unbraid.cli.common import AsJson, RunFile, Settings, fail, load_run
 def init(
     data: Annotated[Path, typer.Argument(help="A Parquet or CSV file, or a folder of them, or of pictures.")],
     label: Annotated[
-        list[str] | None, typer.Option(help="A label column. Repeat it for several tasks. Pictures need none.")
+        list[str] | None, typer.Option(help="A label column (guessed if empty). Repeat it for several tasks.")
     ] = None,
     user: Annotated[str, typer.Option(help="User column (guessed if empty).")] = "",
     time: Annotated[str, typer.Option(help="Time column (guessed if empty).")] = "",
@@ -27,19 +27,19 @@ def init(
     ] = "",
 ) -> None:
     """Look at the columns and print a commented run file; of a folder of pictures also write the table of its rows."""
-    from unbraid.data.infer import infer
-    from unbraid.data.pictures import first_run, is_tree
+    from unbraid.data import pictures
+    from unbraid.guess.infer import first_run
 
     try:
-        if not label and is_tree(data):
+        if not label and pictures.is_tree(data):
             if user or time or domain not in ("", "folder"):
                 raise ValueError(
                     f"{data} holds pictures and no columns: no --user, no --time, --domain `folder` or none."
                 )
-            text, found = first_run(data, domain == "folder")
-            print("\n".join(found), file=sys.stderr)
+            text, found = pictures.first_run(data, domain == "folder")
         else:
-            text = infer(data, label or [], user=user, time=time, domain=domain)
+            text, found = first_run(data, label or [], user=user, time=time, domain=domain)
+        print("\n".join(found), file=sys.stderr)
         print(text, end="")
     except (ValueError, OSError) as error:
         fail(error)

@@ -39,6 +39,7 @@ from unbraid.data.source import (
     plausible,
     refuse_float_time,
     root_of,
+    scan_join,
     scan_of,
     to_time,
     with_split,
@@ -149,7 +150,7 @@ class _Look:
         def unmatched() -> int:
             check_joins(alone, self.base, self.tables)
             have = plan.collect_schema()
-            right = scan_of(self.data, join.table, self.base, self.tables)
+            right = scan_join(self.data, join, self.base, self.tables)
             if join.on not in have:
                 names = ", ".join(have)
                 raise DataError(f"Join of `{join.table}`: the rows have no column `{join.on}`. Columns: {names}.")
@@ -157,7 +158,10 @@ class _Look:
             sides = [p.select(canonical(pl.col(join.on), p.collect_schema()[join.on])) for p in (plan, right)]
             return _count(sides[0].join(sides[1], on=join.on, how="anti"))
 
-        self.joins[join.table] = {"on": join.on, "rows without a match": self._try(unmatched, None)}
+        name = (
+            join.table if join.table not in self.joins else f"{join.table} ({join.prefix})"
+        )  # a table that is joined twice
+        self.joins[name] = {"on": join.on, "rows without a match": self._try(unmatched, None)}
 
     def _read(self, source: str, where: str) -> tuple[pl.Expr, Any]:
         """A column or SQL expression of the plan, and its type."""

@@ -81,7 +81,7 @@ def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, prog
 def _check_split(data: Data, plan: pl.LazyFrame) -> None:
     counts = dict(with_split(plan, data).group_by(SPLIT).len().collect(engine="streaming").rows())
     if None in counts:
-        what = {"column": data.split.column, "time": data.time, "user": data.user}[data.split.kind]
+        what = {"column": data.split.column, "time": data.time, "user": data.user}.get(data.split.kind, "data.split")
         raise DataError(
             f"{counts[None]:,} rows belong to no split: check `{what}` for nulls or other words than {SPLITS}."
         )

@@ -334,7 +334,7 @@ def first_run(folder: Path, domains: bool = False) -> tuple[str, list[str]]:
         DataError: what `tree` says, or a ``rows.parquet`` of somebody else is there; OSError: the folder cannot be written to.
     """
     from unbraid import config
-    from unbraid.data.infer import inline
+    from unbraid.guess.infer import inline
 
     made = prepared(tree(folder, domains), folder)
     rows, out = made.tables["rows.parquet"], folder / "rows.parquet"

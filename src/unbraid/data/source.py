@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import fnmatch
 import glob
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from unbraid.data.vocabulary import canonical, canonical_type, stable_hash
 from unbraid.types import BUILT_IN, FORBID, GAP, POSITION, Feature, Field, History, Task
 
 SPLITS = ("train", "valid", "test")
-SPLIT, ROW_KEY, WITHHELD = "__split", "__row", "__withheld"
+SPLIT, ROW_KEY, WITHHELD, FILE = "__split", "__row", "__withheld", "__file"
 Tables = Mapping[str, pl.DataFrame | pl.LazyFrame]  # tables handed over in memory, by the name that the run uses
 OTHER_ROWS = re.compile(
     r"\b(?:avg|sum|count|min|max|median|first|last|std\w*|var\w*|quantile\w*|corr|covar\w*|over)\s*\(", re.I
@@ -74,12 +75,29 @@ class Join:
 
     Args:
         table: file, folder or glob under ``data.folder``.
-        on: the key column, of the same name on both sides.
+        on: the key column of the rows.
+        key: its name in the table; empty means ``on``.
+        prefix: put before the names of the table's other columns, so that a table can be joined twice, and its ``name`` stand
+            beside that of the rows.
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
     table: str
     on: str
+    key: str = ""
+    prefix: str = ""
+
+    def named(self, columns: Iterable[str]) -> dict[str, str]:
+        """Column of the table -> its name beside the rows.  Raises DataError when there is no key."""
+        key = self.key or self.on
+        if key not in (columns := list(columns)):
+            raise DataError(f"Join of `{self.table}`: there is no column `{key}`. Columns: {', '.join(columns)}.")
+        names = {name: self.on if name == key else self.prefix + name for name in columns}
+        if len(set(names.values())) < len(names):
+            raise DataError(
+                f"Join of `{self.table}`: it has `{self.on}` beside its key `{key}`. Give a `prefix`, so that they differ."
+            )
+        return names
 
 
 @dataclass(frozen=True)
@@ -108,17 +126,21 @@ class Split:
 
     Args:
         kind: ``time`` (before ``valid_from``, before ``test_from``, the rest), ``column`` (a column that says train,
-            valid or test), ``user`` (whole users by a seeded hash of their id) or ``order`` (the last rows test, those before
-            them validate: for a log in order of time that has no time; files of a table in order of their names).
+            valid or test), ``user`` (whole users by a seeded hash of their id), ``order`` (the last rows test, those before
+            them validate: for a log in order of time that has no time; files of a table in order of their names), ``row``
+            (rows by a seeded hash of their number) or ``file`` (files that say so by their names).
         valid_from, test_from: ISO dates or date-times (UTC unless they carry an offset), or numbers in the column's
             unit.
         train_from: for kind ``time``: earlier rows are in no split; they are events of later rows, and no more.
         column: for kind ``column``.
-        valid, test: shares of users, or of rows for kind ``order``; seed: of the hash.
+        valid, test: shares of users, or of rows for kinds ``order`` and ``row``; seed: of the hash.
+        valid_files, test_files: for kind ``file``: a name or glob under ``data.folder``; the other files train.  Without
+            ``valid_files`` a share ``valid`` of the training rows validates: whole users where there are users, else rows, by
+            the hash.
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
-    kind: Literal["time", "column", "user", "order"] = "user"
+    kind: Literal["time", "column", "user", "order", "row", "file"] = "user"
     valid_from: str | int = ""
     test_from: str | int = ""
     train_from: str | int = ""
@@ -126,6 +148,8 @@ class Split:
     valid: float = 0.1
     test: float = 0.1
     seed: int = 0
+    valid_files: str = ""
+    test_files: str = ""
 
     def __post_init__(self) -> None:
         if self.kind == "time" and (self.valid_from == "" or self.test_from == ""):
@@ -134,7 +158,13 @@ class Split:
             raise ValueError(f"`train_from` is for a split by time. Found kind `{self.kind}`.")
         if self.kind == "column" and not self.column:
             raise ValueError("A split by column needs `column`.")
-        if self.kind in ("user", "order") and not (0 < self.valid and 0 < self.test and self.valid + self.test < 1):
+        if (self.kind == "file") != bool(self.test_files) or (self.valid_files and self.kind != "file"):
+            raise ValueError(
+                f"`test_files` and `valid_files` are of a split by `file`, which needs `test_files`. Found `{self.kind}`."
+            )
+        if self.kind in ("user", "order", "row", "file") and not (
+            0 < self.valid and 0 < self.test and self.valid + self.test < 1
+        ):
             raise ValueError(f"Shares should be positive and leave rows to train on. Found {self.valid}, {self.test}.")
 
 
@@ -326,10 +356,13 @@ def files_of(folder: str, table: str, base: Path) -> list[Path]:
 
 
 def scan(
-    folder: str, table: str, base: Path, tables: Tables | None = None, text: Sequence[Text] = (), reads: Reads | None = None
+    folder: str, table: str, base: Path, tables: Tables | None = None, text: Sequence[Text] = (), reads: Reads | None = None,
+    file: str = "",
 ) -> pl.LazyFrame:  # fmt: skip
     """A lazy plan over a table; ``text`` says how some are written, ``reads`` how columns of text are read (a pass over the
-    file finds their types).  Raises DataError for files that are missing, truncated, of an unknown type, CSV without rows, of
+    file finds their types).  ``file`` names a column to add with each row's file.
+
+    Raises DataError for files that are missing, truncated, of an unknown type, CSV without rows, of
     other columns than named, or with words among numbers."""
     reads = reads or Reads()
     if tables and table in tables:
@@ -337,7 +370,7 @@ def scan(
     files = files_of(folder, table, base)
     kinds = {p.suffix for p in files}
     if written := [one for one in text if one.table == table]:
-        return _scan_text(written[0], files, reads)
+        return _scan_text(written[0], files, reads, file=file)
     if len(kinds) > 1 or not kinds <= {".parquet", ".csv"}:
         raise DataError(f"Table `{table}` should be Parquet or CSV files of one kind. Found {sorted(kinds)}.")
     plan = partial(pl.scan_parquet if kinds == {".parquet"} else _header, glob=False)  # type: ignore[call-arg]
@@ -350,7 +383,9 @@ def scan(
             ) from error
     if kinds == {".csv"} and all(map(_header_alone, files)):
         raise DataError(f"Table `{table}` has a header and no rows. Found {', '.join(p.name for p in files[:5])}.")
-    return plan(files) if kinds == {".parquet"} else plan_text(files, reads)
+    if kinds == {".parquet"}:
+        return plan(files, include_file_paths=file or None)
+    return plan_text(files, reads, file=file)
 
 
 def _header(path: Path, **options: Any) -> pl.LazyFrame:
@@ -358,7 +393,7 @@ def _header(path: Path, **options: Any) -> pl.LazyFrame:
     return pl.scan_csv(path, infer_schema=False, **options)
 
 
-def _scan_text(text: Text, files: list[Path], reads: Reads, more: str = "") -> pl.LazyFrame:
+def _scan_text(text: Text, files: list[Path], reads: Reads, more: str = "", file: str = "") -> pl.LazyFrame:
     """A lazy plan over files of declared text.  ``more``: what else to say of another number of columns."""
     if any(p.suffix == ".parquet" for p in files):
         raise DataError(f"Table `{text.table}` is Parquet, which `data.text` does not describe. Take it out there.")
@@ -375,7 +410,7 @@ def _scan_text(text: Text, files: list[Path], reads: Reads, more: str = "") -> p
             )
     if not text.names and all(map(_header_alone, files)):
         raise DataError(f"Table `{text.table}` has a header and no rows. Found {', '.join(p.name for p in files[:5])}.")
-    return plan_text(files, reads, separator=text.separator, names=text.names, header=not text.names)
+    return plan_text(files, reads, separator=text.separator, names=text.names, header=not text.names, file=file)
 
 
 def scan_given(
@@ -409,7 +444,7 @@ def known_types(data: Data, values: Mapping[str, Any], base: Path, tables: Table
     Args:
         values: vocabulary -> type of its values; ``domain`` with a space behind it is that of the domains.
     """
-    found = {join.on: scan_of(data, join.table, base, tables).collect_schema()[join.on] for join in data.joins}
+    found = {join.on: scan_join(data, join, base, tables).collect_schema()[join.on] for join in data.joins}
     if data.histories:
         _, plan = event_plans(data, base, tables, split=False)[0]
         have = plan.collect_schema()
@@ -419,9 +454,24 @@ def known_types(data: Data, values: Mapping[str, Any], base: Path, tables: Table
     return found | {f.source: values[f.vocab] for f in data.features if f.kind == "id"}
 
 
-def scan_of(data: Data, table: str, base: Path, tables: Tables | None) -> pl.LazyFrame:
+def scan_of(data: Data, table: str, base: Path, tables: Tables | None, file: str = "") -> pl.LazyFrame:
     """A lazy plan over one of the run's tables.  Raises DataError as `scan` does."""
-    return scan(data.folder, table, base, tables, data.text, data.reads)
+    return scan(data.folder, table, base, tables, data.text, data.reads, file)
+
+
+def scan_join(data: Data, join: Join, base: Path, tables: Tables | None) -> pl.LazyFrame:
+    """A lazy plan over a joined table, its columns named as beside the rows.  Raises DataError as `scan` does."""
+    reads, own = data.reads, {join.on: join.key or join.on}
+    if join.prefix or join.key:  # the run reads `maker_name`, the table has `name`
+
+        def here(names: frozenset[str]) -> frozenset[str]:
+            return frozenset(
+                own.get(n) or n.removeprefix(join.prefix) for n in names if n in own or n.startswith(join.prefix)
+            )
+
+        reads = replace(reads, ids=here(reads.ids), texts=here(reads.texts), numbers=here(reads.numbers))
+    plan = scan(data.folder, join.table, base, tables, data.text, reads)
+    return plan.rename(join.named(plan.collect_schema().names()))
 
 
 def _header_alone(path: Path) -> bool:
@@ -469,13 +519,13 @@ def add_joins(
                     f"Join of `{join.table}`: the rows have no column `{join.on}`. Columns: {listed(have)}."
                 )
             continue
-        right = scan_of(data, join.table, base, tables)
+        right = scan_join(data, join, base, tables)
         columns = right.collect_schema()
-        if join.on not in columns:
-            raise DataError(f"Join of `{join.table}`: there is no column `{join.on}`. Columns: {', '.join(columns)}.")
         clash = sorted((set(columns) & set(have)) - {join.on})
         if clash:
-            raise DataError(f"Join of `{join.table}`: both sides have {', '.join(clash)}. Rename one side's columns.")
+            raise DataError(
+                f"Join of `{join.table}`: both sides have {', '.join(clash)}. Give a `prefix`, or rename one side's columns."
+            )
         sides = [p.with_columns(canonical(pl.col(join.on), s[join.on])) for p, s in ((plan, have), (right, columns))]
         if sides[0].collect_schema()[join.on] != sides[1].collect_schema()[join.on]:
             kinds = f"{have[join.on]} in the rows and {columns[join.on]} there"
@@ -487,13 +537,11 @@ def add_joins(
 def check_joins(data: Data, base: Path, tables: Tables | None) -> None:
     """Raises DataError when the key of a joined table is not unique: rows would multiply."""
     for join in data.joins:
-        plan = scan_of(data, join.table, base, tables)
-        if join.on not in plan.collect_schema():
-            raise DataError(f"Join of `{join.table}`: there is no column `{join.on}`.")
+        plan = scan_join(data, join, base, tables)
         rows, keys = plan.select(pl.len(), pl.col(join.on).n_unique().alias("keys")).collect().row(0)
         if rows != keys:
             raise DataError(
-                f"Join of `{join.table}`: `{join.on}` should be unique. Found {rows:,} rows, {keys:,} keys."
+                f"Join of `{join.table}`: `{join.key or join.on}` should be unique. Found {rows:,} rows, {keys:,} keys."
             )
 
 
@@ -558,6 +606,11 @@ def with_split(plan: pl.LazyFrame, data: Data) -> pl.LazyFrame:
 
     A split by order counts the rows first: another pass over the file.  Rows before ``train_from`` are left out.
     """
+    if data.split.kind == "file":
+        return _with_split_by_file(plan, data)
+    if data.split.kind == "row":
+        rows = plan.with_row_index(ROW_KEY).with_columns(_drawn(pl.col(ROW_KEY), data.split).alias(SPLIT))
+        return rows.drop(ROW_KEY)
     if data.split.kind != "order":
         have = plan.collect_schema()
         split = plan.with_columns(_split_expression(data, have).alias(SPLIT))
@@ -567,6 +620,17 @@ def with_split(plan: pl.LazyFrame, data: Data) -> pl.LazyFrame:
     valid = test - round(rows * data.split.valid)
     split = (pl.col(ROW_KEY) >= valid).cast(pl.Int8) + (pl.col(ROW_KEY) >= test).cast(pl.Int8)
     return plan.with_row_index(ROW_KEY).with_columns(split.alias(SPLIT)).drop(ROW_KEY)
+
+
+def _with_split_by_file(plan: pl.LazyFrame, data: Data) -> pl.LazyFrame:
+    """The rows, whose files say what they are for.  Without files that validate, training rows are drawn."""
+    code, split = pl.col(FILE), data.split
+    if not split.valid_files:
+        plan = plan.with_row_index(ROW_KEY)
+        have = plan.collect_schema()
+        key = expression(data.user, have, "data.user") if data.user else pl.col(ROW_KEY)
+        code = pl.when((code == 0) & (_uniform(key, split.seed) < split.valid)).then(1).otherwise(code)
+    return plan.with_columns(code.cast(pl.Int8).alias(SPLIT)).drop(FILE, ROW_KEY, strict=False)
 
 
 def _split_expression(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
@@ -580,8 +644,17 @@ def _split_expression(data: Data, schema: Mapping[str, Any]) -> pl.Expr:
     if split.kind == "column":
         words = expression(split.column, schema, "data.split.column").cast(pl.String)
         return words.replace_strict(list(SPLITS), [0, 1, 2], default=None, return_dtype=pl.Int8)
-    user = expression(data.user, schema, "data.user").cast(pl.String)
-    draw = user.map_batches(lambda s: stable_uniform(s, split.seed), return_dtype=pl.Float64, is_elementwise=True)
+    return _drawn(expression(data.user, schema, "data.user"), split)
+
+
+def _uniform(key: pl.Expr, seed: int) -> pl.Expr:
+    """A number in [0, 1) for each value, null for null."""
+    draw = key.cast(pl.String)
+    return draw.map_batches(lambda s: stable_uniform(s, seed), return_dtype=pl.Float64, is_elementwise=True)
+
+
+def _drawn(key: pl.Expr, split: Split) -> pl.Expr:
+    draw = _uniform(key, split.seed)
     return (draw < split.test + split.valid).cast(pl.Int8) + (draw < split.test).cast(pl.Int8)
 
 
@@ -622,15 +695,36 @@ def _dtype(source: str, schema: Mapping[str, Any]) -> Any:
 
 def kept_rows(data: Data, base: Path, tables: Tables | None) -> pl.LazyFrame:
     """The rows after ``keep`` and ``drop_duplicates``, in file order."""
-    plan = scan_of(data, data.rows, base, tables)
+    by_file = data.split.kind == "file"
+    plan = _marked_rows(data, base, tables) if by_file else scan_of(data, data.rows, base, tables)
     if data.keep:
         plan = plan.filter(expression(data.keep, plan.collect_schema(), "data.keep"))
     if data.drop_duplicates:
-        plan = plan.unique(maintain_order=True, keep="first")
+        plan = plan.unique(pl.all().exclude(FILE) if by_file else None, maintain_order=True, keep="first")
     if data.withhold:
         where = expression(data.withhold, plan.collect_schema(), "data.withhold")
         plan = plan.with_columns(where.fill_null(False).alias(WITHHELD))
     return plan
+
+
+def _marked_rows(data: Data, base: Path, tables: Tables | None) -> pl.LazyFrame:
+    """All rows with a column `FILE`: 0, 1 or 2 for files that train, validate and test.  Raises DataError: a glob finds none."""
+    if tables and data.rows in tables:
+        raise DataError(f"A split by file reads files, and `{data.rows}` is in memory. Use kind `column`.")
+    files, code = files_of(data.folder, data.rows, base), dict[str, int]()
+    root = root_of(data, base)
+    names = [
+        file.resolve().relative_to(root).as_posix() if file.resolve().is_relative_to(root) else str(file)
+        for file in files
+    ]
+    for key, part in (("valid_files", 1), ("test_files", 2)):
+        pattern = getattr(data.split, key)
+        found = [str(file) for file, name in zip(files, names, strict=True) if fnmatch.fnmatchcase(name, pattern)]
+        if pattern and not found:
+            raise DataError(f"`{key}`: no file of `{data.rows}` is called `{pattern}`. Found {', '.join(names[:8])}.")
+        code |= dict.fromkeys(found, part)
+    plan = scan_of(data, data.rows, base, tables, FILE)
+    return plan.with_columns(pl.col(FILE).replace_strict(code, default=0, return_dtype=pl.Int8))
 
 
 def label_expression(data: Data, task: Task, schema: Mapping[str, Any]) -> pl.Expr:

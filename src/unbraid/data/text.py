@@ -44,12 +44,13 @@ class Reads:
 
 
 def plan_text(
-    files: Sequence[Path], reads: Reads, *, separator: str = ",", names: Sequence[str] = (), header: bool = True
+    files: Sequence[Path], reads: Reads, *, separator: str = ",", names: Sequence[str] = (), header: bool = True,
+    file: str = "",
 ) -> pl.LazyFrame:  # fmt: skip
     """A lazy plan over files of text of one layout, after a pass that decides the types of their columns.
 
     Args:
-        names: of the columns, where the files have no header.
+        names: of the columns, where the files have no header; file: name of a column to add with each row's file.
 
     Raises:
         DataError: a line with more values than there are columns, a value that is no number in a column that is read as one
@@ -58,17 +59,17 @@ def plan_text(
     stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     layout = separator, tuple(names), header
     kinds = _kinds(stamps, layout, reads)
-    plan = _plain(files, layout)
+    plan = _plain(files, layout, file)
     known = {name for name, _ in reads.known} - reads.numbers
     return plan.with_columns(_cast(name, kind, name in known) for name, kind in kinds.items())
 
 
-def _plain(files: Iterable[Path], layout: tuple[str, tuple[str, ...], bool]) -> pl.LazyFrame:
+def _plain(files: Iterable[Path], layout: tuple[str, tuple[str, ...], bool], file: str = "") -> pl.LazyFrame:
     """All columns as text."""
     separator, names, header = layout
     return pl.scan_csv(
         list(files), glob=False, separator=separator, has_header=header, new_columns=list(names) or None,
-        infer_schema=False,
+        infer_schema=False, include_file_paths=file or None,
     )  # fmt: skip
 
 

@@ -222,7 +222,7 @@ class Joins:
     def __init__(self, data: src.Data, tables: src.Tables | None) -> None:
         src.check_joins(data, Path(), tables)
         self.data = data
-        self.frames = [src.scan_of(data, join.table, Path(), tables).collect() for join in data.joins]
+        self.frames = [src.scan_join(data, join, Path(), tables).collect() for join in data.joins]
         self.adds = {n for j, f in zip(data.joins, self.frames, strict=True) for n in f.columns} - {
             j.on for j in data.joins
         }

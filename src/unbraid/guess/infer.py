@@ -15,20 +15,24 @@ from typing import Any
 import polars as pl
 from polars.exceptions import PolarsError
 
-from unbraid.data.guess import DOMAINS, Guess, Look, calendar, find_tables, of_column, safe, unit_of
-from unbraid.data.source import _dtype
+from unbraid.guess.columns import Guess, of_column
+from unbraid.guess.labels import NEGATIVES, Label
+from unbraid.guess.look import Look
+from unbraid.guess.times import calendar, unit_of
+from unbraid.guess.words import DOMAINS, safe
 
 LENGTH = 50  # of the history
+STEPS, MOST_EPOCHS = 1_000, 20  # a table that is too small for so many steps in three epochs is read more often
 Lines = Sequence[tuple[bool, dict[str, Any], str]]  # (commented out?, inline table, comment)
 
 
-def infer(path: Path, labels: Sequence[str], *, user: str = "", time: str = "", domain: str = "") -> str:
+def infer(path: Path, labels: Sequence[str] = (), *, user: str = "", time: str = "", domain: str = "") -> str:
     """A commented run file.
 
     Args:
         path: a Parquet or CSV file, or a folder of them: the largest table that has the labels holds the rows, tables
             with a unique key that the rows have are joined, files of one schema are one table.
-        labels: label columns, one task each.
+        labels: label columns, one task each; guessed if there is none.
         user, time, domain: columns with these roles; user and time are guessed if empty.
 
     Returns:
@@ -37,27 +41,44 @@ def infer(path: Path, labels: Sequence[str], *, user: str = "", time: str = "", 
     Raises:
         ValueError: there is no table, no such column (the message says what there is), or a label of one value.
     """
-    if not labels:
-        find_tables(Path(path))  # says first where there is nothing to have a label
-        raise ValueError("At least one label column is needed (`--label is_click`). Found none.")
+    return first_run(path, labels, user=user, time=time, domain=domain)[0]
+
+
+def first_run(
+    path: Path, labels: Sequence[str] = (), *, user: str = "", time: str = "", domain: str = ""
+) -> tuple[str, list[str]]:
+    """The run file of `infer`, and lines that say what was found.  Raises ValueError as `infer` does."""
     try:
         look = Look(Path(path), list(dict.fromkeys(labels)), {"user": user, "time": time, "domain": domain})
-        return "\n".join(_lines(look)) + "\n"
+        return "\n".join(_lines(look)) + "\n", list(_found(look))
     except PolarsError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _found(look: Look) -> Iterable[str]:
+    """What a terminal shows of it."""
+    joined = f", joined with {', '.join(dict.fromkeys(join.table for join, _ in look.joins))}" if look.joins else ""
+    yield f"{look.total:,} rows of {look.table}{joined}"
+    yield f"user {look.user or '-'}, time {look.time or '-'}, item {look.item.column.name if look.item else '-'}"
+    how = "given" if look.given else "guessed; the run file says why, and what else they could be"
+    yield f"tasks {', '.join(f'{t.name} ({t.kind})' for t in look.labels.tasks)}: {how}"
+    out = [g.column.name for g in look.features if g.out]
+    yield f"features {len(look.features) - len(out)}" + (
+        f"; left out, with the reason in the run file: {', '.join(out)}" if out else ""
+    )
 
 
 def _lines(look: Look) -> Iterable[str]:
     """The run file."""
     name = re.sub(r"\W+", "_", look.path.resolve().stem).strip("_") or "run"
-    seen = f"all {look.total:,} rows" if look.step == 1 else f"every {look.step}th of {look.total:,} rows"
+    seen = f"all {look.total:,} rows" if look.step == 1 else f"one in {look.step} of {look.total:,} rows"
     yield _comment(f"Written by `unbraid init` from a look at {seen} of {look.table}. Comments say why.")
     yield "# Check what was left out below, then: unbraid data describe THIS_FILE; unbraid train THIS_FILE"
     yield from (f"name = {inline(name)}", "", "[data]")
     yield from _data(look)
     yield from ("", *_array("tasks", _tasks(look)), "", *_array("features", _features(look)))
-    yield from ("", *_histories(look), "", "[data.split]  " + _comment(look.split_why))
-    yield from (f"{k} = {inline(v)}{_when(look, v)}" for k, v in look.split.items())
+    yield from ("", *_histories(look), "", "[data.split]  " + _comment(look.split.why))
+    yield from (f"{k} = {inline(v)}{_when(look, v)}" for k, v in look.split.keys.items())
     yield from ("", *_model(look))
 
 
@@ -88,32 +109,42 @@ def _array(key: str, members: Lines) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------ sections
 def _data(look: Look) -> Iterable[str]:
-    yield f"folder = {inline(str(look.folder))}"
+    yield f"folder = {inline(str(look.tables.folder))}"
     yield f"rows = {inline(look.table)}"
-    if look.keep:
-        yield f"keep = {inline(look.keep)}  # rows without a time cannot be split"
+    if look.tables.text:
+        yield f"text = {inline([{'table': t.table, 'separator': t.separator} for t in look.tables.text])}  # between columns"
+    if look.split.keep:
+        yield f"keep = {inline(look.split.keep)}  # rows without a time cannot be split"
     if look.duplicates:
-        yield f"drop_duplicates = true  # {look.duplicates:,} rows equal an earlier row in every column"
+        fine = (look.user and look.time) or any(c.distinct > 0.5 * look.total for c in look.columns.values() if c.own)
+        why = "" if fine else "; so few different values may be equal by chance"
+        line = "drop_duplicates = true" if fine else "# drop_duplicates = true"
+        yield f"{line}  # {look.duplicates:,} rows equal an earlier row in every column{why}"
     yield _user(look)
     if look.time:
         yield f"time = {inline(look.time_sql)}  {_comment(look.time_why)}"
-        if _dtype(look.time_sql, look.frame.schema).is_integer():
+        if look.time_is_number:
             yield f"time_unit = {inline(look.time_unit)}"
     else:
         yield '# time = ""  # no column looks like a time'
     yield from _domain(look)
-    joins = [(False, {"table": t, "on": k}, f"`{k}` is unique there") for t, k in look.joins]
+    if look.labels.negatives and look.item:
+        drawn = {"item": look.item.column.name, "per_positive": NEGATIVES, "labels": [look.labels.tasks[0].name]}
+        yield f"negatives = {inline(drawn)}  # the rows are positives; see the task"
+    joins = [(False, _join(join), why) for join, why in look.joins]
     joins += [(True, {"table": t, "on": ""}, f"not used: {why}") for t, why in look.unused]
     yield from _array("joins", joins) if joins else ()
 
 
+def _join(join: Any) -> dict[str, str]:
+    return {k: v for k in ("table", "on", "key", "prefix") if (v := getattr(join, k))}
+
+
 def _user(look: Look) -> str:
-    if not look.user_sql:
+    if not look.user:
         return f'# user = ""  {_comment(look.no_user)}: intervals are then over rows, and there are no histories'
-    why = f"what tells rows apart; {look.no_user}"
-    if look.user:
-        why = "given" if look.roles["user"] else f"named like a user, {look.columns[look.user].distinct:,} distinct"
-    return f"user = {inline(look.user_sql)}  {_comment(why)}"
+    why = "given" if look.roles["user"] else f"named like a user, {look.columns[look.user].distinct:,} distinct"
+    return f"user = {inline(look.user)}  {_comment(why)}"
 
 
 def _domain(look: Look) -> Iterable[str]:
@@ -122,27 +153,44 @@ def _domain(look: Look) -> Iterable[str]:
         yield f"domain = {inline(given)}  # given: metrics are printed for each of its values"
         return
     for c in look.columns.values():
-        free = c.name not in (*look.labels, look.user, look.time) and not c.nested
+        free = c.name not in (*look.taken, look.user, look.time) and not c.nested
         if free and c.named(DOMAINS) and 2 <= c.distinct <= 50:
             text = f"{c.distinct} values: if these are scenarios, metrics are printed for each"
             yield f"# domain = {inline(c.name)}  # {text}"
 
 
 def _tasks(look: Look) -> Lines:
+    """A line for each task, and a commented-out one for what else could be one."""
     lines: list[tuple[bool, dict[str, Any], str]] = []
     earlier: dict[str, pl.Series] = {}
-    for name, known, yes in look.positives():
-        (kind, why), values = look.tasks[name], look.frame[name]
-        train = values.filter(look.train & known)
-        if kind != "real" and train.n_unique() < values.drop_nulls().n_unique():
-            why += "; careful: some of its values never occur in the training split"
-        if kind == "binary":
-            parents = (p for p, theirs in earlier.items() if yes.any() and not (yes & ~theirs).any())
-            if parent := next(parents, None):  # every positive is a positive of an earlier task
-                why += f'; only where `{parent}` is 1: given = "{safe(parent)}" would predict it among those'
-            earlier[name] = yes
-        lines.append((False, of_column(name, kind), why))
+    answers = {label.name: (known, yes) for label, known, yes in look.positives()}
+    for label in look.labels.tasks:
+        why = label.why
+        if label.name in answers:
+            known, yes = answers[label.name]
+            values = label.values(look.frame)
+            if (
+                label.kind != "real"
+                and values.filter(look.split.train & known).n_unique() < values.drop_nulls().n_unique()
+            ):
+                why += "; careful: some of its values never occur in the training split"
+            if label.kind == "binary":
+                parents = (p for p, theirs in earlier.items() if yes.any() and not (yes & ~theirs).any())
+                if parent := next(parents, None):  # every positive is a positive of an earlier task
+                    why += f'; only where `{parent}` is 1: given = "{safe(parent)}" would predict it among those'
+                earlier[label.name] = yes
+        lines.append((False, _task(label), why))
+    tasks = {label.name for label in look.labels.tasks}
+    lines += [
+        (True, _task(label), f"could be a task, too: {label.why}")
+        for label in look.labels.others
+        if label.name not in tasks
+    ]
     return lines
+
+
+def _task(label: Label) -> dict[str, Any]:
+    return of_column(label.name, label.kind, label.source)
 
 
 def _features(look: Look) -> Lines:
@@ -162,15 +210,15 @@ def _histories(look: Look) -> Iterable[str]:
 
 
 def _history(look: Look, item: Guess) -> Iterable[str]:
-    first, name = look.labels[0], item.feature["name"]
+    first, name = look.labels.tasks[0], item.feature["name"]
     columns, where = {name: item.column.name}, {}
-    if look.tasks[first][0] == "binary":
-        columns["positive"] = first
-        where = {"where": "positive" if look.frame.schema[first] == pl.Boolean else "positive = 1"}
+    if first.kind == "binary" and not look.labels.negatives:
+        columns["positive"] = first.source
+        where = {"where": "positive" if first.values(look.frame).dtype == pl.Boolean else "positive = 1"}
     title = "earlier"
     while title in {g.feature["name"] for g in look.features}:
         title += "_rows"
-    what = f" with `{first}` = 1" if where else ""
+    what = f" with `{first.name}` = 1" if where else ""
     about = (
         ("fields", {"name": name, **item.least}, f"same name as the feature: both read one table of `{name}`"),
         ("events", {"table": "rows", "columns": columns}, "the rows themselves are events for later rows"),
@@ -186,19 +234,26 @@ def _history(look: Look, item: Guess) -> Iterable[str]:
 
 def _when(look: Look, value: Any) -> str:
     """The date that a number means, as a comment."""
-    if look.split["kind"] != "time" or not isinstance(value, int) or not unit_of(pl.Series([value])):
+    if look.split.keys["kind"] != "time" or not isinstance(value, int) or not unit_of(pl.Series([value])):
         return ""
     return f"  # {calendar(value, look.moments[1]).isoformat(sep=' ', timespec='seconds')} UTC"
 
 
 def _model(look: Look) -> Iterable[str]:
-    kinds = {kind for kind, _ in look.tasks.values()}
+    kinds = {label.kind for label in look.labels.tasks}
     metric = "auc" if "binary" in kinds else "accuracy" if "multiclass" in kinds else "rmse"
-    tower = '"mmoe"  # several tasks: experts, mixed for each' if len(look.labels) > 1 else '"shared_bottom"'
+    tower = '"mmoe"  # several tasks: experts, mixed for each' if len(look.labels.tasks) > 1 else '"shared_bottom"'
     yield '[model.tower]  # shared_bottom, mmoe and stem are a good start; stem wants `model.tables.kind = "per_task"`'
     yield f"kind = {tower}"
     if look.item and look.user and look.time:
         yield from ("", "[model.history]", 'kind = "mean"  # target_attention weighs events by what is predicted')
-    yield from ("", "[training]", f"batch_size = {1024 if look.total >= 20_000 else 256}", "epochs = 3")
+    batch = 1024 if look.total >= 50_000 else 256 if look.total >= 4_000 else 64
+    epochs = min(max(-(-STEPS * batch // look.total), 3), MOST_EPOCHS)
+    yield from (
+        "",
+        "[training]",
+        f"batch_size = {batch}",
+        f"epochs = {epochs}  # at most; a small table is read more often",
+    )
     yield f"metric = {inline(metric)}  # on the validation split"
-    yield "patience = 1  # stop after an evaluation without a better value, and keep the best weights"
+    yield "patience = 2  # stop after so many evaluations without a better value, and keep the best weights"
