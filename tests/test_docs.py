@@ -17,18 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from toylog import config_classes, make_data, make_log, make_run
+from toylog import config_classes, make_log, make_run
 from typer.main import get_command
 
 from unbraid import config
 from unbraid.bundle import build
 from unbraid.cli.main import app
-from unbraid.data.encode import encode
 from unbraid.data.source import Data
-from unbraid.data.table import Encoded
 from unbraid.job import train
-from unbraid.types import BUILT_IN, Ragged, Rows, Schema
+from unbraid.types import BUILT_IN, Schema
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -49,7 +46,7 @@ BASE: dict[str, Any] = {
 }  # what a snippet of a run file is put into
 
 
-def test_the_concepts_name_every_member_of_a_slot() -> None:
+def test_the_concepts_name_every_member_of_a_slot_that_has_no_page() -> None:
     unions = {
         "model.history": config.HistoryChoice, "model.numbers": config.NumberChoice, "model.vectors": config.VectorChoice,
         "model.images": config.ImageChoice, "model.texts": config.TextChoice,
@@ -59,11 +56,20 @@ def test_the_concepts_name_every_member_of_a_slot() -> None:
     rows = dict(re.findall(r"^\| `([a-z.]+)` \| .*? \| (.*) \|$", (DOCS / "concepts.md").read_text(), re.M))
     for slot, union in unions.items():
         kinds = {member.kind for member in typing.get_args(typing.get_args(union)[0])}
-        assert kinds <= set(re.findall(r"[a-z_0-9]+", rows[slot])), slot
+        assert kinds <= set(re.findall(r"[a-z_0-9]+", rows[slot])) | {page.stem for page in METHODS.glob("*.md")}, slot
+
+
+def text_of(page: Path) -> str:
+    """A page without the whole files that it shows between four ticks: they are not its own words."""
+    return re.sub(r"^````.*?^````$", "", page.read_text(), flags=re.M | re.S)
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(page), re.M | re.S)
+
+
+def prose_of(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S)
 
 
 def all_blocks(language: str) -> list[Any]:
@@ -125,7 +131,7 @@ def test_python_of_a_method_makes_a_run(page: Path) -> None:
 def command_lines() -> list[str]:
     lines: set[str] = set()
     for page in PAGES:
-        text = page.read_text().replace("\\\n", " ")
+        text = text_of(page).replace("\\\n", " ")
         for block in re.findall(r"^```(?:console|sh|bash|shell)\n(.*?)^```", text, re.M | re.S):
             found = re.findall(r"^(?:\$ )?(?:\.venv/bin/)?unbraid (.+)$", block, re.M)
             lines.update("! " + line for line in found)
@@ -182,15 +188,13 @@ def test_examples_run(path: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- links
 def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    headings = re.findall(r"^#+ (.+)$", prose, re.M)
+    headings = re.findall(r"^#+ (.+)$", prose_of(page), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page: Path) -> None:
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")
@@ -212,10 +216,15 @@ def tables_of_keys(text: str) -> list[list[tuple[str, str]]]:
     return [re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|", table, re.M) for table in tables]
 
 
+ALL_TABLES = [
+    table for page in (DOCS / "run-file.md", *METHODS.glob("*.md")) for table in tables_of_keys(page.read_text())
+]
+
+
 @pytest.mark.parametrize("cls", config_classes())
 def test_every_key_of_a_run_file_is_on_the_page(cls: Any) -> None:
     names = [f.name for f in dataclasses.fields(cls)]
-    tables = [table for table in tables_of_keys((DOCS / "run-file.md").read_text()) if [n for n, _ in table] == names]
+    tables = [table for table in ALL_TABLES if [n for n, _ in table] == names]
     assert tables, f"no table has the keys of {cls.__name__}: {names}"
     kind = getattr(cls, "kind", None) if any(f.name == "kind" and f.kw_only for f in dataclasses.fields(cls)) else None
     shown = {f.name: written_default(f) for f in dataclasses.fields(cls)}
@@ -252,43 +261,15 @@ def test_every_member_has_a_page(member: Any) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the worked example
-@pytest.fixture
-def worked() -> Any:
+def test_the_worked_example_trains_from_python(tmp_path: Path) -> None:
+    """tests/test_add_a_method.py follows the whole page."""
     module = types.ModuleType("worked_example")
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    (text,) = blocks(DOCS / "add-a-method.md", "python")
+    (text,) = blocks(DOCS / "add-a-method.md", 'python title="src/unbraid/encoders/max_pooling.py"')
     exec(compile(text, "add-a-method.md", "exec"), module.__dict__)
-    yield module
-    del sys.modules[module.__name__]
-
-
-def test_the_worked_example_is_max_pooling(worked: Any) -> None:
-    table = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    index, offsets = torch.tensor([0, 5, 5, 2, 6]), torch.tensor([0, 3, 3, 5])
-    encoder = worked.Max().build({"item": 3}, {})
-    got = encoder({"value": {"item": Rows(table, index)}}, Ragged({}, offsets), {})["item"]
-    want = torch.stack([table[index[:3]].max(0)[0], torch.zeros(3, dtype=torch.float64), table[index[3:]].max(0)[0]])
-    assert torch.equal(got, want) and encoder.widths == {"item": 3}
-    got.sum().backward()
-    assert int((table.grad != 0).sum()) >= 2
-
-
-def test_the_worked_example_trains_from_python(worked: Any, tmp_path: Path) -> None:
     run = make_run(training=replace(make_run().training, steps=5, evaluate_every=5))
-    run = replace(run, model=replace(run.model, history=worked.Max()))
+    run = replace(run, model=replace(run.model, history=module.Max()))
     result = train(run, tables={"log": make_log()}, baseline=False)
+    del sys.modules[module.__name__]
     assert result.metrics["test"]["click"]["auc"]["value"] > 0
-    encoded = Encoded(encode(make_data(), tables={"log": make_log()}))
-    assert "seen.item" in result.bundle.model.interactions["view/shared"].fields and encoded.rows == 600
-
-
-def test_the_worked_example_is_valid_in_a_union(worked: Any) -> None:
-    from typing import Annotated
-
-    from pydantic import TypeAdapter, ValidationError
-
-    union = typing.get_args(config.HistoryChoice)[0] | worked.Max
-    adapter: Any = TypeAdapter(Annotated[union, config.kind])
-    assert adapter.validate_python({"kind": "max"}) == worked.Max()
-    with pytest.raises(ValidationError):
-        adapter.validate_python({"kind": "max", "widht": 1})
+    assert "seen.item" in result.bundle.model.interactions["view/shared"].fields

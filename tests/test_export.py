@@ -377,10 +377,11 @@ def every_choice() -> dict[tuple[str, str], tuple[ModelChoice, Any]]:
 
 
 CHOICES = every_choice()
+EXPORTS = "| yes | yes |"  # what the page does not list
 
 
 def line_of(key: tuple[str, str], cache: Path) -> str:
-    """A line of the page's table."""
+    """A member as a line of the page's table."""
     choice, schedule = CHOICES[key]
     features = (*make_data().features, Feature("other_vector", column="text_vector", kind="vector"))
     data = make_data(tasks=(TASKS[0], TASKS[3]), features=features, histories=make_data().histories[:1])
@@ -407,15 +408,17 @@ def lines() -> list[str]:
     return re.findall(r"^\| (?!slot|---).* \| .* \| (?:yes|no) \| (?:yes|no) \|.*\|$", PAGE.read_text(), re.M)
 
 
-def test_the_page_names_every_member() -> None:
+def test_the_page_names_no_member_that_is_gone() -> None:
     named = [tuple(line.strip("| ").split(" | ")[:2]) for line in lines()]
-    assert named == list(CHOICES), "write the table anew: python tests/test_export.py"
+    assert named and set(named) <= set(CHOICES), "write the table anew: python tests/test_export.py"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", CHOICES, ids=lambda key: "-".join(key).replace(" ", ""))
 def test_the_page_says_what_exports(key: tuple[str, str], tmp_path: Path) -> None:
-    assert line_of(key, tmp_path) in lines(), "write the table anew: python tests/test_export.py"
+    line = line_of(key, tmp_path)
+    named = [other for other in lines() if other.startswith(f"| {' | '.join(key)} |")]
+    assert named == ([] if EXPORTS in line else [line]), "write the table anew: python tests/test_export.py"
 
 
 @pytest.mark.slow
@@ -442,8 +445,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         made = []
         for place, key in enumerate(CHOICES):
-            made.append(line_of(key, Path(folder) / str(place)))
-            print(made[-1], flush=True)
+            line = line_of(key, Path(folder) / str(place))
+            print(line, flush=True)
+            made += [] if EXPORTS in line else [line]
     head = "| slot | member | onnx | torch | why not |\n|---|---|---|---|---|\n"
     before, _, after = PAGE.read_text().partition(head)
     rest = after[re.match(r"(?:\|.*\n)*", after).end() :]  # type: ignore[union-attr]

@@ -93,22 +93,11 @@ def test_the_page_has_this_table(found: dict[Key, tuple[Trained, list[Trained]]]
 
 
 def written(refused: dict[Key, str]) -> str:
-    """Markdown: slot -> members that train as in one process, and those that refuse, with the reason."""
-    lines = ["| slot | as in one process | in one process only |", "|---|---|---|"]
-    for slot in dict.fromkeys(slot for slot, _ in refused):
-        mine = {name: why for (where, name), why in refused.items() if where == slot}
-        bad = [f"{name} ({_reason(why)})" for name, why in mine.items() if why]
-        lines.append(f"| {slot} | {_grouped([n for n, why in mine.items() if not why])} | {'; '.join(bad) or '-'} |")
-    return "\n".join(lines) + "\n"
-
-
-def _grouped(names: list[str]) -> str:
-    """Each member once, with its variants."""
-    variants: dict[str, list[str]] = {}
-    for name in names:
-        kind, _, variant = name.partition(", ")
-        variants.setdefault(kind, []).extend([variant] if variant else [])
-    return ", ".join(f"`{kind}`" + (f" ({', '.join(some)})" if some else "") for kind, some in variants.items())
+    """Markdown: the members that refuse, with the reason."""
+    bad = [f"| {slot} | `{name}` | {_reason(why)} |" for (slot, name), why in refused.items() if why]
+    return (
+        "\n".join(["| slot | member | why in one process only |", "|---|---|---|", *(bad or ["| - | none | |"])]) + "\n"
+    )
 
 
 def _reason(why: str) -> str:

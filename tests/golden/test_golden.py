@@ -1,11 +1,13 @@
 """Losses of each recipe after its first steps on the bundled log, against stored ones: a change of numerics shows here.
 
-After a change that is meant to move them: ``python tests/golden/test_golden.py`` writes new ones; say why in the commit.
+After a change that is meant to move them: ``python tests/golden/test_golden.py [RECIPE ...]`` writes new ones; say why in the
+commit.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,5 +65,8 @@ def test_the_first_losses_are_those_stored(name: str, cache: str, monkeypatch: p
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    STORED.write_text(json.dumps({name: losses_of(name) for name in recipes.RECIPES}, indent=1))
+    kept = json.loads(STORED.read_text()) if sys.argv[1:] else {}
+    wanted = {name: losses_of(name) for name in sys.argv[1:] or recipes.RECIPES}
+    both = {**kept, **wanted}
+    STORED.write_text(json.dumps({name: both[name] for name in recipes.RECIPES if name in both}, indent=1))
     print(f"wrote {STORED}")
