@@ -24,7 +24,7 @@ import polars as pl
 import torch
 from torch import nn
 
-from unbraid import config, store
+from unbraid import config, parallel, sharded_files, sharding, store
 from unbraid.backbones.frozen import Frozen, fill
 from unbraid.calibration.kept import Calibrators
 from unbraid.class_head import Classes, ClassHead
@@ -121,7 +121,10 @@ class Bundle:
     calibrators: Calibrators | None = None
 
     def save(self, folder: Path) -> None:
-        """Write the bundle; the weights come last, so that a folder with weights is whole."""
+        """Write the bundle; the weights come last, so that a folder with weights is whole.
+
+        The first of several processes writes it, and if tables are divided the others `unbraid.sharded_files.send` theirs.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         store.write_text(folder / "run.toml", config.dumps(self.run))
         self.fitted.save(folder)
@@ -137,7 +140,7 @@ class Bundle:
                 store.save(folder / name, state)
             else:  # of an earlier model
                 (folder / name).unlink(missing_ok=True)
-        store.save(folder / "weights.safetensors", self.model.state_dict())
+        store.save(folder / "weights.safetensors", sharded_files.whole(self.model))
 
     @classmethod
     def load(cls, folder: str | Path, *, images: nn.Module | None = None) -> Bundle:
@@ -175,7 +178,8 @@ class Bundle:
             choice = dataclasses.replace(cast(Any, run.model.images), module=images)
             run = dataclasses.replace(run, model=dataclasses.replace(run.model, images=choice))
         try:
-            model = build_trained(run, fitted.schema, weights)
+            with parallel.alone():  # tables are whole here
+                model = build_trained(run, fitted.schema, weights)
             set_constants(model, fixed)
         except (ValueError, ImportError) as error:
             raise BundleError(f"{folder}: weights.safetensors does not fit run.toml: {error}") from error
@@ -487,7 +491,7 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
             f"Schedule `{old.run.schedule.kind}` makes several models. A run starts from a bundle of one."
         )
     theirs, ours = old.model.state_dict(), model.state_dict()
-    digits = _growing(model, old.model)
+    digits, apart = _growing(model, old.model), sharding.parts(model)
     for name, classes in fitted.schema.classes.items():
         if name in old.fitted.schema.classes and old.fitted.schema.classes[name] != classes:
             raise BundleError(
@@ -506,15 +510,19 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
             if source not in theirs:
                 counts["tensors new"] += 1
             elif key.startswith("embeddings."):
-                vocabulary = key.split("/")[1]
-                here, there = _matching_rows(fitted, old.fitted, vocabulary, len(table))
+                vocabulary, part = key.split("/")[1], apart.get(key)
+                size = part.rows if part is not None else len(table)
+                here, there = _matching_rows(fitted, old.fitted, vocabulary, size)
                 if table.shape[1] != theirs[source].shape[1]:
                     raise BundleError(
                         f"{key} is {table.shape[1]} wide; in the bundle to start from {theirs[source].shape[1]}."
                     )
-                table[here] = theirs[source][there]
                 counts["rows copied"] += len(here)
-                counts["rows new"] += len(table) - len(here)
+                counts["rows new"] += size - len(here)
+                if part is not None:
+                    mine = (here >= part.start) & (here < part.start + len(part))
+                    here, there = here[mine] - part.start, there[mine]
+                table[here] = theirs[source][there]
             elif key in digits and table.shape[1] == theirs[source].shape[1]:
                 digits[key].take(theirs[source])
                 counts["tensors copied"] += 1

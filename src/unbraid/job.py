@@ -15,7 +15,7 @@ import polars as pl
 import torch
 from torch import nn
 
-from unbraid import config, parallel, store
+from unbraid import config, parallel, sharded_files, sharding, store
 from unbraid.baseline import TargetEncoding
 from unbraid.bundle import EVALUATION_ROWS, Bundle, build, warm_start
 from unbraid.data.encode import encode
@@ -37,7 +37,7 @@ from unbraid.preflight import (
     unknown_domains,
 )
 from unbraid.render import render_markdown
-from unbraid.run_folder import clear, prepare, worth
+from unbraid.run_folder import clear, prepare, remove_checkpoints, worth
 from unbraid.track import Tracker
 from unbraid.train import Local, Watcher, predict
 from unbraid.train.dense import check_dense
@@ -107,6 +107,11 @@ def train(
                     clear(folder)
                 raise
         report = report and not parallel.rank()
+        if report and sharding.parts(result.bundle.model):
+            watcher.note(
+                "! no report: the tables are divided over processes. `unbraid diagnose` makes one from the bundle"
+            )
+            report = False
     return reported(result, tables, watcher) if report else result
 
 
@@ -151,15 +156,15 @@ def _train(
     )
     metrics = parallel.on_first(lambda: measure(run, encoded, trained, scores, session, baseline))
     bundle = Bundle(run, encoded.fitted, trained.cpu().eval(), metrics)
-    if folder is not None and not parallel.rank():
+    if folder is not None and parallel.rank():
+        sharded_files.send(trained)
+    elif folder is not None:
         if keep_scores:
             state = {part.name: getattr(scores, part.name) for part in dataclasses.fields(scores)}
             store.save(folder / "scores.safetensors", state)
         bundle.save(folder)
         store.write_text(folder / "report.md", report(run, metrics))
-        for path in folder.glob("*.safetensors"):  # a finished run needs its checkpoints no more
-            if path.name.startswith(("fit-", "schedule-")):
-                path.unlink()
+        remove_checkpoints(folder)
     watcher.measured(metrics)
     return Result(bundle, metrics, folder)
 
@@ -203,6 +208,7 @@ def learn(
     check_selection(run, session)
     model = model.to(device)
     check_dense(model, run.training, device)
+    session.tables = sharded_files.sizes(model)
     parallel.one_by_one(lambda: attach(encoded, model, augment=run.augment, progress=watcher.stage, device=device))
     with contextlib.closing(session):
         trained = run.schedule(session, model, session.total_steps())
@@ -226,8 +232,9 @@ def measure(
     metrics["seconds"] = {"train": round(session.seconds, 2)}
     metrics["steps"], metrics["data"] = session.steps, encoded.folder.name
     own = cast(Mapping[str, Table], model.tables)
-    tables = sum(t.weight.numel() for t in own.values())
-    metrics["parameters"] = {"tables": tables, "dense": sum(p.numel() for p in model.parameters()) - tables}
+    tables = sum(t.size * t.weight.shape[1] for t in own.values())
+    dense = sum(p.numel() for p in model.parameters()) - sum(t.weight.numel() for t in own.values())
+    metrics["parameters"] = {"tables": tables, "dense": dense}
     metrics["lazy tables"] = sorted(name for name, t in own.items() if t.lazy)
     if session.record is not None:
         metrics["schedule"] = session.record

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from unbraid import parallel
+
 
 def mlp(width: int, hidden: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
     """Linear and ReLU for every entry of ``hidden``, the last included: (B, width) -> (B, `mlp_width`).
@@ -39,7 +41,7 @@ REFUSES = (
 
 
 def by_domain(
-    domain: Tensor, codes: int, of: Callable[[int, Tensor], Sequence[Tensor]], empty: int = 0
+    domain: Tensor, codes: int, of: Callable[[int, Tensor], Sequence[Tensor]], empty: int = 0, together: bool = False
 ) -> list[Tensor]:
     """What ``of`` gives, each row by its own domain: (n, ...) tensors of the rows of one domain become (B, ...).
 
@@ -48,6 +50,8 @@ def by_domain(
         of: (code, places (n,) of its rows) -> tensors; called once per domain that occurs.  In a graph, where nothing may
             depend on which domains occur, once per code with all rows.
         empty: the code that a batch without rows is given to.
+        together: all processes call ``of`` for the domains that any of them has, with some row where it has none: they read
+            tables that are divided over them.
     """
     if torch.compiler.is_exporting():
         every = torch.arange(domain.shape[0], device=domain.device)
@@ -58,9 +62,13 @@ def by_domain(
                 found[at] = torch.where(mine, part, found[at])
         return found
     rows, parts = [], []
-    for code in domain.unique().tolist() or [empty]:
-        rows.append((domain == code).nonzero().squeeze(1))
-        parts.append(of(code, rows[-1]))
+    here = domain.unique().tolist() or [empty]
+    for code in sorted({code for each in parallel.gather(here) for code in each}) if together else here:
+        if code in here:
+            rows.append((domain == code).nonzero().squeeze(1))
+            parts.append(of(code, rows[-1]))
+        else:
+            of(code, torch.zeros(1, dtype=torch.int64, device=domain.device))
     place = torch.cat(rows).argsort()
     return [torch.cat(each)[place] for each in zip(*parts, strict=True)]
 

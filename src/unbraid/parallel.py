@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from unbraid.types import Batch, Lookup, Output
@@ -43,6 +43,7 @@ MEETING = timedelta(minutes=10)  # for all processes to start
 T = TypeVar("T")
 Key = TypeVar("Key")
 _joined = False
+_group: dist.ProcessGroup | None = None  # those that train together now, if not all
 _counts = True
 
 
@@ -57,12 +58,39 @@ class Elsewhere(RuntimeError):
 # ------------------------------------------------------------------------------------------------------------- the processes
 def world() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if _joined else 1
+    return dist.get_world_size(_group) if _joined else 1
 
 
 def rank() -> int:
     """Which of them this is, from 0."""
-    return dist.get_rank() if _joined else 0
+    return dist.get_rank(_group) if _joined else 0
+
+
+def group() -> dist.ProcessGroup | None:
+    """Those processes; None: all that there are."""
+    return _group
+
+
+@contextlib.contextmanager
+def among(chosen: dist.ProcessGroup) -> Iterator[None]:
+    """Until the block ends, this process trains together with those of a group alone, to which it belongs."""
+    global _group
+    before, _group = _group, chosen
+    try:
+        yield
+    finally:
+        _group = before
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Until the block ends, this process does what it does as if there were no others."""
+    global _joined
+    before, _joined = _joined, False
+    try:
+        yield
+    finally:
+        _joined = before
 
 
 def launched() -> int:
@@ -146,7 +174,7 @@ def _own_gpu() -> str:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """Say what a failed exchange means."""
     try:
         yield
@@ -173,8 +201,8 @@ def on_first(do: Callable[[], T]) -> T:
         found[1] = f"{type(error).__name__}: {error}"
         raise
     finally:
-        with _told():
-            dist.broadcast_object_list(found, src=0)
+        with told():
+            dist.broadcast_object_list(found, group_src=0, group=_group)
     if found[1]:
         raise Elsewhere(found[1])
     return found[0]
@@ -209,8 +237,8 @@ def gather(value: T) -> list[T]:
     if world() == 1:
         return [value]
     found: list[Any] = [None] * world()
-    with _told():
-        dist.all_gather_object(found, value)
+    with told():
+        dist.all_gather_object(found, value, group=_group)
     return found
 
 
@@ -383,8 +411,8 @@ class _Sum(torch.autograd.Function):
 
 def _summed(value: Tensor) -> Tensor:
     found = value.clone(memory_format=torch.contiguous_format)
-    with _told():
-        dist.all_reduce(found)
+    with told():
+        dist.all_reduce(found, group=_group)
     return found
 
 
@@ -441,8 +469,8 @@ def _rows_of_all(values: Sequence[Tensor], lengths: Sequence[int] | None = None)
     padded = packed.new_zeros(max(counts), packed.shape[1])
     padded[:count] = packed
     parts = [torch.empty_like(padded) for _ in range(world())]
-    with _told():
-        dist.all_gather(parts, padded)
+    with told():
+        dist.all_gather(parts, padded, group=_group)
     joined = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
     found, at = [], 0
     for value, part in zip(values, bytes_of, strict=True):
@@ -456,8 +484,8 @@ def _rows_of_all(values: Sequence[Tensor], lengths: Sequence[int] | None = None)
 def _sizes(count: int) -> list[int]:
     """A number of every process."""
     found = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
-    with _told():
-        dist.all_gather(found, torch.tensor([count]))
+    with told():
+        dist.all_gather(found, torch.tensor([count]), group=_group)
     return [int(one) for one in found]
 
 
@@ -475,8 +503,8 @@ def total(grads: Mapping[Key, Tensor | None], like: Mapping[Key, Tensor]) -> dic
         return {}
     device = like[names[0]].device
     there = torch.tensor([grads.get(name) is not None for name in names], dtype=torch.int32, device=device)
-    with _told():
-        dist.all_reduce(there, dist.ReduceOp.MAX)
+    with told():
+        dist.all_reduce(there, dist.ReduceOp.MAX, group=_group)
     reached = [name for name, flag in zip(names, there.tolist(), strict=True) if flag]
     found: dict[Key, Tensor] = {}
     for dtype in dict.fromkeys(like[name].dtype for name in reached):  # a flat bucket of each
@@ -486,8 +514,8 @@ def total(grads: Mapping[Key, Tensor | None], like: Mapping[Key, Tensor]) -> dic
             like[name].new_zeros(like[name].numel()) if part is None else part.flatten()
             for name, part in zip(some, parts, strict=True)
         ])  # fmt: skip
-        with _told():
-            dist.all_reduce(flat)
+        with told():
+            dist.all_reduce(flat, group=_group)
         for name, piece in zip(some, flat.split([like[name].numel() for name in some]), strict=True):
             shaped = piece.view(like[name].shape)
             same = shaped.stride() == like[name].stride()  # fused optimisers read memory as it comes
@@ -502,8 +530,8 @@ def union(ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(ids)
     sizes = torch.tensor([len(each) for each in ids.values()])
     counts = [torch.empty_like(sizes) for _ in range(world())]
-    with _told():
-        dist.all_gather(counts, sizes)
+    with told():
+        dist.all_gather(counts, sizes, group=_group)
     joined, _ = _rows_of_all([torch.cat(list(ids.values()))], [int(one.sum()) for one in counts])
     pieces = joined[0].split([int(n) for one in counts for n in one])
     return {name: torch.cat(pieces[place :: len(ids)]).unique() for place, name in enumerate(ids)}
@@ -518,15 +546,3 @@ def read_by_any(lookups: Sequence[Lookup]) -> Sequence[Lookup]:
         ids[table] = torch.cat([ids[table], own]) if table in ids else own
     vectors = {lookup.table: lookup.vectors for lookup in lookups}
     return [Lookup(name, every, vectors[name]) for name, every in union(ids).items()]
-
-
-@torch.no_grad()
-def same_start(model: nn.Module) -> None:
-    """Give all processes the first one's weights and buffers."""
-    if world() > 1:
-        for value in model.state_dict().values():
-            sent = value.contiguous()
-            with _told():
-                dist.broadcast(sent, src=0)
-            if sent is not value:
-                value.copy_(sent)

@@ -49,8 +49,15 @@ def worth(folder: Path) -> bool:
 
 
 WRITES = ("run.toml", "schema.json", "vocabularies", "weights.safetensors", "scores.safetensors", "metrics.json", "report.md",
-          "report.html", "report.json", "environment.json", "log.jsonl", "uncertainty.safetensors", "calibration.safetensors",
-          "backbones.safetensors", "track.json", "fit-*.safetensors", "schedule-*.safetensors", ".*.unbraid-*")  # fmt: skip
+          "report.html", "report.json", "environment.json", "log.jsonl", "log-*.jsonl", "uncertainty.safetensors",
+          "calibration.safetensors", "backbones.safetensors", "track.json", "fit-*.safetensors", "fit-*.tables",
+          "schedule-*.safetensors", "schedule-*.tables", ".*.unbraid-*")  # fmt: skip
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """A finished run needs its checkpoints no more."""
+    for path in (*folder.glob("fit-*"), *folder.glob("schedule-*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def clear(folder: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ import socket
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +43,22 @@ _DTYPES = {
 _NO_SUM = "00000000"  # stands in the header while the file's sum is computed
 _BLOCK = 1 << 20
 _MARK = re.compile(r"^\..*\.unbraid-(?P<host>.+)-(?P<pid>\d+)-\d+$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor for `save` that nobody holds whole.
+
+    Args:
+        blocks: makes its rows in their order, as tensors.  Several are asked for theirs in the order of the state, those with
+            the widest elements first.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Callable[[], Iterator[Tensor]]
+
+
 _count = itertools.count()
 _open: set[Path] = set()  # temporaries that this process is writing
 
@@ -60,19 +78,21 @@ def save(path: str | Path, state: State) -> None:
         TypeError: a value is of another type; the message has its place.
         OSError: the file could not be written.  The previous file is unchanged.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Streamed] = {}
     skeleton = json.dumps(_encode(state, "", tensors))
     # wide elements first, so that every tensor stays aligned to its element size
-    order = sorted(tensors, key=lambda key: -tensors[key].element_size())
+    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
     header, size = _header(skeleton, {key: tensors[key] for key in order})
 
     def write(file: BinaryIO) -> None:
         total = zlib.crc32(header)
         file.write(header)
         for key in order:
-            data = _bytes(tensors[key])
-            total = zlib.crc32(data, total)
-            file.write(data)
+            given = tensors[key]
+            for part in given.blocks() if isinstance(given, Streamed) else (given,):
+                data = _bytes(part)
+                total = zlib.crc32(data, total)
+                file.write(data)
         file.seek(header.rindex(_NO_SUM.encode()))
         file.write(f"{total:08x}".encode())
 
@@ -97,7 +117,7 @@ def load(path: str | Path) -> State:
         ) from error
 
 
-def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: Any, key: str, tensors: dict[str, Tensor | Streamed]) -> Any:
     """JSON of a value: plain where JSON is exact, else one tag and a payload.  Tensors are put aside under ``key``."""
     if value is None or isinstance(value, bool | str):
         return value
@@ -111,8 +131,8 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         parts = [_encode(v, f"{key}/{i}".lstrip("/"), tensors) for i, v in enumerate(value)]
         return {"list" if isinstance(value, list) else "tuple": parts}
-    if isinstance(value, Tensor):
-        return {"tensor": _put(value.detach(), key, tensors)}
+    if isinstance(value, Tensor | Streamed):
+        return {"tensor": _put(value, key, tensors)}
     if isinstance(value, np.ndarray):
         with contextlib.suppress(TypeError):
             # copied in C order and this machine's byte order: torch takes no others
@@ -129,11 +149,10 @@ def _key(key: Any, place: str) -> Any:
     raise TypeError(f"`{place}` has a key of type {type(key).__name__}. Keys of a state are text or numbers.")
 
 
-def _put(tensor: Tensor, key: str, tensors: dict[str, Tensor]) -> str:
+def _put(tensor: Tensor | Streamed, key: str, tensors: dict[str, Tensor | Streamed]) -> str:
     """Name for a tensor: its path, made unique where two paths read alike ({1: x, "1": y})."""
-    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type == "meta":
-        found = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
-        raise TypeError(f"`{key}` is a tensor of {found}, which a state cannot hold.")
+    if isinstance(tensor, Tensor):
+        tensor = _plain(tensor, key)
     # the name is ASCII, and not the header's own
     plain = key.encode("ascii", "backslashreplace").decode()
     name, again = plain, 1
@@ -141,6 +160,14 @@ def _put(tensor: Tensor, key: str, tensors: dict[str, Tensor]) -> str:
         name, again = f"{plain}#{again}", again + 1
     tensors[name] = tensor
     return name
+
+
+def _plain(tensor: Tensor, key: str) -> Tensor:
+    """A tensor without its graph.  Raises TypeError for one that a state cannot hold."""
+    if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type == "meta":
+        found = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+        raise TypeError(f"`{key}` is a tensor of {found}, which a state cannot hold.")
+    return tensor.detach()
 
 
 def _decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
@@ -159,13 +186,13 @@ def _decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     return found.numpy() if tag == "array" else found
 
 
-def _header(skeleton: str, tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
+def _header(skeleton: str, tensors: Mapping[str, Tensor | Streamed]) -> tuple[bytes, int]:
     """The file up to its data, and the size of the file."""
     # the sum is the last metadata value, and tensors precede the metadata: it is found from the end
     entries: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     entries["__metadata__"] = {"format": "pt", "unbraid": skeleton, "crc32": _NO_SUM}
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from unbraid import store
+from unbraid import sharded_files, store
 from unbraid.data.features import attach
 from unbraid.data.table import Encoded
 from unbraid.train import Local, Watcher
@@ -67,9 +67,9 @@ class Workers:
             try:
                 for place in self._run(tasks, jobs, board):
                     path = folder / f"fit-{first + place}.safetensors"
-                    result = store.load(path)
+                    result = sharded_files.load(path)
                     if session.folder is None:
-                        path.unlink()
+                        sharded_files.remove(path)
                     yield result["model"], result["update"]
             except BaseException:  # an interruption and an abandoned loop, too
                 self.close()

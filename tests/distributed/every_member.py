@@ -31,7 +31,7 @@ TASKS = (
     Task("click"), Task("buy", given="click"), Task("spend", kind="real", role="auxiliary", weight=0.5),
     Task("size", kind="multiclass"),
 )  # fmt: skip
-STEPS = 6
+STEPS = 4
 NO_DRAW = Tabular(weak=Change(features=0.0, history=1.0), strong=Change(features=0.0, history=1.0))
 
 
@@ -50,7 +50,7 @@ def base(**changes: Any) -> Run:
     )  # fmt: skip
     run = make_run(
         data=data, model=small(), update=Joint(lr=0.02, weight_decay=0.01, table_weight_decay=0.1, clip_norm=5.0),
-        training=Training(batch_size=47, steps=STEPS, evaluate_every=3, metric="logloss", checkpoint_seconds=0),
+        training=Training(batch_size=47, steps=STEPS, evaluate_every=2, metric="logloss", checkpoint_seconds=0),
     )  # fmt: skip
     return replace(run, **changes)
 
@@ -101,7 +101,8 @@ def losses(folder: Path) -> Iterator[tuple[str, str, Run]]:
         (), TASKS, domains=("(unknown)", "(missing)", "home", "mail", "search"), classes={"size": ("L", "M", "S")}
     )
     for cls in members(config.TermChoice):
-        for name, loss in words(cls, "of", "rule", "by", "within", "form"):
+        by = ("by",) if cls is Supervised else ()  # the same code in all of them
+        for name, loss in words(cls, "of", "rule", "within", "form", *by):
             loss = replace(loss, threshold=0.4) if hasattr(loss, "threshold") else loss  # something is believed
             if hasattr(loss, "ramp"):
                 loss = replace(loss, ramp=False)
@@ -139,7 +140,8 @@ def updates() -> Iterator[tuple[str, str, Run]]:
             for inner in members(choice) if slot in parts else ():
                 fields = {part.name for part in dataclasses.fields(inner)}
                 targets = {"targets": ("click",)} if "targets" in fields else {}
-                for tables in (0, -1):
+                some = inner in (config.UW, config.PCGrad)  # the others are the same code with dense tables
+                for tables in (0, -1) if some else (0,):
                     name = inner().kind + (", dense tables" if tables else "")
                     model = small(tables=Views(width=4, lazy_rows=tables))
                     yield slot, name, base(update=cls(**common, **{slot: inner(**targets)}), model=model)
@@ -159,10 +161,10 @@ def rest() -> Iterator[tuple[str, str, Run]]:
             if cls is config.DTrain
             else []
         )
-        for name, schedule in [*words(cls, "by", "branches", "search", "sampling"), *own]:
+        for name, schedule in [*words(cls, "by", "branches"), *own]:
             heads = {"heads": Heads(by="domain")} if getattr(schedule, "keeps_root", False) else {}
             run = base(model=small(**heads), schedule=schedule)
-            run = replace(run, data=replace(run.data, withhold=""), training=replace(run.training, steps=12))
+            run = replace(run, data=replace(run.data, withhold=""), training=replace(run.training, steps=8))
             yield "schedule", name, run
     believed = {"losses": (Supervised(), config.FixMatch(threshold=0.4))}
     believed |= {"training": replace(base().training, mix=Mix(unlabelled=24))}

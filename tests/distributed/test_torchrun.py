@@ -16,6 +16,7 @@ from together_kit import free_port, uneven_log
 from toylog import make_data, make_run
 
 from unbraid import config, store
+from unbraid.encoders.table import Views
 from unbraid.train import Training
 
 pytestmark = pytest.mark.slow
@@ -24,11 +25,23 @@ TOLERANCE = 1e-3  # of metrics, in single precision
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    uneven_log().write_parquet(tmp_path / "log.parquet")
-    data = make_data(rows=str(tmp_path / "log.parquet"))
+    """A run whose tables are divided over processes."""
+    return written(tmp_path, "run.toml", Views(width=4, lazy_rows=0, shard_mb=1e-9))
+
+
+@pytest.fixture
+def replicated(tmp_path: Path) -> Path:
+    """The same, with all tables in all processes."""
+    return written(tmp_path, "replicated.toml", Views(width=4, lazy_rows=0))
+
+
+def written(folder: Path, name: str, tables: Views) -> Path:
+    uneven_log().write_parquet(folder / "log.parquet")
+    data = make_data(rows=str(folder / "log.parquet"))
     training = Training(batch_size=64, steps=400, evaluate_every=100, checkpoint_steps=20, checkpoint_seconds=0)
-    (tmp_path / "run.toml").write_text(config.dumps(make_run(data=data, training=training)))
-    return tmp_path / "run.toml"
+    model = config.ModelChoice(tables=tables)
+    (folder / name).write_text(config.dumps(make_run(data=data, training=training, model=model)))
+    return folder / name
 
 
 def command(processes: int, run: Path, out: Path, *options: str, restarts: int = 0) -> list[str]:
@@ -36,6 +49,7 @@ def command(processes: int, run: Path, out: Path, *options: str, restarts: int =
     if processes == 1:
         return [sys.executable, *train]
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    start += ["--monitor-interval", "1"]  # time for a process to say why it ends, before torchrun ends it
     return [*start, "--master-port", str(free_port()), "--max-restarts", str(restarts), *train]
 
 
@@ -125,7 +139,8 @@ def test_a_killed_process_ends_the_job_and_resume_continues(
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the process in /proc")
-def test_torchrun_starts_a_training_again(run: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_a_training_again(replicated: Path, tmp_path: Path) -> None:
+    run = replicated
     undisturbed = trained(1, run, tmp_path / "one")
     code, said = killed(2, run, tmp_path / "again", 1, restarts=1)
     assert code == 0, said
@@ -157,7 +172,8 @@ def started(made: list[str], cache: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the process in /proc")
-def test_what_is_left_of_two_machines_goes_on(run: Path, tmp_path: Path) -> None:
+def test_what_is_left_of_two_machines_goes_on(replicated: Path, tmp_path: Path) -> None:
+    run = replicated
     undisturbed = trained(1, run, tmp_path / "one")
     out, port = tmp_path / "out", free_port()
     first = started(machine(run, out, port, "1:2", "left"), tmp_path / "cache1")
@@ -182,9 +198,9 @@ def test_a_mistake_is_told_once(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "something").write_text("mine")
     found = finished(command(2, run, tmp_path / "full"))
     assert found.returncode != 0 and found.stderr.count("is not empty and holds no run") == 1
-    jobs = "schedule={kind = 'fork_merge', targets = ['click'], jobs = 2}"
+    jobs = "schedule={kind = 'fork_merge', targets = ['click'], jobs = 3}"
     found = finished(command(2, run, tmp_path / "jobs", "--set", jobs))
-    assert "`schedule.jobs` 2 would start more. Set it to 1." in found.stderr
+    assert "`schedule.jobs` should divide the number of processes that train together, 2. Found 3." in found.stderr
     assert not any((tmp_path / "jobs").iterdir()), "the folder is free for the next try"
 
 

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from picturekit import array, as_bytes
 from toylog import make_log
 
-from unbraid import parallel
+from unbraid import parallel, sharded_files, sharding
 from unbraid.bundle import build
 from unbraid.config import Run
 from unbraid.data.encode import encode
@@ -96,11 +96,25 @@ def trained(
         encoded, terms, run.update, run.training, weights, run.seed, folder, resume, "cpu", watcher, augment=run.augment,
         average=run.average, selection=run.selection,
     )  # fmt: skip
+    session.tables = sharded_files.sizes(model)
     try:
         found = run.schedule(session, model.double() if precise else model, session.total_steps())
     except ValueError as error:
         return Trained(refused=str(error))
-    return Trained(watcher.steps, dict(found.state_dict()), watcher.looks)
+    return Trained(watcher.steps, whole(found), watcher.looks)
+
+
+def with_divided(run: Run) -> Run:
+    """The run with every lazy table divided over the processes."""
+    return replace(run, model=replace(run.model, tables=replace(run.model.tables, shard_mb=1e-9)))
+
+
+def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights and buffers, with all rows of its tables, wherever they are."""
+    found = dict(model.state_dict())
+    for name in sharding.parts(model):
+        found[name] = torch.cat(parallel.gather(found[name]))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- several processes

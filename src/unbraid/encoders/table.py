@@ -9,12 +9,16 @@ a *lazy* table hands out a detached leaf and its optimiser writes back those row
 reads never moves; a *dense* table hands out a differentiable gather and its parameter trains as any other.
 Lazy pays only when a table is large (`benchmarks/table_crossover.py` measures where on a given machine).
 
+A large lazy table may be *divided* by rows over the processes that train together (`unbraid.sharding`): what a batch reads of it
+comes from its owners, as such a leaf, in evaluation too.
+
 A dense table that one id column alone reads is gathered straight from its weight, which saves finding the distinct ids
 and a second gather, unless an update says that it reads the lookups of dense tables, too (``Table.wanted``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, cast
@@ -22,6 +26,7 @@ from typing import ClassVar, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from unbraid import parallel, sharding
 from unbraid.types import FORBID, UNKNOWN, Lookup, Rows
 
 
@@ -32,8 +37,10 @@ class Table(nn.Module):
         size: number of rows; width: D.
         std: standard deviation of the normal initialiser.
         lazy: is it updated only at the rows that a batch read?
+        divided: has each of the processes that train together a part of its rows, if there are several?
 
     Attributes:
+        size: its rows, of all processes; weight: (V, D), or this process's part of it.
         wanted: set by an update: must its lookups be in the output although it is dense?
     """
 
@@ -41,13 +48,23 @@ class Table(nn.Module):
         None  # set by an update that brings rows up to date when they are read
     )
 
-    def __init__(self, size: int, width: int, std: float, lazy: bool) -> None:
+    def __init__(self, size: int, width: int, std: float, lazy: bool, divided: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, width).normal_(0.0, std))
-        self.lazy, self.wanted = lazy, False
+        self.size, self.lazy, self.divided, self.wanted = size, lazy, divided, False
+        self.weight: nn.Parameter = (
+            sharding.draw(size, width, std) if divided and parallel.world() > 1
+            else nn.Parameter(torch.empty(size, width).normal_(0.0, std))
+        )  # fmt: skip
+
+    @property
+    def apart(self) -> bool:
+        """Are some of its rows on other processes?"""
+        return isinstance(self.weight, sharding.Part)
 
     def read(self, ids: Tensor) -> Tensor:
-        """(U, D) the given distinct rows, differentiable."""
+        """(U, D) the given distinct rows, ascending where they come from other processes; differentiable."""
+        if self.apart:
+            return sharding.fetch([self], ids)[0]
         if not self.lazy:
             return nn.functional.embedding(ids, self.weight)
         if self.before_read is not None and self.training:  # an evaluation changes nothing; settle() comes before it
@@ -104,6 +121,8 @@ class Views:
         std: standard deviation of the tables' normal initialiser.
         lazy_rows: tables with at least this many rows are updated lazily, smaller ones densely (0: all lazy, -1: none).
             Measured: equally fast near 30,000 rows, lazy 1.5 times faster at 100,000, 10 times at 1M.
+        shard_mb: a lazy table of at least so many MB of weights (4 bytes each) is divided by rows over the processes that train
+            together (docs/distributed.md); 0: none.  In one process it changes nothing.
         unknown_rate: while training, this share of ids is read as *unknown*, so that row 0 learns what a new id is like.
     """
 
@@ -114,11 +133,14 @@ class Views:
     widths: tuple[int, ...] = ()
     std: float = 1e-2
     lazy_rows: int = 50_000
+    shard_mb: float = 0.0
     unknown_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.width <= 0 or any(w <= 0 for w in self.widths):
             raise ValueError(f"Parameter `width` should be positive. Found {self.widths or self.width}.")
+        if not 0 <= self.shard_mb < math.inf:
+            raise ValueError(f"Parameter `shard_mb` should be finite and not negative. Found {self.shard_mb}.")
         if not 0 <= self.unknown_rate < 1:
             raise ValueError(f"Parameter `unknown_rate` should be in [0, 1). Found {self.unknown_rate}.")
         if self.by not in ("task", "domain") or (self.by == "domain" and self.kind == "shared"):
@@ -177,7 +199,9 @@ class Tables(nn.Module):
                 for role in roles:
                     key = self.key(view, vocabulary, role)
                     if vocabulary in self.vocabularies[role] and key not in self.tables:
-                        self.tables[key] = Table(size, self.width(view, role), config.std, lazy)
+                        width = self.width(view, role)
+                        divided = lazy and 0 < config.shard_mb * 1e6 <= 4 * size * width
+                        self.tables[key] = Table(size, width, config.std, lazy, divided)
 
     def width(self, view: str, role: str) -> int:
         """D of a role's tables; one table for all views is as wide as the widest view unless the role says otherwise."""
@@ -216,6 +240,8 @@ class Tables(nn.Module):
                 by_row = self._by_row(vocabulary in direct, tables.values())
                 if by_row and mine not in found:
                     found[mine] = self._distinct([parts[i] for i in mine], self.sizes[vocabulary])
+                if by_row:
+                    self._fetch(tables.values(), found[mine][0], lookups)
                 for view, key in tables.items():
                     table = cast(Table, self.tables[key])
                     if by_row and key not in lookups:
@@ -225,7 +251,14 @@ class Tables(nn.Module):
                     like = first.get(mine, [None] * len(mine))  # type: ignore[list-item]
                     own = [Rows(vectors, part, other) for part, other in zip(index, like, strict=True)]
                     read[view, vocabulary, role] = first.setdefault(mine, own) and own
-        return read, tuple(lookups.values())
+        return read, tuple(lookups.values()) if torch.is_grad_enabled() else ()
+
+    def _fetch(self, keys: Collection[str], ids: Tensor, lookups: dict[str, Lookup]) -> None:
+        """Read those of the tables whose rows are on other processes, in one exchange."""
+        apart = [key for key in dict.fromkeys(keys) if key not in lookups and cast(Table, self.tables[key]).apart]
+        if apart:
+            vectors = sharding.fetch([cast(Table, self.tables[key]) for key in apart], ids)
+            lookups |= {key: Lookup(key, ids, each) for key, each in zip(apart, vectors, strict=True)}
 
     def _as_unknown(self, ids: Tensor) -> Tensor:
         if not (self.training and self.unknown_rate > 0):
@@ -235,7 +268,9 @@ class Tables(nn.Module):
     def _by_row(self, direct: bool, keys: Collection[str]) -> bool:
         """Are only the distinct rows read, as a lookup?"""
         tables = [cast(Table, self.tables[key]) for key in keys]
-        return torch.is_grad_enabled() and not (direct and all(not (t.lazy or t.wanted) for t in tables))
+        if not torch.is_grad_enabled():
+            return any(t.apart for t in tables)
+        return not (direct and all(not (t.lazy or t.wanted) for t in tables))
 
     @staticmethod
     def _distinct(parts: Sequence[Tensor], size: int) -> tuple[Tensor, list[Tensor]]:

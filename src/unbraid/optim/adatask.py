@@ -199,6 +199,7 @@ class AdaTaskUpdate(PerTask):
     """
 
     config: AdaTask
+    all_rows: ClassVar[bool] = False
 
     def __init__(
         self, config: AdaTask, model: nn.Module, steps: int, weights: Mapping[str, float],
@@ -258,10 +259,10 @@ class AdaTaskUpdate(PerTask):
         """Gradients scaled down where they are too long."""
         if self.config.clip == "sum":
             weight = {objective: self.weight(objective) for objective in grads.of}
-            self.grad_norm = torch.nn.utils.get_total_norm([grads.weighted(leaf, weight) for leaf in grads.leaves()])
+            self.grad_norm = self.norm({leaf: grads.weighted(leaf, weight) for leaf in grads.leaves()})
             norms = dict.fromkeys(grads.of, self.grad_norm)
         else:
-            norms = {o: torch.nn.utils.get_total_norm(list(found.values())) for o, found in grads.of.items()}
+            norms = {o: self.norm(found) for o, found in grads.of.items()}
             self.grad_norms = norms
         factors = {o: (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0) for o, norm in norms.items()}  # torch's
         of = {o: {leaf: g * factors[o].to(g.device) for leaf, g in found.items()} for o, found in grads.of.items()}

@@ -34,7 +34,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from unbraid import parallel
+from unbraid import parallel, sharding
 from unbraid.optim.joint import JointUpdate
 from unbraid.optim.weighted import Learned, Setting
 from unbraid.types import FORBID, Lookup, Losses, Output, Rehearsal, State
@@ -129,7 +129,11 @@ class BoundAutoLambda:
 
     def _slopes(self, rehearse: Rehearsal, leaves: Leaves, v: list[Part], losses: Losses) -> dict[str, Tensor]:
         """objective -> -(L(theta + e a v) - L(theta - e a v)) / (2 e)."""
-        norm = torch.stack([(part.grad * part.lr).double().square().sum() for part in v]).sum().sqrt()
+        apart = [isinstance(part.weight, sharding.Part) for part in v]
+        grads = [(part.grad * part.lr).double() for part in v]
+        norm = sharding.total_norm(
+            *([g for g, other in zip(grads, apart, strict=True) if other is own] for own in (False, True))
+        )
         e = self.config.radius / float(norm) if norm > 0 else 0.0
         if e == 0:
             return {}

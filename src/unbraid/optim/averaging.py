@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from unbraid.sharding import Part
 from unbraid.types import FORBID, Batch, Lookup, State
 
 MEASURED = 200  # batches that running statistics are measured on, at most
@@ -95,7 +96,8 @@ class Running:
         """Called before an update: bring rows of lazy tables up to date that it may change."""
         for name, ids, _ in lookups:
             if name in self.lazy:
-                self._sync(self.lazy[name], ids)
+                weight = self._parameters[self.lazy[name]]
+                self._sync(self.lazy[name], ids[weight.own(ids)] - weight.start if isinstance(weight, Part) else ids)
 
     @torch.no_grad()
     def after(self, settle: Callable[[], None]) -> None:

@@ -13,14 +13,14 @@ a gradient of zeros would still move its own parameters, by their momentum and w
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from unbraid import parallel
+from unbraid import parallel, sharding
 from unbraid.optim.rows import Decay, LazyTable, RowAdam
 from unbraid.types import FORBID, Course, Lookup, Losses, Output, State
 
@@ -120,7 +120,9 @@ class JointUpdate:
         reads_dense_lookups: must `Output.lookups` hold the rows of dense tables, too?  This class reads those of lazy
             ones alone, and a dense table's lookup costs the forward pass something.
         dense: optimiser of the layers (group 0) and of the dense tables (group 1).
-        rows: optimiser of the lazy tables.
+        rows: optimiser of the lazy tables; of those that are divided over processes, of this one's rows, by their places among
+            them.
+        divided: table -> this process's rows, of those that are divided.
         step: calls so far.
         grad_norm: global norm of the gradients before clipping, of the last step; None while ``clip_norm`` is 0.
     """
@@ -141,6 +143,7 @@ class JointUpdate:
         self.known = {*tables, *(name for name, _ in model.named_parameters())}
         self.names, self.dense = _dense(config, model, trained, lazy)
         self.rows = _rows(config, lazy)
+        self.divided = {name: table.weight for name, table in lazy.items() if isinstance(table.weight, sharding.Part)}
         self.schedules = [_schedule(config, optimizer, steps) for optimizer in (self.dense, self.rows)]
 
     def __call__(self, losses: Losses, output: Output) -> None:
@@ -209,27 +212,32 @@ class JointUpdate:
 
         Args:
             rows: table -> distinct ids (U,) and gradient (U, D); lookups: all that the forward pass read.
+
+        Returns:
+            Both, as `move` takes them.
         """
-        ids = self.read_anywhere(lookups)
+        tables = {name: weight for name, weight in self.rows.tables.items() if name not in self.divided}
+        ids = self.read_anywhere(lookups, tables)
         named = self.named_dense()
-        tables = self.rows.tables
         like = {
             **named,
             **{name: tables[name].new_empty(len(each), tables[name].shape[1]) for name, each in ids.items()},
         }
-        own = {name: spread(*rows[name], ids[name]) for name in rows}
+        own = {name: spread(*rows[name], ids[name]) for name in rows if name in ids}
         found = parallel.total({**dense, **own}, like)
-        return (
-            {name: grad for name, grad in found.items() if name in named},
-            {name: (ids[name], found[name]) for name in ids if name in found},
-        )
+        summed = {name: (ids[name], found[name]) for name in ids if name in found}
+        if self.divided:
+            read, grads = ({name: pair[i] for name, pair in rows.items() if name in self.divided} for i in (0, 1))
+            places, sums = sharding.to_owners(self.divided, read, grads, {name: name for name in self.divided})
+            summed |= {name: (places[name], grad) for name, grad in sums.items()}
+        return {name: grad for name, grad in found.items() if name in named}, summed
 
-    def read_anywhere(self, lookups: Iterable[Lookup], more: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Table -> ascending ids (G,) that any process read, of lazy tables and of ``more`` (table -> its weight).
+    def read_anywhere(self, lookups: Iterable[Lookup], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Table -> ascending ids (G,) that any process read, of some tables (-> their weights).
 
-        Decay that these rows owe is paid on all processes: whoever read a row has paid it, and replicas stay equal bit for bit.
+        Decay that rows of lazy tables owe is paid on all processes: whoever read a row has paid it, and replicas stay equal bit
+        for bit.  (Of divided tables, it was paid when the row was read.)
         """
-        tables = {**self.rows.tables, **(more or {})}
         read: dict[str, list[Tensor]] = {name: [] for name in tables}
         for name, ids, _ in lookups:
             if name in read:
@@ -238,15 +246,22 @@ class JointUpdate:
         found = parallel.union({
             name: torch.cat(parts) if parts else none.to(tables[name].device) for name, parts in read.items()
         })  # fmt: skip
-        for name in self.rows.tables:
-            self.rows.catch_up(name, found[name])
+        for name in found:
+            if name in self.rows.tables and name not in self.divided:
+                self.rows.catch_up(name, found[name])
         return found
 
     def move(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """`apply` with the gradients of lazy tables given: table -> distinct ids (U,) and gradient (U, D)."""
+        """`apply` with the gradients of lazy tables given: table -> distinct ids (U,) and gradient (U, D).
+
+        Of a divided table they are places among this process's rows, and the gradients there.
+        """
         if self.config.clip_norm > 0:
             grads = [p.grad for group in self.dense.param_groups for p in group["params"] if p.grad is not None]
-            self.grad_norm = clip([*grads, *(grad for _, grad in rows.values())], self.config.clip_norm)
+            grads += [grad for name, (_, grad) in rows.items() if name not in self.divided]
+            self.grad_norm = clip(
+                grads, self.config.clip_norm, [g for name, (_, g) in rows.items() if name in self.divided]
+            )
         self.dense.step()
         self.rows.step(rows)
         for schedule in self.schedules:
@@ -323,13 +338,17 @@ def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return ids, grads.new_zeros(len(ids), grads.shape[1]).index_add_(0, place, grads)
 
 
-def clip(grads: list[Tensor], norm: float) -> Tensor:
-    """Scale gradients in place as ``torch.nn.utils.clip_grad_norm_`` does; returns their global norm before it."""
-    found = torch.nn.utils.get_total_norm(grads)
-    if grads:
+def clip(grads: list[Tensor], norm: float, own: Sequence[Tensor] = ()) -> Tensor:
+    """Scale gradients in place as ``torch.nn.utils.clip_grad_norm_`` does; returns their global norm before it.
+
+    Args:
+        own: those of which every process has its rows.
+    """
+    found = sharding.total_norm(grads, own)
+    if grads or own:
         # 1e-6 and the clamp are torch's; no branch on the norm, so a GPU need not wait
         scale = (norm / (found + 1e-6)).clamp(max=1.0)
-        for grad in grads:
+        for grad in (*grads, *own):
             grad.mul_(scale.to(grad.device))
     return found
 

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from unbraid import parallel
+from unbraid import parallel, sharding
 from unbraid.optim.joint import Joint, JointUpdate, spread
 from unbraid.types import Losses, Output, State
 
@@ -84,11 +84,14 @@ class PerTask(JointUpdate):
         kept: the gradients of the last step.
         loss_scale: factor on every loss during its backward pass, divided out of the gradients at once: for half precision,
             whose small gradients would become 0.
+        all_rows: does every process need the gradients of all rows of divided tables, to compare objectives by them?  Else each
+            has those of its own rows, and `Gradients.ids` are places among these.
         keep_graph: is the graph kept after the last backward pass, for somebody who goes through it again?
     """
 
     loss_scale: float = 1.0
     keep_graph: bool = False
+    all_rows: ClassVar[bool] = True
 
     def __init__(
         self, config: Joint, model: nn.Module, steps: int, weights: Mapping[str, float],
@@ -142,25 +145,39 @@ class PerTask(JointUpdate):
 
     def _summed(self, grads: Gradients, output: Output) -> Gradients:
         """The sums of all processes' gradients, all objectives' in one exchange."""
-        tables = dict(self.rows.tables)
+        apart = {} if self.all_rows else self.divided
+        tables = {name: weight for name, weight in self.rows.tables.items() if name not in apart}
         if self.reads_dense_lookups:
             tables |= {name: cast(nn.Parameter, self.parameters[key]) for name, key in self.dense_tables.items()}
         ids = self.read_anywhere(output.lookups, tables)
         like = {**self.parameters, **{n: tables[n].new_empty(len(each), tables[n].shape[1]) for n, each in ids.items()}}
         own: dict[tuple[str, str], Tensor | None] = {
             (objective, leaf): spread(grads.ids[leaf], grad, ids[leaf]) if leaf in ids else grad
-            for objective, found in grads.of.items() for leaf, grad in found.items()
+            for objective, found in grads.of.items() for leaf, grad in found.items() if leaf not in apart
         }  # fmt: skip
         every = parallel.total(own, {(objective, leaf): one for objective in grads.of for leaf, one in like.items()})
         of: dict[str, dict[str, Tensor]] = {objective: {} for objective in grads.of}
         for (objective, leaf), grad in every.items():
             of[objective][leaf] = grad
+        if apart:
+            mine = {(o, leaf): grad for o, found in grads.of.items() for leaf, grad in found.items() if leaf in apart}
+            table_of = {(objective, leaf): leaf for objective in grads.of for leaf in apart}
+            places, sums = sharding.to_owners(apart, {n: grads.ids[n] for n in apart if n in grads.ids}, mine, table_of)
+            ids |= places
+            for (objective, leaf), grad in sums.items():
+                of[objective][leaf] = grad
         return Gradients(of, ids)
+
+    def norm(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """Global norm of one objective's gradients."""
+        apart = {} if self.all_rows else self.divided
+        own = [grad for leaf, grad in grads.items() if leaf in apart]
+        return sharding.total_norm([grad for leaf, grad in grads.items() if leaf not in apart], own)
 
     def check_gradients(self, grads: Gradients) -> None:
         """Raise FloatingPointError unless all gradients are finite: a loss scale may be too large for them."""
         for objective, found in grads.of.items():
-            if not torch.isfinite(torch.nn.utils.get_total_norm(list(found.values()))):
+            if not torch.isfinite(self.norm(found)):
                 raise FloatingPointError(
                     f"The gradient of `{objective}` is not finite at step {self.step}. Lower `loss_scale` ({self.loss_scale:g})."
                 )
@@ -224,7 +241,11 @@ class PerTask(JointUpdate):
     def write(
         self, combined: Mapping[str, Tensor], ids: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
-        """Put gradients into ``.grad`` of the dense parameters; returns those of lazy tables as `move` takes them."""
+        """Put gradients into ``.grad`` of the dense parameters; returns those of lazy tables as `move` takes them.
+
+        Args:
+            combined: leaf -> gradient; ids: those of all rows, `Gradients.ids` of an update with ``all_rows``.
+        """
         rows: dict[str, tuple[Tensor, Tensor]] = {}
         for leaf, grad in combined.items():
             if leaf in self.rows.tables:
@@ -234,7 +255,7 @@ class PerTask(JointUpdate):
                 weight.grad = torch.zeros_like(weight).index_copy_(0, ids[leaf], grad)
             else:
                 self.parameters[leaf].grad = grad
-        return rows
+        return sharding.own_rows(rows, self.rows.tables)
 
     # ---------------------------------------------------------------------------------------------------------- states
     def state_dict(self) -> State:

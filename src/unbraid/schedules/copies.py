@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from unbraid import sharding
 from unbraid.layers import REFUSES, by_domain, task_key
 from unbraid.render import markdown
 from unbraid.schedules.domains import READING, Domains, falls, judge, number, table, values
@@ -99,7 +100,8 @@ class Copies(nn.Module):
             found = self._of_domain(code, batch if whole else batch.select(mine))
             return [found[which][name] for which in (0, 1) for name in tasks]
 
-        found = by_domain(batch.domain, len(self.schema.domains), of, empty=min(self.codes))
+        apart = sharding.divided(self)
+        found = by_domain(batch.domain, len(self.schema.domains), of, empty=min(self.codes), together=apart)
         logits, hidden = (dict(zip(tasks, part, strict=True)) for part in (found[: len(tasks)], found[len(tasks) :]))
         return Output(logits, hidden, _no_trunk)
 

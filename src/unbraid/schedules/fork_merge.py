@@ -53,6 +53,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from torch import nn
 
+from unbraid import sharding
 from unbraid.analysis.plots import figure, finish
 from unbraid.evaluate import evaluate, lower_is_better
 from unbraid.render import markdown
@@ -412,7 +413,7 @@ class _Run:
         """Fork, train, search, merge."""
         config, steps = self.config, min(self.interval, self.steps - self.done)
         fork = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        branches = Branches(fork, config.heads == "all")
+        branches = Branches(fork, config.heads == "all", sharding.parts(self.model))
         found: list[State] = []
         apart = self.session.fit_apart(
             self.model, steps, [self._call(name) for name in self.names], jobs=config.jobs, total=self.steps,

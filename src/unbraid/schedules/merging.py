@@ -10,13 +10,14 @@ stays what it was, and one that a single branch moved is the mean of that and of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unbraid import sharding
 from unbraid.types import State
 
 COUNTERS = ("step", "steps", "count")  # names of numbers of steps: of these the largest goes on
@@ -58,10 +59,11 @@ class Branches:
         fork: name -> weights and buffers that all branches began with.
         everywhere: a tensor that only some branches moved is a mean over all of them, else over those that have a share; if
             these have none, it stays the fork's.  A single branch's share alone gives that branch in either case.
+        divided: names of the tensors of which every process has its rows: one that a branch moved on any process, it moved.
     """
 
-    def __init__(self, fork: Mapping[str, Tensor], everywhere: bool = False) -> None:
-        self.fork, self.everywhere = fork, everywhere
+    def __init__(self, fork: Mapping[str, Tensor], everywhere: bool = False, divided: Collection[str] = ()) -> None:
+        self.fork, self.everywhere, self.divided = fork, everywhere, tuple(divided)
         self.moved: list[dict[str, tuple[Tensor | None, Tensor]]] = []  # name -> rows (all if None), their values
 
     def add(self, weights: Mapping[str, Tensor]) -> None:
@@ -82,11 +84,14 @@ class Branches:
         """name of a tensor that some branch moved -> the rows that any moved (all if None), each branch's values there, and
         which branches moved it.  Read when all branches are there."""
         names = dict.fromkeys(name for branch in self.moved for name in branch)
+        flags = sharding.any_of([name in branch for name in self.divided for branch in self.moved])
+        count = len(self.moved)
+        anywhere = {name: flags[place * count : (place + 1) * count] for place, name in enumerate(self.divided)}
         found: dict[str, tuple[Tensor | None, list[Tensor], list[bool]]] = {}
         for name in names:
             ids = self._rows(name)
             values = [self._values(branch, name, ids) for branch in self.moved]
-            found[name] = ids, values, [name in branch for branch in self.moved]
+            found[name] = ids, values, anywhere.get(name) or [name in branch for branch in self.moved]
         return found
 
     @torch.no_grad()

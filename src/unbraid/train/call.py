@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unbraid import parallel, store
+from unbraid import parallel, sharded_files, sharding
 from unbraid.data.mix import Of, batches
 from unbraid.data.table import Read, order, prefetch, steps_per_epoch
 from unbraid.evaluate import evaluate
@@ -243,7 +243,11 @@ class Call:
     # ------------------------------------------------------------------------------------------------------- checkpoints
     def _keep(self, done: int, batch: Batch, losses: Mapping[str, Tensor]) -> bool:
         training, now = self.session.training, time.monotonic()
-        by_time = training.checkpoint_seconds and now - self.saved_at >= training.checkpoint_seconds
+        by_time = bool(training.checkpoint_seconds) and now - self.saved_at >= training.checkpoint_seconds
+        if (
+            self.session.tables and training.checkpoint_seconds
+        ):  # all write: their clocks must not decide for themselves
+            (by_time,) = sharding.any_of([by_time])
         by_steps = training.checkpoint_steps and done % training.checkpoint_steps == 0
         if (by_time or by_steps) and done < self.steps:
             self._save(done, finished=False)
@@ -264,7 +268,7 @@ class Call:
 
     def _save(self, done: int, finished: bool) -> None:
         path = self._path()
-        if path is None or parallel.rank():
+        if path is None or (parallel.rank() and not self.session.tables):
             return
         self.session.watcher.saving()
         state: State = {
@@ -278,7 +282,7 @@ class Call:
             state["best_weights"] = self.best_weights
             state["average"] = None if self.average is None else self.average.state_dict()
             state["memories"] = [term.state_dict() for term in self.memories]
-        store.save(path, state)
+        sharded_files.save(path, state, self.session.tables)
 
     def _resume(self) -> tuple[int, bool]:
         """Load the call's checkpoint, if there is one to resume.  Returns (steps done, finished)."""
@@ -288,7 +292,7 @@ class Call:
         if not path.exists():
             self.session.cut_log(self.call, 0)
             return 0, False
-        state = store.load(path)
+        state = sharded_files.load(path)
         self.model.load_state_dict(state["model"])
         self.update.load_state_dict(state["update"])
         self.best, self.best_weights = state["best"], state.get("best_weights")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from unbraid import parallel
+from unbraid import parallel, sharding
 from unbraid.evaluate import NAMES, RANKING, lower_is_better
 from unbraid.types import Batch, Schema, Scores
 
@@ -37,8 +37,10 @@ def scores_of(
 ) -> Scores:
     """As `predict`, of a model that is in evaluation mode: to say so again takes longer than a small batch."""
     parts: list[dict[str, Any]] = []
-    for batch in batches:
+    for batch, counts in sharding.in_step(batches, model):
         output = model(batch.to(device))
+        if not counts:
+            continue
         parts.append({
             "logits": {k: v.float().cpu().numpy() for k, v in output.logits.items()},
             "hidden": {k: v.cpu().numpy() for k, v in output.hidden.items()} if hidden else {},

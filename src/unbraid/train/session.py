@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unbraid import parallel, store
+from unbraid import parallel, sharded_files, sharding, store
 from unbraid.data.mix import Parts
 from unbraid.data.table import Encoded, Read, order, steps_per_epoch
 from unbraid.optim.averaging import Average
 from unbraid.train.call import Call
 from unbraid.train.checkpoints import copies
 from unbraid.train.draws import Sample
+from unbraid.train.groups import Groups, join_logs
 from unbraid.train.loop import losses_of
 from unbraid.train.options import Training
 from unbraid.train.rehearsal import Rehearse
@@ -67,8 +68,11 @@ class Local:
     average: Average | None = None  # of the weights of each call
     selection: Selection | None = None  # what judges at the looks, in the place of the metric
     best: Mapping[str, Any] = field(default_factory=dict)  # the last call's best look: value, step
+    tables: Mapping[str, int] = field(default_factory=dict)  # that are divided over processes (`sharded_files.sizes`)
     _cache: dict[str, np.ndarray] = field(default_factory=dict)
+    log_name: str = "log.jsonl"  # where the log goes in the folder
     _workers: Any = None  # processes of `fit_apart`
+    _groups: Groups | None = None  # of several that train together
 
     @property
     def schema(self) -> Schema:
@@ -162,12 +166,12 @@ class Local:
     def log(self, record: Mapping[str, Any]) -> None:
         """Write a line of ``log.jsonl``."""
         if self.folder is not None and parallel.rank() == 0:
-            with (self.folder / "log.jsonl").open("a") as file:
+            with (self.folder / self.log_name).open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def cut_log(self, call: int | str, step: int) -> None:
         """Drop what an interrupted process logged of a call after a step: it is done, and logged, again."""
-        path = None if self.folder is None else self.folder / "log.jsonl"
+        path = None if self.folder is None else self.folder / self.log_name
         if path is None or parallel.rank() or not path.exists():
             return
         kept = []
@@ -251,19 +255,20 @@ class Local:
                 `restore` counts calls, steps and seconds on from here.
         """
         parallel.wait()  # nobody reads any more what is replaced or removed here
-        if self.folder is None or parallel.rank():
+        if self.folder is None or (parallel.rank() and not self.tables):
             return
         counts = {"calls": self.calls, "steps": self.steps, "seconds": self.seconds} if done else None
-        store.save(self.folder / f"schedule-{tag}.safetensors", {"state": state, "counts": counts})
-        for call in range(self.calls if done else 0):
-            (self.folder / f"fit-{call}.safetensors").unlink(missing_ok=True)
+        path = self.folder / f"schedule-{tag}.safetensors"
+        sharded_files.save(path, {"state": state, "counts": counts}, self.tables)
+        for call in range(self.calls if done and not parallel.rank() else 0):
+            sharded_files.remove(self.folder / f"fit-{call}.safetensors")
 
     def restore(self, tag: str) -> State | None:
         """The state kept under a tag, when resuming."""
         path = self.folder / f"schedule-{tag}.safetensors" if self.folder is not None else None
         if not self.resume or path is None or not path.exists():
             return None
-        found = store.load(path)
+        found = sharded_files.load(path)
         if found["counts"] is not None:
             self.calls, self.steps, self.seconds = (found["counts"][name] for name in ("calls", "steps", "seconds"))
         return found["state"]
@@ -304,7 +309,8 @@ class Local:
         call, self.calls = self.calls, self.calls + 1
         if parallel.world() > 1:
             require_one_process(model.train())
-            parallel.same_start(model)
+            sharding.same_start(model)
+        self.tables = {**self.tables, **sharded_files.sizes(model)}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable is None or trainable(name))
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -349,7 +355,8 @@ class Local:
         Args:
             calls: arguments of each call that the others do not share; common: those that they share.
             jobs: how many run at once, each in a process of its own when there are several; the results are the same
-                bit for bit.  The model, the terms and the arguments must then be picklable.
+                bit for bit.  The model, the terms and the arguments must then be picklable.  Of several processes that train
+                together, so many groups have a call each (`unbraid.train.groups`).
 
         Yields:
             The trained weights and the update's state of each call, in order.  The model itself ends as it began.
@@ -359,9 +366,12 @@ class Local:
             ValueError: something cannot be pickled; beside these, what `fit` raises.
         """
         if jobs > 1 and parallel.world() > 1:
-            raise ValueError(
-                f"Several processes train this run together, and `schedule.jobs` {jobs} would start more. Set it to 1."
-            )
+            if self._groups is None:
+                self._groups = Groups(jobs)
+            yield from self._groups.fit_apart(self, model, steps, [{**common, **call} for call in calls])
+            return
+        if parallel.rank() == 0:
+            join_logs(self.folder)  # of an interrupted process that trained in groups
         if jobs > 1 and len(calls) > 1:
             from unbraid.workers import Workers
 
