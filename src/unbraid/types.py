@@ -38,7 +38,7 @@ class Feature:
             ids of any length), ``image`` (a picture: the path of its file, or its bytes) or ``text``.
         column: the column, or an SQL expression over columns (``hourmin / 100``); empty means ``name``.
         vocabulary: features and event fields of one vocabulary share tables; empty means ``name``.
-        min_count: values rarer than this in the training split become *unknown*.
+        min_count: values rarer than this in the training split become *unknown*; 0: all are hashed, and none is counted.
         buckets: hash unknown values into this many extra rows instead of row 0.
         pooling: how a bag becomes one vector.
         separator: split a text column into a bag at this string.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from unbraid.data import encode as encoding
 from unbraid.data.encode import encode
 from unbraid.data.exposure import earlier, keys_of
 from unbraid.data.source import DataError, Negatives, Split
+from unbraid.data.spill import Room
 from unbraid.data.table import Encoded
 from unbraid.job import train
 
@@ -75,11 +77,15 @@ def test_keys_tell_columns_apart_and_nulls_are_nobody() -> None:
     assert one != two, "(1, 2) is not (2, 1)"
 
 
-def test_times_that_do_not_ascend() -> None:
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+@pytest.mark.parametrize("piece", [1, 3, 100])
+def test_times_that_do_not_ascend(limit: int, piece: int, tmp_path: Path) -> None:
     keys = np.array([5, 7, 5, 5, 0, 0, 7], dtype=np.uint64)
     times = np.array([3, 1, 1, 3, 1, 2, -4])
-    assert earlier(keys, times).tolist() == [1, 1, 0, 2, 0, 0, 0]
-    assert earlier(keys, times).dtype == np.int32
+    chunks = [(keys[at : at + piece], times[at : at + piece]) for at in range(0, len(keys), piece)]
+    found = np.concatenate(list(earlier(chunks, Room(tmp_path, limit))))
+    assert found.tolist() == [1, 1, 0, 2, 0, 0, 0] and found.dtype == np.int32
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_it_there_are_no_counts() -> None:

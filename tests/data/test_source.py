@@ -361,7 +361,10 @@ FIELDS = {"fields": (Field("item"),), "events": (Events(columns={"item": "item"}
         ({"features": (Feature("a.b"),)}, "dots"),
         ({"features": ()}, "at least one feature"),
         ({"tasks": ()}, "at least one task"),
-        ({"features": (Feature("a", min_count=0),)}, "`a`: `min_count` should be at least 1. Found 0"),
+        (
+            {"features": (Feature("a", min_count=0),)},
+            "`a`: with `min_count` 0 all values are hashed: set `buckets`. Found 0",
+        ),
         ({"features": (Feature("a", buckets=-1),)}, "`a`: `buckets` should be at least 0. Found -1"),
         ({"features": (Feature("gap"),)}, "gap"),
         ({"fields": (Field("time"),)}, "not user, time, gap or position.*time"),

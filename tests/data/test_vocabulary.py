@@ -10,6 +10,7 @@ import pytest
 
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import Data, DataError, Events, Split
+from unbraid.data.spill import Room
 from unbraid.data.vocabulary import Vocabulary, fit, stable_hash
 from unbraid.types import FIRST_VALUE, MISSING, UNKNOWN, Feature, Field, History, Task
 
@@ -140,13 +141,20 @@ def test_nan_is_not_an_id(opened):
             opened(DATA, log=log(item=rows))
 
 
-def test_fit_takes_the_largest_count_and_grow_keeps_old_values():
-    one = pl.DataFrame({"value": ["a", "b", None], "count": [2, 1, 9]})
+def test_fit_takes_the_largest_count_and_grow_keeps_old_values(tmp_path):
+    one = pl.DataFrame({"value": ["a", "b"], "count": [2, 1]})
     two = pl.DataFrame({"value": ["a", "b", "c"], "count": [2, 1, 3]})
-    assert fit([one, two], 3, 0).values.to_list() == ["c"]
+    room = Room(tmp_path, 1 << 20)
+
+    def fitted(*options):
+        return fit([[one], [two]], pl.String, 3, *options, room)
+
+    assert fitted(0, None).values.to_list() == ["c"]
     old = Vocabulary(pl.Series(["b", "z"]))
-    assert fit([one, two], 3, 7, old).values.to_list() == ["b", "c", "z"]
-    assert fit([one, two], 3, 7, old).size == 2 + 3 + 7
+    assert fitted(7, old).values.to_list() == ["b", "c", "z"]
+    assert fitted(7, old).size == 2 + 3 + 7
+    assert fit([[one]], pl.String, 2, 0, None, room).values.to_list() == ["a"]
+    assert fit([], pl.Int64, 1, 5, None, room).size == 2 + 5
 
 
 def test_a_grown_fit_keeps_values_and_domains(opened):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import polars as pl
 
 from unbraid.data import vocabulary
 from unbraid.data.contents import Writer
+from unbraid.data.counting import refuse_bad_numbers
 from unbraid.data.events import write_events
 from unbraid.data.exposure import earlier, keys_of
 from unbraid.data.fit import (
@@ -32,10 +34,10 @@ from unbraid.data.fit import (
     ids_of,
     no_progress,
     number_expression,
-    refuse_bad_numbers,
 )
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import (
+    LEAST_MB,
     SPLIT,
     Data,
     DataError,
@@ -52,13 +54,16 @@ from unbraid.data.source import (
     to_time,
     with_split,
 )  # fmt: skip
+from unbraid.data.spill import Room, pieces
 from unbraid.data.text import holds_whole_numbers, whole_numbers
 from unbraid.data.vocabulary import canonical, canonical_type
 from unbraid.store import atomic_folder
 from unbraid.types import Feature, Schema
 
-FORMAT = 5  # raise it when the folder's layout or the meaning of a column changes
+MEMORY_MB = 2048
+FORMAT = 6  # raise it when the folder's layout, the meaning of a column or a default of the declaration changes
 CHUNK = 200_000
+KEYS = "keys"  # a column that is there while a table is written
 
 
 def cache_folder(data: Data) -> Path:
@@ -73,7 +78,7 @@ def fingerprint(
     data: Data, base: Path, tables: Tables | None, fitted: Fitted | None = None, grow: Fitted | None = None
 ) -> str:
     """Names the encoded folder: declaration, files (name, size, time of change), in-memory tables, fitted state."""
-    declared = dataclasses.asdict(dataclasses.replace(data, cache=""))
+    declared = declared_of(dataclasses.replace(data, cache="", memory_mb=0))
     sources: list[Any] = []
     for name in data.tables():
         if tables and name in tables:
@@ -88,6 +93,23 @@ def fingerprint(
     state = [f.digest() if f else "" for f in (fitted, grow)]
     text = json.dumps([FORMAT, declared, sources, *state], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def declared_of(part: Any) -> Any:
+    """A declaration without what is as by default, so that a key that is new in unbraid makes no table anew."""
+    if isinstance(part, list | tuple):
+        return [declared_of(one) for one in part]
+    if isinstance(part, Mapping):
+        return {str(name): declared_of(one) for name, one in part.items()}
+    if not dataclasses.is_dataclass(part):
+        return part
+    said = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if value != made or type(value) is not type(made):
+            said[field.name] = declared_of(value)
+    return said
 
 
 def encode(
@@ -114,8 +136,9 @@ def encode(
     try:
         with reading(f"The rows `{data.rows}`"), atomic_folder(final) as folder:
             check_joins(data, base, tables)
-            state = fitted or fit(data, base, tables, grow, progress)
-            write(data, base, tables, state, folder, teach=not (fitted or grow), progress=progress)
+            with room_of(data, folder) as room:
+                state = fitted or fit(data, base, tables, grow, progress, room)
+                write(data, base, tables, state, folder, room, teach=not (fitted or grow), progress=progress)
     except OSError as error:
         if (final / "columns.json").exists():  # another process was faster
             return final
@@ -124,6 +147,22 @@ def encode(
         cure = "Free some, or set `data.cache` or $UNBRAID_CACHE to another disk."
         raise OSError(error.errno, f"{why}. {cure}") from error
     return final
+
+
+@contextlib.contextmanager
+def room_of(data: Data, folder: Path) -> Iterator[Room]:
+    """Where an encode may spill, below its folder, and how much it holds: ``data.memory_mb``, else $UNBRAID_MEMORY_MB.
+
+    Raises DataError when that is no number.
+    """
+    given = os.environ.get("UNBRAID_MEMORY_MB", "")
+    if not data.memory_mb and given and not (given.isdecimal() and int(given) >= LEAST_MB):
+        raise DataError(f"$UNBRAID_MEMORY_MB should be a number of MB, at least {LEAST_MB}. Found {given!r}.")
+    memory = data.memory_mb or int(given or MEMORY_MB)
+    try:
+        yield Room(folder / "spill", (memory << 20) // 5)
+    finally:
+        shutil.rmtree(folder / "spill", ignore_errors=True)
 
 
 def encode_query(
@@ -136,7 +175,8 @@ def encode_query(
     """
     with reading("The rows to predict"):
         check_joins(data, base, tables)
-        write(data, base, tables, fitted, folder, query=query, progress=progress)
+        with room_of(data, folder) as room:
+            write(data, base, tables, fitted, folder, room, query=query, progress=progress)
 
 
 # ------------------------------------------------------------------------------------------------------- write (pass 2)
@@ -145,12 +185,13 @@ class Columns:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.files, self.about = folder, {}, {}  # type: ignore[var-annotated]
+        self.count = itertools.count()
 
     def append(self, name: str, values: np.ndarray) -> None:
         """Append (n, ...) values.  Raises OSError when the disk is full."""
         values = np.ascontiguousarray(values)
         if name not in self.files:
-            place = f"{len(self.files):03d}.bin"
+            place = f"{next(self.count):03d}.bin"
             self.files[name] = (self.folder / place).open("wb")
             self.about[name] = {"file": place, "dtype": str(values.dtype), "shape": [0, *values.shape[1:]]}
         if self.about[name]["dtype"] != str(values.dtype):
@@ -163,6 +204,11 @@ class Columns:
         self.files[name].flush()
         about = self.about[name]
         return np.memmap(self.folder / about["file"], dtype=about["dtype"], mode="r", shape=tuple(about["shape"]))
+
+    def drop(self, name: str) -> None:
+        """Remove a column."""
+        self.files.pop(name).close()
+        (self.folder / self.about.pop(name)["file"]).unlink()
 
     def describe(self, **extra: Any) -> None:
         """Flush, and say what there is."""
@@ -189,7 +235,7 @@ class InMemory:
 
 
 def write(
-    data: Data, base: Path, tables: Tables | None, fitted: Fitted, folder: Path, *,
+    data: Data, base: Path, tables: Tables | None, fitted: Fitted, folder: Path, room: Room, *,
     query: pl.LazyFrame | None = None, teach: bool = False, progress: Progress = no_progress,
 ) -> None:  # fmt: skip
     """One pass over the rows, one over each event source, into ``folder``.
@@ -208,7 +254,6 @@ def write(
     if "time" in exprs:
         _, per_second = to_time(pl.lit(0), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`")
     done, shown = 0, [f"exposure.{i}" for i in range(len(data.exposure)) if labels]
-    keys: list[np.ndarray] = []
     root = root_of(data, base)
     writers = {f.name: Writer(folder, place, f, root) for place, f in enumerate(data.features) if f.has_content}
     with contextlib.closing(Columns(folder)) as columns:
@@ -216,18 +261,21 @@ def write(
         for frame in chunks(plan.select(**exprs)):
             write_rows(frame, data, fitted, columns, checks, labels, writers)
             if shown:
-                keys.append(keys_of([frame[name] for name in shown]))
+                columns.append(KEYS, keys_of([frame[name] for name in shown]))
             done += len(frame)
             progress("encoding rows", done, total)
-        if keys:  # rows of one key are in any order and any chunk
-            columns.append("exposure", earlier(np.concatenate(keys), columns.read("time")))
+        if shown:  # rows of one key are in any order and any chunk
+            keys_and_times = zip(pieces(columns.read(KEYS)), pieces(columns.read("time")), strict=True)
+            for counts in earlier(keys_and_times, room):
+                columns.append("exposure", counts)
+            columns.drop(KEYS)
         for writer in writers.values():
             writer.finish(progress)
         if teach:
             checks.finish()
         if data.histories:
             users = canonical_type(_dtype(data.user, schema))
-            write_events(data, base, tables, fitted, columns, users, per_second, progress)
+            write_events(data, base, tables, fitted, columns, users, per_second, progress, room)
         columns.describe(rows=done, per_second=per_second, root=str(root))
     fitted.save(folder)
 
@@ -362,11 +410,12 @@ def codes_of(fitted: Fitted, name: str, values: pl.Series, where: str) -> np.nda
     known = fitted.vocabularies[name]
     if values.null_count() == len(values):
         values = values.cast(known.values.dtype)
-    if values.dtype == pl.Int64 and holds_whole_numbers(known.values):  # numbers are what they are as text
+    words = known.values.dtype == pl.String and known.buckets and not len(known.values)  # any text is hashed
+    if values.dtype == pl.Int64 and (words or holds_whole_numbers(known.values)):  # numbers are what they are as text
         values = values.cast(pl.String)
-    if values.dtype == pl.String and known.values.dtype == pl.Int64 and len(known.values):
+    if values.dtype == pl.String and known.values.dtype == pl.Int64 and (len(known.values) or known.buckets):
         values = whole_numbers(values)  # of a file that has words among them now: they are unknown
-    if values.dtype != known.values.dtype and len(known.values):
+    if values.dtype != known.values.dtype and (len(known.values) or known.buckets):
         raise DataError(
             f"{where}: its values are {values.dtype}; those of the training split are {known.values.dtype}."
         )

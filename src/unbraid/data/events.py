@@ -1,8 +1,8 @@
 """The event table, stored once by user and time: a row's history is a slice that ends strictly before its time.
 
 On disk, per event of a user who has rows: one small integer per field, and the time (int64) if a history reads the gap.
-Per history with a filter: its events' positions.  Per row and history: where its slice starts and ends.  Memory is
-O(events + rows), whatever the lengths of histories.
+Per history with a filter: its events' positions.  Per row and history: where its slice starts and ends.  The table is
+O(events + rows), whatever the lengths of histories; making it sorts on disk what `Room` does not hold.
 Events without a time come first for their user, in file order; events of the same instant as a row are not its history.
 """
 
@@ -16,7 +16,8 @@ import numpy as np
 import polars as pl
 
 from unbraid.data import source as src
-from unbraid.data.vocabulary import Vocabulary, canonical, stable_hash
+from unbraid.data.spill import Room, bins, pieces
+from unbraid.data.vocabulary import canonical, stable_hash
 from unbraid.types import FIRST_VALUE, GAP, MISSING, POSITION
 
 if TYPE_CHECKING:
@@ -29,43 +30,107 @@ NO_TIME = np.iinfo(np.int64).min  # before every row
 
 def write_events(
     data: src.Data, base: Path, tables: src.Tables | None, fitted: Fitted, columns: Columns, users: Any,
-    per_second: float, progress: Progress,
+    per_second: float, progress: Progress, room: Room,
 ) -> None:  # fmt: skip
-    """Encode and sort all events, then cut each row's slices.  The rows must be written; ``users``: their ids' type."""
+    """Encode and sort all events, and cut each row's slices.  The rows must be written; ``users``: their ids' type.
+
+    Rows are sorted among the events, before those of their instant, so that a slice is a count of events before it.
+    """
     progress("encoding events", 0, 0)
-    hashes = np.unique(columns.read("user"))
-    known = Vocabulary(pl.Series(hashes[hashes != 0]))  # 0: no user.  Nobody sees the events of users without rows
-    parts: list[dict[str, np.ndarray]] = [_no_events(data, fitted, known)]
-    for source, plan in src.event_plans(data, base, tables, split=False):
+    kinds = {field.name: fitted.vocabularies[field.vocab].dtype for field in data.fields}
+    kinds |= {f"where.{i}": "bool" for i, history in enumerate(data.histories) if history.where}
+    rows = len(columns.read("user"))
+    number = _index_type(rows)
+    sorter, seen = room.sorter("events", "bin", "user", "time", "source"), _Seen(rows, room.limit)
+
+    def add(source: int, of: Mapping[str, np.ndarray], row: np.ndarray) -> None:
+        about = {"bin": bins(of["user"]), "source": np.full(len(row), source, np.uint8), "row": row.astype(number)}
+        sorter.add(pl.DataFrame({**of, **about}).select("bin", "user", "time", "source", "row", *kinds))
+
+    done = 0
+    for user, time in zip(pieces(columns.read("user")), pieces(columns.read("time")), strict=True):
+        seen.add(user)
+        none = {name: np.zeros(len(user), kind) for name, kind in kinds.items()}
+        add(0, {"user": user, "time": time, **none}, np.arange(done, done + len(user)))
+        done += len(user)
+    for place, (source, plan) in enumerate(src.event_plans(data, base, tables, split=False)):
         joined = src.add_joins(plan, data, base, tables)
         with src.reading(f"data.events `{source.table}`"):
-            parts.extend(_event_chunks(data, source, joined, fitted, users, known, per_second))
+            for part in _event_chunks(data, source, joined, fitted, users, seen, per_second):
+                add(place + 1, part, np.full(len(part["user"]), -1))
+    progress("sorting events", 0, 0)
+    slices, cut = room.sorter("slices", "bin", "row"), _Cut(data, columns, kinds, _index_type(sorter.records - rows))
+    for window in sorter.windows():
+        found = cut.window({name: window[name].to_numpy() for name in window.columns})
+        slices.add(pl.DataFrame({"bin": bins(found["row"], rows), **found}))
+    sorter.close()
+    for window in slices.windows():
+        for name in (f"{end}.{history.name}" for history in data.histories for end in ("start", "end")):
+            columns.append(name, window[name].to_numpy())
+    slices.close()
 
-    def whole(name: str) -> np.ndarray:
-        return np.concatenate([part.pop(name) for part in parts])  # popped: one column at a time is there twice
 
-    user, time = whole("user"), whole("time")
-    index = _index_type(len(time))
-    order: np.ndarray = np.lexsort((time, user)).astype(index)  # stable: ties keep file order
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=known.size))])
-    del user
-    time = time[order]
-    starts, ends = _slices(known.encode(pl.Series(columns.read("user"))), columns.read("time"), bounds, time)
-    if any(GAP in history.fields for history in data.histories):
-        columns.append("event.time", time)
-    del time
-    for field in data.fields:
-        columns.append(f"event.{field.name}", whole(field.name)[order])
-    for i, history in enumerate(data.histories):
-        first, last = starts, ends
-        if history.where:
-            keep = whole(f"where.{i}")[order]
-            before = np.concatenate([np.zeros(1, index), np.cumsum(keep, dtype=index)])  # kept events before each place
-            columns.append(f"view.{history.name}", np.flatnonzero(keep).astype(index))
-            first, last = before[starts], before[ends]
-        first = np.maximum(first, last - history.length)
-        columns.append(f"start.{history.name}", first.astype(index))
-        columns.append(f"end.{history.name}", last.astype(index))
+class _Seen:
+    """Which users may have rows: nobody sees the events of others.  A hash of a hash, so that a few others pass."""
+
+    def __init__(self, rows: int, limit: int) -> None:
+        size = 1 << max(10, min(8 * rows, limit).bit_length() - 1)
+        self.places, self.mask = np.zeros(size, dtype=bool), np.int64(size - 1)
+
+    def add(self, users: np.ndarray) -> None:
+        """(n,) int64 hashes."""
+        self.places[users & self.mask] = True
+
+    def of(self, users: np.ndarray) -> np.ndarray:
+        """(n,) bool."""
+        return self.places[users & self.mask] & (users != 0)
+
+
+class _Cut:
+    """Writes events in order, window by window, and says where each row's histories start and end."""
+
+    def __init__(self, data: src.Data, columns: Columns, kinds: Mapping[str, str], index: type) -> None:
+        self.data, self.columns, self.index = data, columns, index
+        self.timed = any(GAP in history.fields for history in data.histories)
+        self.done = 0  # events
+        self.kept = {f"where.{i}": 0 for i, history in enumerate(data.histories) if history.where}
+        types = {"user": "int64", "time": "int64", "source": "uint8", "row": "int64", **kinds}
+        self.window({name: np.zeros(0, kind) for name, kind in types.items()})  # columns are there without events, too
+
+    def window(self, window: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Rows and events of some users, sorted.  Returns ``row``, and ``start.NAME``, ``end.NAME`` of each history."""
+        users, is_row = window["user"], window["source"] == 0
+        first = np.concatenate([[True], users[1:] != users[:-1]])[: len(users)]  # of its user
+        place = np.cumsum(first) - 1
+        shown = np.zeros(int(first.sum()), dtype=bool)
+        shown[place[is_row & (users != 0)]] = True  # a user of 0 is none
+        event = ~is_row & shown[place]
+        begins, at = np.flatnonzero(first)[place[is_row]], np.flatnonzero(is_row)
+        nobody = users[at] == 0
+
+        def slices(counted: np.ndarray, before: int) -> tuple[np.ndarray, np.ndarray]:
+            """Of every row, the number of counted records before its user and before itself."""
+            sums = np.concatenate([[0], np.cumsum(counted)]) + before
+            return np.where(nobody, 0, sums[begins]), np.where(nobody, 0, sums[at])
+
+        if self.timed:
+            self.columns.append("event.time", window["time"][event])
+        for field in self.data.fields:
+            self.columns.append(f"event.{field.name}", window[field.name][event])
+        out = {"row": window["row"][is_row]}
+        starts, ends = slices(event, self.done)
+        for i, history in enumerate(self.data.histories):
+            start, end = starts, ends
+            if history.where:
+                keep = event & window[f"where.{i}"]
+                start, end = slices(keep, self.kept[f"where.{i}"])
+                places = np.flatnonzero(keep[event]) + self.done
+                self.columns.append(f"view.{history.name}", places.astype(self.index))
+                self.kept[f"where.{i}"] += len(places)
+            out[f"start.{history.name}"] = np.maximum(start, end - history.length).astype(self.index)
+            out[f"end.{history.name}"] = end.astype(self.index)
+        self.done += int(event.sum())
+        return out
 
 
 def warnings_of(data: src.Data, base: Path = Path(), tables: src.Tables | None = None) -> list[str]:
@@ -92,17 +157,15 @@ def _index_type(n: int) -> type:
     return np.int32 if n < 2**31 else np.int64
 
 
-def _no_events(data: src.Data, fitted: Fitted, known: Vocabulary) -> dict[str, np.ndarray]:
-    out = {"user": np.zeros(0, dtype=known.dtype), "time": np.zeros(0, dtype=np.int64)}
-    out |= {field.name: np.zeros(0, dtype=fitted.vocabularies[field.vocab].dtype) for field in data.fields}
-    return out | {f"where.{i}": np.zeros(0, dtype=bool) for i, history in enumerate(data.histories) if history.where}
+def _source(number: int, users: np.ndarray) -> np.ndarray:
+    return np.full(len(users), number, dtype=np.uint8)
 
 
 def _event_chunks(
-    data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted: Fitted, users: Any, known: Vocabulary,
+    data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted: Fitted, users: Any, seen: _Seen,
     per_second: float,
 ) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
-    """Encoded events of known users of one source: user, time, one column per field, one bool per filtered history."""
+    """Encoded events of users with rows, of one source: user, time, one column per field, one bool per filtered history."""
     from unbraid.data.encode import chunks
 
     have, where = plan.collect_schema(), f"data.events `{source.table}`"
@@ -120,10 +183,10 @@ def _event_chunks(
         if source.time != "none" and frame["time"].null_count():
             nulls = frame["time"].null_count()
             raise src.DataError(f'{where}: {nulls:,} events have no time. Filter them, or use time = "none".')
-        codes = known.encode(pl.Series(stable_hash(frame["user"]).view(np.int64)))
-        mine = codes >= FIRST_VALUE
+        hashes = stable_hash(frame["user"]).view(np.int64)
+        mine = seen.of(hashes)
         if mine.any():
-            yield {"user": codes[mine], **encode_events(data, source, frame.filter(pl.Series(mine)), fitted)}
+            yield {"user": hashes[mine], **encode_events(data, source, frame.filter(pl.Series(mine)), fitted)}
 
 
 def event_expressions(source: src.Events, have: Mapping[str, Any]) -> tuple[dict[str, pl.Expr], list[str]]:
@@ -162,26 +225,6 @@ def encode_events(data: src.Data, source: src.Events, frame: pl.DataFrame, fitte
             keeps[f"where.{i}"] = keep.fill_null(False).cast(pl.Boolean)
     kept = full.with_columns(**keeps)  # not select: a constant is one per event
     return out | {name: kept[name].to_numpy() for name in keeps}
-
-
-def _slices(
-    row_user: np.ndarray, row_time: np.ndarray, bounds: np.ndarray, times: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """For every row, the first event of its user and the end of those strictly before its time ((n,) int64 each).
-
-    Args:
-        row_user, row_time: (n,) codes and times; bounds: the events of user u are ``bounds[u]`` to ``bounds[u + 1]``,
-            in order of their ``times``.
-    """
-    user = row_user.astype(np.int64)
-    start, end = bounds[user], bounds[user + 1]
-    low = start
-    while (todo := low < end).any():  # binary search in all users' slices at once
-        middle = (low + end) // 2
-        earlier = times[middle.clip(max=len(times) - 1)] < row_time
-        low = np.where(todo & earlier, middle + 1, low)
-        end = np.where(todo & ~earlier, middle, end)
-    return start, low
 
 
 def gap_codes(event_time: np.ndarray, row_time: np.ndarray, per_second: float) -> np.ndarray:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import polars as pl
 
+from unbraid.data.spill import Room, bins
 from unbraid.data.vocabulary import stable_hash
 
 NOBODY = np.uint64(0)  # key of a row that lacks one of its columns
@@ -24,16 +27,27 @@ def keys_of(columns: list[pl.Series]) -> np.ndarray:
     return np.where(missing, NOBODY, key)
 
 
-def earlier(keys: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """(n,) int32: for each row, how many rows of its key are before it; 0 for key 0.
+def earlier(chunks: Iterable[tuple[np.ndarray, np.ndarray]], room: Room) -> Iterator[np.ndarray]:
+    """(n,) int32 in pieces: for each row, how many rows of its key are before it; 0 for key 0.
 
     Args:
-        keys: (n,) uint64; times: (n,) int64.  Rows of one instant are in the order in which they stand.
+        chunks: (n,) uint64 keys and (n,) int64 times, piece by piece.  Rows of one instant are in the order in which they stand.
     """
-    order = np.lexsort((times, keys))  # stable
-    place, ordered = np.arange(len(keys)), keys[order]
-    starts = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-    counts = np.empty(len(keys), dtype=np.int32)
-    counts[order] = place - np.maximum.accumulate(np.where(starts, place, 0))
-    counts[keys == NOBODY] = 0
-    return counts
+    sorter, counted = room.sorter("exposure", "bin", "key", "time"), room.sorter("exposed", "row")
+    rows = 0
+    for keys, times in chunks:
+        row = np.arange(rows, rows + len(keys))
+        frame = pl.DataFrame({"bin": bins(keys), "key": keys, "time": times, "row": row})
+        rows += len(keys)
+        known = pl.Series(keys != NOBODY)
+        sorter.add(frame.filter(known))
+        counted.add(frame.filter(~known).select("row", count=pl.lit(0, pl.Int32)))
+    for window in sorter.windows():
+        keys, place = window["key"].to_numpy(), np.arange(len(window))
+        starts = np.concatenate([[True], keys[1:] != keys[:-1]])
+        counts = place - np.maximum.accumulate(np.where(starts, place, 0))
+        counted.add(window.select("row", count=pl.Series(counts.astype(np.int32))))
+    sorter.close()
+    for window in counted.windows():
+        yield window["count"].to_numpy()
+    counted.close()

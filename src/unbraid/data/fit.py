@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
-from unbraid.data import vocabulary
+from unbraid.data.counting import Counted, Learnt, Numbers, read_once, vocabulary_of
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import (
     SPLIT,
@@ -33,11 +32,10 @@ from unbraid.data.source import (
     users_of_events,
     with_split,
 )
-from unbraid.data.text import holds_whole_numbers
+from unbraid.data.spill import Room, add_up
 from unbraid.data.vocabulary import Vocabulary, canonical, canonical_type
-from unbraid.types import FIRST_VALUE, GAP, POSITION, Feature, Schema, Task
+from unbraid.types import FIRST_VALUE, GAP, POSITION, Feature, Field, Schema, Task
 
-QUANTILES = 256  # values of a number that are remembered
 GAP_BUCKETS = 34  # unknown, missing, then floor(log2(seconds + 1)): 2**32 seconds are 136 years
 Progress = Callable[[str, int, int], None]  # (what, done, total): total 0 when unknown
 
@@ -46,21 +44,22 @@ def no_progress(what: str, done: int, total: int) -> None:
     """Say nothing."""
 
 
-def fit(data: Data, base: Path, tables: Tables | None, grow: Fitted | None, progress: Progress) -> Fitted:
+def fit(
+    data: Data, base: Path, tables: Tables | None, grow: Fitted | None, progress: Progress, room: Room
+) -> Fitted:  # fmt: skip
     """Vocabularies, scales, domains and classes of the training split."""
     plan = rows_plan(data, base, tables)
     schema = plan.collect_schema()
     _check_split(data, kept_rows(data, base, tables))
     train = plan.filter(pl.col(SPLIT) == 0)
     progress("fitting vocabularies", 0, 0)
-    vocabularies = _fit_vocabularies(data, base, tables, train, schema, grow)
-    learnt = {f.name: _fit_number(f, train, schema) for f in data.features if f.kind == "number"}
-    numbers = {name: found for name, (found, _, _) in learnt.items()}
+    vocabularies, learnt = _read(data, base, tables, train, schema, grow, room)
+    numbers = {name: found.scale for name, found in learnt.items()}
     if grow:  # weights to start from were learnt on numbers of their own scale, where the column was not empty
         same = [f.name for f in data.features if f.kind == "number" and f in grow.schema.features]
         numbers |= {name: grow.schema.numbers[name] for name in same if grow.schema.quantiles.get(name)}
-    quantiles = {name: found for name, (_, found, _) in learnt.items()}
-    whole = {name: found for name, (_, _, found) in learnt.items()}
+    quantiles = {name: found.quantiles for name, found in learnt.items()}
+    whole = {name: found.whole for name, found in learnt.items()}
     widths = {f.name: _fit_width(f, train, schema) for f in data.features if f.kind == "vector"}
     known = grow.schema.classes if grow else {}
     classes = {
@@ -91,25 +90,40 @@ def _check_split(data: Data, plan: pl.LazyFrame) -> None:
         raise DataError(f"The {' and '.join(empty)} split is empty ({have} rows). Move the boundaries of `data.split`.")
 
 
-def _fit_vocabularies(
-    data: Data, base: Path, tables: Tables | None, train: pl.LazyFrame, schema: Mapping[str, Any], grow: Fitted | None
-) -> dict[str, Vocabulary]:
-    counts: dict[str, list[pl.DataFrame]] = {}
+def _read(
+    data: Data, base: Path, tables: Tables | None, train: pl.LazyFrame, schema: Mapping[str, Any], grow: Fitted | None,
+    room: Room,
+) -> tuple[dict[str, Vocabulary], dict[str, Learnt]]:  # fmt: skip
+    """Vocabularies and what numbers teach: one pass over the training rows, one over each source of events."""
+    every: tuple[Feature | Field, ...] = (*data.features, *data.fields)
+    hashed = {x.vocab for x in every if x.min_count == 0}
+    found: dict[str, list[Counted]] = {}
     need: dict[str, tuple[int, int]] = {}
 
-    def want(plan: pl.LazyFrame, reads: list[tuple[str, pl.Expr, Any, int, int]]) -> None:
-        found = _count(plan, [(expr, dtype) for _, expr, dtype, _, _ in reads])
-        for (name, _, _, min_count, buckets), frame in zip(reads, found, strict=True):
-            counts.setdefault(name, []).append(frame)
+    def want(reads: list[tuple[str, pl.Expr, Any, int, int]], where: str) -> list[Counted]:
+        counted = sum(name not in hashed for name, *_ in reads) + len(numbers)
+        made = []
+        for place, (name, expr, dtype, min_count, buckets) in enumerate(reads):
+            sorter = room.sorter(f"{where}-{place}", "value", share=max(counted, 1), fold=add_up)
+            made.append(Counted(expr, dtype, sorter, name in hashed))
+            found.setdefault(name, []).append(made[-1])
             old = need.get(name, (1, 0))
             need[name] = (max(old[0], min_count), max(old[1], buckets))
+        return made
 
+    numbers = [f for f in data.features if f.kind == "number"]
     ids = [f for f in data.features if f.kind in ("id", "bag")]
     reads = [(f.vocab, *ids_of(f, schema), f.min_count, f.buckets) for f in ids]
     if data.domain:
         reads.append(("domain ", expression(data.domain, schema, "data.domain"), _dtype(data.domain, schema), 1, 0))
-    want(train, reads)
-    for source, plan in event_plans(data, base, tables):
+    counts = want(reads, "rows")
+    columns = {
+        f.name: Numbers(f, number_expression(f, schema), room.sorter(f"number-{i}", "value", share=max(len(reads), 1)))
+        for i, f in enumerate(numbers)
+    }
+    read_once(train, [*counts, *columns.values()])
+    numbers = []
+    for place, (source, plan) in enumerate(event_plans(data, base, tables)):
         with reading(f"data.events `{source.table}`"):
             plan = training_events(data, source.table, source.time, plan, train)
             joined = add_joins(plan.drop(SPLIT, strict=False), data, base, tables)
@@ -120,53 +134,16 @@ def _fit_vocabularies(
             if lists := [name for name, (_, dtype) in read.items() if isinstance(dtype, pl.List)]:
                 events = events.explode(lists, empty_as_null=False, keep_nulls=False)
             have = events.collect_schema()
-            want(events, [(f.vocab, pl.col(f.name), have[f.name], f.min_count, f.buckets) for f in fields])
+            reads = [(f.vocab, pl.col(f.name), have[f.name], f.min_count, f.buckets) for f in fields]
+            read_once(events, want(reads, f"events-{place}"))
     for field in data.fields:
-        if field.vocab not in counts:
+        if field.vocab not in found:
             raise DataError(f"Event field `{field.name}` is in no `[[data.events]]` columns.")
-    fitted = {}
-    for name, frames in counts.items():
-        old = grow.vocabularies.get(name) if grow else None
-        kinds = [f.schema["value"] for f in frames if len(f)] + ([old.values.dtype] if old and len(old.values) else [])
-        if old and set(kinds) == {pl.Int64, pl.String} and holds_whole_numbers(old.values):
-            kinds = [pl.String()]  # the earlier log had numbers and words, as text
-        if len(set(kinds)) > 1:
-            found = ", ".join(sorted({str(kind) for kind in kinds}))
-            words = " Read the numbers as text: `CAST(COLUMN AS VARCHAR)` in the place of the column."
-            raise DataError(
-                f"Vocabulary `{name}` is read from columns (or an earlier model) of different types: {found}."
-                + words * (set(kinds) == {pl.Int64, pl.String})
-            )
-        for frame in frames:
-            if frame.schema["value"] == pl.Float64 and frame["value"].is_nan().any():
-                raise DataError(f"Vocabulary `{name}`: its columns hold NaN. Write nulls for missing ids.")
-        kind = kinds[0] if kinds else frames[0].schema["value"]
-        fitted[name] = vocabulary.fit([f.cast({"value": kind}) for f in frames], *need[name], old)
-    return fitted
-
-
-def _count(plan: pl.LazyFrame, reads: list[tuple[pl.Expr, Any]]) -> list[pl.DataFrame]:
-    """Per column, or column of lists, a frame (value, count) in canonical type: one pass, as plans can be costly."""
-    from unbraid.data.encode import CHUNK, chunks
-
-    columns, kinds = {}, []
-    for i, (expr, dtype) in enumerate(reads):
-        kinds.append(canonical_type(dtype.inner if isinstance(dtype, pl.List) else dtype))
-        columns[f"__{i}"] = expr.cast(pl.List(kinds[-1]) if isinstance(dtype, pl.List) else kinds[-1])
-    parts = [[pl.DataFrame(schema={"value": kind, "count": pl.UInt32})] for kind in kinds]
-    # with_columns: a constant counts once a row
-    for frame in chunks(plan.with_columns(**columns).select(*columns)) if reads else ():
-        for column, found in zip(frame.iter_columns(), parts, strict=True):
-            if column.dtype == pl.List:
-                column = column.explode(empty_as_null=False, keep_nulls=False)
-            found.append(column.rename("value").drop_nulls().value_counts(name="count"))
-            if sum(map(len, found[1:])) > max(4 * CHUNK, len(found[0])):
-                found[:] = [_add_up(found)]
-    return [_add_up(found) for found in parts]
-
-
-def _add_up(parts: list[pl.DataFrame]) -> pl.DataFrame:
-    return pl.concat(parts).group_by("value").agg(pl.col("count").sum())
+    fitted = {
+        name: vocabulary_of(name, counted, *need[name], grow.vocabularies.get(name) if grow else None, room)
+        for name, counted in found.items()
+    }
+    return fitted, {name: column.learn() for name, column in columns.items()}
 
 
 def training_events(data: Data, table: str, time: str, plan: pl.LazyFrame, train: pl.LazyFrame) -> pl.LazyFrame:
@@ -244,44 +221,6 @@ def content_expression(feature: Feature, schema: Mapping[str, Any]) -> pl.Expr:
         what = "texts" if feature.kind == "text" else "paths of files, or their bytes (Parquet's binary)"
         raise DataError(f"{where}: kind `{feature.kind}` needs {what}. Found {dtype} in `{feature.source}`.")
     return expr if dtype == pl.Binary else expr.cast(pl.String)
-
-
-def _fit_number(
-    feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]
-) -> tuple[tuple[float, float], tuple[float, ...], bool]:
-    """(mean, deviation), values at evenly spaced ranks, () of an empty column, and: are all whole, and exact as they are?
-
-    One column is held in memory, sorted, so that no order of threads changes what is learnt.
-    """
-    found = train.select(number_expression(feature, schema).drop_nulls().sort().alias("x"))
-    values = found.collect(engine="streaming")["x"].to_numpy()
-    refuse_bad_numbers(feature, int(np.isnan(values).sum()), int(np.isinf(values).sum()))
-    if not len(values):
-        return (0.0, 1.0), (), True
-    quantiles = tuple(values[np.arange(QUANTILES) * (len(values) - 1) // (QUANTILES - 1)].tolist())
-    whole = bool((values == np.trunc(values)).all() and max(-values[0], values[-1]) <= 2**53)
-    mean, std = float(values.mean()), float(values.std())
-    if std <= 2.0**-23 * abs(mean):
-        return (mean, 1.0), quantiles, whole  # a (in single precision) constant column becomes 0
-    # single precision, so that a sum in another order teaches the same numbers
-    scale = float(np.float32(mean)) if abs(mean) > 1e-9 * std else 0.0, float(np.float32(std))
-    return scale, quantiles, whole
-
-
-def refuse_bad_numbers(feature: Feature, nans: int, infinite: int) -> None:
-    """Raises DataError when there are any: so many rows."""
-    where = f"Feature `{feature.name}`: `{feature.source}` holds"
-    if nans:
-        raise DataError(
-            f'{where} NaN in {nans:,} rows. A null is missing; to read a NaN as missing too, set nan = "missing" on the '
-            "feature."
-        )
-    if infinite:
-        name = feature.source if feature.source.isidentifier() else f"({feature.source})"
-        raise DataError(
-            f"{where} infinity, or numbers beyond single precision, in {infinite:,} rows, which `nan` is not about. Read them as "
-            f'missing, with column = "CASE WHEN ABS({name}) < 1e38 THEN {name} END", or as a number of your choice.'
-        )
 
 
 def _fit_width(feature: Feature, train: pl.LazyFrame, schema: Mapping[str, Any]) -> int:

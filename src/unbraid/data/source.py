@@ -25,6 +25,7 @@ from unbraid.types import BUILT_IN, FORBID, GAP, POSITION, Feature, Field, Histo
 
 SPLITS = ("train", "valid", "test")
 SPLIT, ROW_KEY, WITHHELD, FILE = "__split", "__row", "__withheld", "__file"
+LEAST_MB = 64  # of `Data.memory_mb`
 Tables = Mapping[str, pl.DataFrame | pl.LazyFrame]  # tables handed over in memory, by the name that the run uses
 OTHER_ROWS = re.compile(
     r"\b(?:avg|sum|count|min|max|median|first|last|std\w*|var\w*|quantile\w*|corr|covar\w*|over)\s*\(", re.I
@@ -212,6 +213,8 @@ class Data:
             are not read, as if they were null, and none of any split is in a history; the test split still measures.
         text, joins, features, fields, events, histories, tasks, split, negatives: see their classes.
         cache: folder of encoded data; empty for the user's cache folder.
+        memory_mb: how much encoding may hold beside the program itself; what is more is sorted on disk.  0:
+            $UNBRAID_MEMORY_MB, else 2,048.
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
@@ -237,6 +240,7 @@ class Data:
     withhold: str = ""
     negatives: Negatives | None = None
     cache: str = ""
+    memory_mb: int = 0
 
     def __post_init__(self) -> None:
         names = [f.name for f in self.features] + [h.name for h in self.histories]
@@ -270,10 +274,17 @@ class Data:
                     f"Events of `{events.table}`: columns should not be called user or time. Found {found}."
                 )
         ids: tuple[Feature | Field, ...] = (*self.features, *self.fields)
-        least = [(x.name, "min_count", x.min_count, 1) for x in ids] + [(x.name, "buckets", x.buckets, 0) for x in ids]
+        least = [(x.name, "min_count", x.min_count, 0) for x in ids] + [(x.name, "buckets", x.buckets, 0) for x in ids]
         for name, option, value, low in [*least, *((h.name, "length", h.length, 1) for h in self.histories)]:
             if value < low:
                 raise ValueError(f"`{name}`: `{option}` should be at least {low}. Found {value}.")
+        for x in ids:
+            if x.min_count == 0 and not x.buckets:
+                raise ValueError(f"`{x.name}`: with `min_count` 0 all values are hashed: set `buckets`. Found 0.")
+        if self.memory_mb and self.memory_mb < LEAST_MB:
+            raise ValueError(
+                f"`memory_mb` should be at least {LEAST_MB}, or 0 for the default. Found {self.memory_mb}."
+            )
         for i, task in enumerate(self.tasks):
             if task.given and task.given not in {t.name for t in self.tasks[:i] if t.kind == "binary"}:
                 raise ValueError(

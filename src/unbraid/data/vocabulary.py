@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from unbraid.data.spill import Room, highest
 from unbraid.types import FIRST_VALUE, MISSING, UNKNOWN
 
 FEW_ROWS = 4_096  # up to so many, values are found one by one: joins cost more to prepare
@@ -112,18 +113,31 @@ class Vocabulary:
         return joined["code"].fill_null(UNKNOWN).to_numpy().astype(np.int64)
 
 
-def fit(counts: Sequence[pl.DataFrame], min_count: int, buckets: int, grow: Vocabulary | None = None) -> Vocabulary:
+def fit(
+    readers: Sequence[Iterable[pl.DataFrame]],
+    kind: Any,
+    min_count: int,
+    buckets: int,
+    grow: Vocabulary | None,
+    room: Room,
+) -> Vocabulary:
     """The vocabulary of several readers.
 
     Args:
-        counts: per reader a frame (value, count) of the training split.
+        readers: each a series of frames (value, count) of the training split, a value once, in order.
+        kind: type of the values, Int64, Float64 or String.
         min_count: a value stays when one reader sees it so often (the largest count, not the sum: a row that is also an
             event would count twice).
         grow: an earlier model's vocabulary, whose values stay whatever their count.
     """
-    stacked = pl.concat([c.drop_nulls("value") for c in counts])
-    kept = stacked.group_by("value").agg(pl.col("count").max()).filter(pl.col("count") >= min_count)
-    values = kept["value"]
-    if grow is not None and len(grow.values):
-        values = pl.concat([values.cast(grow.values.dtype), grow.values]).unique()
-    return Vocabulary(values.sort(), buckets)
+    windows: Iterable[pl.DataFrame] = readers[0] if readers else ()
+    merged = room.sorter("readers", "value", fold=highest)
+    old = grow.values if grow is not None else pl.Series(dtype=kind)
+    if len(readers) > 1 or len(old):
+        for frame in (frame for reader in readers for frame in reader):
+            merged.add(frame)
+        merged.add(pl.DataFrame({"value": old.cast(kind), "count": np.full(len(old), 2**62)}))
+        windows = merged.windows()
+    kept = [frame.filter(pl.col("count") >= min_count)["value"] for frame in windows]
+    merged.close()
+    return Vocabulary(pl.concat([pl.Series("value", dtype=kind), *kept], rechunk=True), buckets)

@@ -1,0 +1,200 @@
+"""Sorting more records than memory holds: sorted runs on disk, merged window by window.
+
+A run is a row of Arrow files, each a sorted block.  A merge holds a block of every run, and all records of one value of the
+first key: a user's events, say.  Peak memory is some four times the limit, whatever the number of records.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+WINDOW = 1 << 17  # records, or more where a group is larger
+BINS = 1 << 12
+RUNS = 32  # so many are merged at once; a block is this part of the limit
+Fold = Callable[[pl.DataFrame], pl.DataFrame]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where encoding may spill, and how much it may hold.
+
+    Args:
+        folder: for sorted runs, on the disk of the encoded table.
+        limit: bytes that one sorter holds; peak memory is some four times that, beside the program.
+    """
+
+    folder: Path
+    limit: int
+
+    def sorter(self, name: str, *keys: str, share: int = 1, fold: Fold | None = None) -> Sorter:
+        """One with a folder of its own; ``share``: of so many that are filled together."""
+        return Sorter(self.folder / name, keys, max(self.limit // share, 1), fold)
+
+
+class Sorter:
+    """Records in the order of their keys; equal ones in the order in which they were added.
+
+    Args:
+        folder: where runs go, made when there is one.
+        keys: columns, the first deciding first, without nulls.  One of text is the only one.  Runs are sorted by the first
+            alone, the rest within each window, where it is in the processor's cache: a coarse first key of 16 bits makes a run
+            for the price of reading it.
+        limit: bytes that are held before a run is written.
+        fold: makes one record of those with the same key, in any grouping: sums of counts.
+        runs: of an earlier sorter with this folder, as its `runs` say: its records come first.
+    """
+
+    def __init__(
+        self, folder: Path, keys: Sequence[str], limit: int, fold: Fold | None = None, runs: Sequence[list[str]] = ()
+    ) -> None:
+        self.folder, self.keys, self.limit, self.fold = folder, list(keys), limit, fold
+        self.runs = [list(run) for run in runs]
+        self.held: list[pl.DataFrame] = []
+        self.records = 0  # that were added here
+        self._bytes = self._folded = 0.0
+
+    def add(self, frame: pl.DataFrame) -> bool:
+        """Add records.  True when all there are went to disk: from here on a killed process can continue."""
+        if not len(frame):
+            return False
+        self.held.append(frame)
+        self.records += len(frame)
+        self._bytes += frame.estimated_size()
+        # what folding leaves may be little: few values of many records
+        if self.fold and self._bytes - self._folded > max(self._folded, self.limit // 4):
+            self.held = [self.fold(pl.concat(self.held))]
+            self._bytes = self._folded = self.held[0].estimated_size()
+        if self._bytes <= self.limit:
+            return False
+        self.spill()
+        return True
+
+    def spill(self) -> None:
+        """Write what is held as a run."""
+        if self.held:
+            self.runs.append(self._write([self._in_memory()]))
+        if len(self.runs) > RUNS:
+            old, self.runs = self.runs, [self._write(self._merged())]
+            for name in (name for run in old for name in run):
+                (self.folder / name).unlink()
+
+    def windows(self) -> Iterator[pl.DataFrame]:
+        """All records in order, in frames that hold whole groups of the first key.  Raises OSError when the disk is full."""
+        if self.runs:
+            self.spill()
+            yield from self._merged()
+        elif self.held:
+            whole = self._in_memory()
+            key = whole[self.keys[0]]
+            starts = [0, *(np.flatnonzero((key != key.shift(1)).fill_null(True).to_numpy())), len(whole)]
+            cuts = np.unique(np.searchsorted(starts, np.arange(0, len(whole), WINDOW)))
+            places = [0, *(starts[cut] for cut in cuts.tolist()), len(whole)] if len(self.keys) > 1 else [0, len(whole)]
+            for start, end in itertools.pairwise(places):
+                if end > start:
+                    yield self._sorted(whole[start:end], self.keys)
+
+    def close(self) -> None:
+        """Remove the runs."""
+        self.held, self.runs = [], []
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _in_memory(self) -> pl.DataFrame:
+        held, self.held, self._bytes, self._folded = self.held, [], 0.0, 0.0
+        whole = pl.concat(held)
+        del held
+        return self._sorted(self.fold(whole) if self.fold else whole, self.keys[:1])
+
+    def _sorted(self, frame: pl.DataFrame, keys: list[str]) -> pl.DataFrame:
+        if frame.width == 1 or self.fold:
+            return frame.sort(keys)
+        order = np.lexsort([frame[key].to_numpy() for key in reversed(keys)])  # faster than Polars on several keys
+        return frame[order]
+
+    def _write(self, frames: Any) -> list[str]:
+        """Write sorted frames as blocks of one run; their names."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.stem) for path in self.folder.glob("*.arrow")]
+        start = max(taken, default=-1) + 1
+        names: list[str] = []
+        for frame in frames:
+            rows = max(1, int(len(frame) * self.limit / RUNS / max(1, frame.estimated_size())))
+            for block in frame.iter_slices(rows):
+                names.append(f"{start + len(names):08d}.arrow")
+                block.write_ipc(self.folder / names[-1])
+        return names
+
+    def _merged(self) -> Iterator[pl.DataFrame]:
+        runs = [_Run(self.folder, names, self.keys[0]) for names in self.runs]
+        while runs:
+            unfinished = [run for run in runs if run.names]
+            if not unfinished:
+                yield self._joined([run.block for run in runs])
+                return
+            pivot = min(run.last for run in unfinished)  # below it nothing is to come
+            parts = [part for run in runs if len(part := run.below(pivot))]
+            for run in unfinished:
+                if run.last == pivot:
+                    run.extend()
+            runs = [run for run in runs if len(run.block)]
+            if parts:
+                yield self._joined(parts)
+
+    def _joined(self, parts: list[pl.DataFrame]) -> pl.DataFrame:
+        whole = pl.concat(parts)
+        return self._sorted(self.fold(whole) if self.fold else whole, self.keys)
+
+
+class _Run:
+    """The head of a run, while it is merged."""
+
+    def __init__(self, folder: Path, names: Sequence[str], key: str) -> None:
+        self.folder, self.names, self.key = folder, list(names), key
+        self.block = pl.read_ipc(folder / self.names.pop(0))
+
+    @property
+    def last(self) -> Any:
+        return self.block[self.key][-1]
+
+    def below(self, pivot: Any) -> pl.DataFrame:
+        """Take the records whose key is below a value."""
+        end = self.block[self.key].search_sorted(pivot, side="left")
+        taken, self.block = self.block[:end], self.block[end:]
+        return taken
+
+    def extend(self) -> None:
+        """Append the next block."""
+        self.block = pl.concat([self.block, pl.read_ipc(self.folder / self.names.pop(0))], rechunk=True)
+
+
+def add_up(frame: pl.DataFrame) -> pl.DataFrame:
+    """A fold: (value, count), the counts of a value added."""
+    return frame.group_by("value").agg(pl.col("count").sum())
+
+
+def highest(frame: pl.DataFrame) -> pl.DataFrame:
+    """A fold: (value, count), the highest count of a value."""
+    return frame.group_by("value").agg(pl.col("count").max())
+
+
+def bins(key: np.ndarray, end: int = 0) -> np.ndarray:
+    """(n,) int16 in the order of a key: of 64-bit hashes, or of numbers from 0 to before ``end``."""
+    return (key.astype(np.int64) * BINS // end if end else key >> key.dtype.type(64 - BINS.bit_length() + 1)).astype(
+        np.int16
+    )
+
+
+def pieces(column: np.ndarray, rows: int = 1 << 20) -> Iterator[np.ndarray]:
+    """A mapped column, some rows at a time, read and not mapped: pages of a map would count as memory of the process."""
+    if not isinstance(column, np.memmap) or column.filename is None:
+        yield from (column[at : at + rows] for at in range(0, len(column), rows))
+        return
+    for at in range(0, len(column), rows):
+        yield np.fromfile(column.filename, column.dtype, min(rows, len(column) - at), offset=at * column.itemsize)
