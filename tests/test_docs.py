@@ -123,6 +123,8 @@ def test_python_of_a_method_makes_a_run(page: Path) -> None:
         assert config.from_dict(tomllib.loads(config.dumps(run))) == run, "what is not valid shows here"
         build(run, small_schema(run.data))  # what does not fit together shows here
     assert isinstance(names["run"], config.Run)
+    for card in ("**Paper", "**Slot", "**Module", "**For.**", "**Not for.**"):
+        assert card in page.read_text().partition("\n## ")[0], f"the card lacks {card}"
     for heading in ("Idea", "Equations", "Shapes", "Usage", "Differences", "What is tested", "What reproduced"):
         assert f"\n## {heading}\n" in page.read_text()
 
