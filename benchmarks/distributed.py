@@ -12,6 +12,9 @@ ratio is the median over the pairs of rows per second by the clock: above 1, two
 | ``mmoe_divided`` | the same, all tables lazy and divided by rows over the processes |
 | ``dare`` | DARE on histories of up to 200 items, tables as in ``mmoe`` |
 
+``work``: CPU time of a step in both processes over that of one process with one thread: what being two costs, whoever else uses
+the machine.  2 / ``work`` is the best that two free cores could gain over one.
+
 ``communication_ms``: time of a step that the first process spends in exchanges, waiting for the other one included, by kind:
 ``all_gather`` (labels, logits, ids), ``all_reduce`` (gradients, flags), ``all_to_all`` (rows of divided tables).
 
@@ -73,7 +76,7 @@ def model_of(case: str, data: Encoded) -> Model:
 
 
 def steps_of(case: str, folder: Path, count: int) -> dict[str, Any]:
-    """Train ``count`` steps; returns the seconds of a step and, by kind, those in exchanges."""
+    """Train ``count`` steps; returns a step's seconds, CPU seconds of all processes and, by kind, seconds in exchanges."""
     data = Encoded(folder)
     model = model_of(case, data)
     sharding.same_start(model)
@@ -93,11 +96,12 @@ def steps_of(case: str, folder: Path, count: int) -> dict[str, Any]:
     for name in EXCHANGES:
         setattr(dist, name, timed(getattr(dist, name), name, spent))
     parallel.wait()
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     fit(model, given, [term], update, steps=WARM + count, start=WARM)
-    seconds = time.perf_counter() - began
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
     batches.close()  # type: ignore[attr-defined]
-    return {"seconds": seconds / count, "exchanges": {name: spent[name] / count for name in EXCHANGES}}
+    cpu = sum(parallel.gather(busy)) / count
+    return {"seconds": seconds / count, "cpu": cpu, "exchanges": {name: spent[name] / count for name in EXCHANGES}}
 
 
 def timed(call: Callable[..., Any], name: str, spent: Counter[str]) -> Callable[..., Any]:
@@ -182,26 +186,27 @@ def started(processes: int, threads: int, *arguments: Any) -> dict[str, Any]:
 
 def scaling(steps: int, pairs: int, rows: int) -> dict[str, Any]:
     """Ratios and costs of all cases."""
-    found: dict[str, Any] = {"scaling": {}, "communication_ms": {}, "step_ms": {}}
+    found: dict[str, Any] = {"scaling": {}, "work": {}, "communication_ms": {}, "step_ms": {}}
     with tempfile.TemporaryDirectory() as place:
         plain, past = (encoded(rows, Path(place) / name, history=name == "past").folder for name in ("plain", "past"))
         for case in CASES:
             folder, ratios, twos = (past if case == "dare" else plain), list[float](), list[dict[str, Any]]()
+            work: list[float] = []
             for number in range(pairs):
-                sides = [(1, 2), (2, 1)]
-                made = {
-                    side[0]: started(*side, "scaling", case, folder, steps)
-                    for side in sides[:: 1 if number % 2 else -1]
-                }
-                ratios.append(made[1]["seconds"] / made[2]["seconds"])
-                twos.append(made[2])
+                sides = [(1, 2), (2, 1), (1, 1)]
+                made = {s: started(*s, "scaling", case, folder, steps) for s in sides[:: 1 if number % 2 else -1]}
+                ratios.append(made[1, 2]["seconds"] / made[2, 1]["seconds"])
+                work.append(made[2, 1]["cpu"] / made[1, 1]["cpu"])
+                twos.append(made[2, 1])
             exchanges = {n: 1e3 * statistics.median(two["exchanges"][n] for two in twos) for n in EXCHANGES}
             step = 1e3 * statistics.median(two["seconds"] for two in twos)
             found["scaling"][case] = round(statistics.median(ratios), 3)
+            found["work"][case] = round(statistics.median(work), 3)
             found["communication_ms"][case] = {name: round(value, 2) for name, value in exchanges.items()}
             found["step_ms"][case] = round(step, 1)
             text = ", ".join(f"{name} {value:.1f}" for name, value in exchanges.items())
-            print(f"{case}: {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f}); "
+            print(f"{case}: {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f}), "
+                  f"{statistics.median(work):.2f} times the work ({min(work):.2f} to {max(work):.2f}); "
                   f"a step of two takes {step:.0f} ms, in exchanges {text}", flush=True)  # fmt: skip
     return found
 

@@ -1,9 +1,9 @@
 """Several processes that train one model together, over ``torch.distributed`` (docs/distributed.md).
 
-Every process holds the whole model and reads its own rows of each batch.  What the processes say about their rows is put
-together, so that **every process computes the losses of the whole batch**, with the terms as they are: a mean over observed rows,
-a ratio of sums, pairs of rows in a list and a memory of rows are then what one process computes, and no loss knows of processes.
-With L the loss of the whole batch and z_r what process r says about its rows::
+Every process holds the whole model (large tables may be divided: `unbraid.sharding`) and reads its own rows of each batch.
+What the processes say about their rows is put together, so that **every process computes the losses of the whole batch**, with
+the terms as they are: a mean over observed rows, a ratio of sums, pairs of rows in a list and a memory of rows are then what one
+process computes, and no loss knows of processes.  With L the loss of the whole batch and z_r what process r says about its rows::
 
     dL/dtheta = sum over r of (dz_r/dtheta)^T dL/dz_r
 

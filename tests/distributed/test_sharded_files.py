@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 from every_member import base
-from together_kit import Losses, Trained, apart, gap, together, trained, with_divided
+from together_kit import Losses, Trained, apart, gap, together, trained, uneven_log, with_divided
 from torch import nn
+from toylog import make_run
 
 from unbraid import parallel, sharded_files, sharding, store
-from unbraid.config import EMA, AdaTask, ForkMerge, Run
-from unbraid.encoders.table import Table
+from unbraid.bundle import Bundle, build, warm_start
+from unbraid.config import EMA, AdaTask, ForkMerge, ModelChoice, Run
+from unbraid.data.encode import encode
+from unbraid.data.fitted import Fitted
+from unbraid.encoders.table import Table, Views
 
 SIZES = {"a/b/value": 11, "c/d/value": 2}  # of 11 rows 4 processes have 3, 3, 3, 2, and of 2 rows two of them none
 
@@ -124,6 +128,25 @@ def test_the_bundle_is_the_same_file(tmp_path: Path) -> None:
     store.save(tmp_path / "one", _made().state_dict())
     together(4, tmp_path, _bundle, tmp_path / "four", 7)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "four").read_bytes()
+
+
+def test_a_warm_start_copies_the_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The earlier bundle is whole; each process takes from it what it owns, and counts what all took."""
+    run = make_run(model=ModelChoice(tables=Views(width=4, lazy_rows=0, shard_mb=1e-9)))
+    fitted = Fitted.load(encode(run.data, tables={"log": uneven_log()}))
+    old = Bundle(run, fitted, build(replace(run, seed=5), fitted.schema), {})
+    wanted = build(run, fitted.schema)
+    counts = warm_start(wanted, fitted, old)
+    found = []
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        model = build(run, fitted.schema)
+        assert sharding.parts(model) and warm_start(model, fitted, old) == counts
+        found.append(model.state_dict())
+    for name, value in wanted.state_dict().items():
+        parts = [each[name] for each in found]
+        assert torch.equal(torch.cat(parts) if name in sharding.parts(model) else parts[0], value), name
 
 
 # ---------------------------------------------------------------------------------------------------------------- trainings

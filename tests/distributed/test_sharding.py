@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import fifty
+from test_training import fifty, tiny
 from together_kit import Trained, all_of, apart, gap, together, trained, with_divided
 from torch import Tensor, nn
 
@@ -217,16 +217,13 @@ def lazy(run: Run) -> Run:
 
 @pytest.mark.slow
 def test_more_processes_than_rows_of_a_batch_or_of_a_table(tmp_path: Path) -> None:
-    from test_training import tiny
-
-    runs = {name: lazy(run) for name, run in tiny().items()}
+    runs = {name: lazy(run) for name, run in tiny().items() if name in ("adatask", "dice, kept events", "star")}
     alone, (first, *others) = (
         all_of(runs),
         together(4, tmp_path, all_of, {n: with_divided(run) for n, run in runs.items()}),
     )
     for name, one in alone.items():
-        bound = 1e-6 if name == "batch norm" else 1e-9
-        assert not first[name].refused and gap(one, first[name]) <= 1e-9 and apart(one, first[name]) <= bound, name
+        assert not first[name].refused and gap(one, first[name]) <= 1e-9 and apart(one, first[name]) <= 1e-9, name
         assert all(apart(first[name], each[name]) == 0 for each in others), name
 
 

@@ -54,12 +54,11 @@ def fifty() -> dict[str, Run]:
     }
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_fifty_steps_are_those_of_one_process(world: int, tmp_path: Path) -> None:
-    """In single precision, as everybody trains."""
+def test_fifty_steps_are_those_of_one_process(tmp_path: Path) -> None:
+    """In single precision, as everybody trains, by four processes; `test_sharding` has two, with divided tables."""
     runs = fifty()
     alone = all_of(runs, False)
-    for name, found in together(world, tmp_path, all_of, runs, False)[0].items():
+    for name, found in together(4, tmp_path, all_of, runs, False)[0].items():
         assert len(found.losses) == 50 and gap(alone[name], found) <= 1e-5, (name, gap(alone[name], found))
         assert apart(alone[name], found) <= 1e-3, (name, apart(alone[name], found))
         assert found.looks == pytest.approx(alone[name].looks, abs=1e-3)

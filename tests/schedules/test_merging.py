@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from unbraid import sharding
 from unbraid.schedules.merging import Branches, combine, combine_states, same
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -191,3 +192,16 @@ def test_states_of_different_updates_are_refused() -> None:
         "a": [2.0, 2],
         "n": None,
     }
+
+
+def test_what_a_branch_moved_on_another_process_it_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a divided table, this process has rows that the first branch left alone; elsewhere it moved some."""
+    fork = {"rows": torch.zeros(3, 1), "layer": torch.zeros(2)}
+    for anywhere, expected in ((False, 1.0), (True, 0.5)):
+        monkeypatch.setattr(sharding, "any_of", lambda flags, more=anywhere: [flag or more for flag in flags])
+        branches = Branches(fork, divided=["rows"])
+        branches.add(fork)
+        branches.add({"rows": torch.tensor([[1.0], [0.0], [0.0]]), "layer": torch.ones(2)})
+        live = {name: value.clone() for name, value in fork.items()}
+        branches.write(live, (0.5, 0.5))
+        assert live["rows"].flatten().tolist() == [expected, 0.0, 0.0] and live["layer"].tolist() == [1.0, 1.0]
