@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything in .venv; nothing else is needed but Python >= 3.11.
-# Another interpreter: make demo PYTHON=python3.12.  Another torch build: see "Which torch" in the README.
+# Another interpreter: make demo PYTHON=python3.12.  Another torch build: see "Which torch" in docs/install.md.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_ARGS ?=

@@ -22,7 +22,7 @@ def describe(run: RunFile = None, settings: Settings = None, as_json: AsJson = F
 
     try:
         found: dict[str, Any] = look(load_run(run, settings).data)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
     if as_json:
         print(json.dumps(found))

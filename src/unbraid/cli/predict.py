@@ -34,7 +34,7 @@ def evaluate(
             raise ValueError(f"--split should be one of {', '.join(SPLITS)}. Found {split}.")
         loaded = Bundle.load(bundle)
         metrics = evaluate_bundle(loaded, split=split, rows=rows, folder=folder, raw=raw, mc_dropout=mc_dropout)
-    except (ValueError, OSError, JobError) as error:
+    except (ValueError, OSError, ImportError, JobError) as error:
         fail(error)
     if rows is None and split != "train" and split in trained_splits(loaded.run):
         note = f"! schedule {loaded.run.schedule.kind} trained on the {split} rows, too: these metrics are not of unseen rows"
@@ -83,7 +83,7 @@ def predict(
         predictor = Ensemble(members) if others else members[0]
         predictions = predictor.predict(rows, explore=policy, uncertainty=uncertainty)
         write_predictions(rows, predictions, out, predictor.data)
-    except (ValueError, OSError, JobError) as error:
+    except (ValueError, OSError, ImportError, JobError) as error:
         fail(error)
     print(f"{out}: {len(predictions):,} rows, tasks {', '.join(t.name for t in predictor.schema.tasks)}{note}")
 
@@ -125,7 +125,7 @@ def uncertainty(
         found = with_uncertainty(Bundle.load(bundle), folder, prior=prior).uncertainty
         assert found is not None
         store.save(bundle / UNCERTAINTY, found.state_dict())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
     rows = ", ".join(f"{name} {int(posterior.rows.sum()):,}" for name, posterior in found.tasks.items())
     print(f"{bundle / UNCERTAINTY}: observed rows {rows}")

@@ -41,7 +41,7 @@ def init(
             text, found = first_run(data, label or [], user=user, time=time, domain=domain)
         print("\n".join(found), file=sys.stderr)
         print(text, end="")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
 
 

@@ -31,7 +31,7 @@ PAD = 8  # a weak view that has no margin to cut from is padded by its side / 8,
 
 def pillow() -> Any:
     """Pillow's ``Image``.  Raises ImportError with a hint."""
-    return optional("PIL.Image", "images", "Reading pictures")
+    return optional("PIL.Image", "lite", "Reading pictures")
 
 
 def opened(raw: bytes, name: str, mode: str) -> Any:
