@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-import polars as pl
 
 from unbraid.bundle import Predictor
 from unbraid.config import ModelChoice, Run
@@ -32,8 +31,8 @@ data = Data(
 model = ModelChoice(tower=STEM(expert=(32,), tower=(16,)), tables=Views(kind="per_task", width=8))
 run = Run(data=data, model=model, update=Joint(lr=3e-3), training=Training(batch_size=512, epochs=6, patience=2))
 
-result = train(run, tables={"log": pl.from_pandas(df)})
+result = train(run, tables={"log": df})
 for task, found in result.metrics["test"].items():
     print(f"{task}: AUC {found['auc']['value']:.3f} [{found['auc']['low']:.3f}, {found['auc']['high']:.3f}]")
-rows = pl.from_pandas(df.tail(3)).drop("click", "buy")
-print(Predictor(result.bundle).predict(rows, tables={"log": pl.from_pandas(df)}))
+rows = df.tail(3).drop(columns=["click", "buy"])
+print(Predictor(result.bundle).predict(rows, tables={"log": df}))

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from unbraid import config, parallel, sharded_files, sharding, store
+from unbraid.adapters.frames import Table, lazy
 from unbraid.backbones.frozen import Frozen, fill
 from unbraid.calibration.kept import Calibrators
 from unbraid.class_head import Classes, ClassHead
@@ -120,11 +121,12 @@ class Bundle:
     uncertainty: LastLayer | None = None
     calibrators: Calibrators | None = None
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the bundle; the weights come last, so that a folder with weights is whole.
 
         The first of several processes writes it, and if tables are divided the others `unbraid.sharded_files.send` theirs.
         """
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         store.write_text(folder / "run.toml", config.dumps(self.run))
         self.fitted.save(folder)
@@ -275,10 +277,8 @@ class Predictor:
         """What the model reads and predicts."""
         return self.bundle.fitted.schema
 
-    def scores(
-        self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None, *, hidden: bool = False
-    ) -> Scores:
-        """Logits (and labels, where there are any) of rows: a frame, or a Parquet or CSV file or folder.
+    def scores(self, rows: Table | str | Path, tables: Tables | None = None, *, hidden: bool = False) -> Scores:
+        """Logits (and labels, where there are any) of rows: a table in memory, or a Parquet or CSV file or folder.
 
         Args:
             tables: tables in memory instead of files, by the name that the run uses.
@@ -304,16 +304,14 @@ class Predictor:
     def _calibrated(self, scores: Scores) -> Scores:
         return scores if self.calibrators is None else self.calibrators.apply(scores)
 
-    def _scores(self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None, hidden: bool) -> Scores:
+    def _scores(self, rows: Table | str | Path, tables: Tables | None, hidden: bool) -> Scores:
         """`scores` before any calibrator."""
         with given_rows(rows, self.data, self.bundle.fitted, tables) as encoded:
             attach(encoded, self.model, keep=False, device=self.device)
             batches = encoded.in_order(encoded.split("all"), 4 * self.bundle.run.training.batch_size)
             return predict(self.model, batches, self.bundle.fitted.schema, hidden=hidden, device=self.device)
 
-    def beliefs(
-        self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None
-    ) -> tuple[Scores, dict[str, Belief]]:
+    def beliefs(self, rows: Table | str | Path, tables: Tables | None = None) -> tuple[Scores, dict[str, Belief]]:
         """The rows' scores, and how unsure the model is: binary and real task -> belief about its logits before calibration.
 
         Raises:
@@ -328,7 +326,7 @@ class Predictor:
         return self._calibrated(scores), self.bundle.uncertainty.beliefs(scores)
 
     def predict(
-        self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None, *,
+        self, rows: Table | str | Path, tables: Tables | None = None, *,
         explore: Exploration | None = None, uncertainty: bool = False,
     ) -> pl.DataFrame:  # fmt: skip
         """The rows' predictions in their order: ``TASK`` -> probability, a list of K probabilities, or a number.
@@ -347,9 +345,7 @@ class Predictor:
 
 
 @contextlib.contextmanager
-def given_rows(
-    rows: pl.DataFrame | pl.LazyFrame | str | Path, data: Data, fitted: Fitted, tables: Tables | None = None
-) -> Iterator[Encoded]:
+def given_rows(rows: Table | str | Path, data: Data, fitted: Fitted, tables: Tables | None = None) -> Iterator[Encoded]:
     """Rows that training did not see, encoded as it knows them: a frame, or a Parquet or CSV file or folder.
 
     Args:
@@ -364,7 +360,7 @@ def given_rows(
         values = {name: found.values.dtype for name, found in fitted.vocabularies.items()}
         rows = scan_given(rows, data, lambda: known_types(data, values, Path(), tables))
     with tempfile.TemporaryDirectory(prefix="unbraid-") as place:
-        encode_query(data, rows.lazy(), fitted, Path(place), tables=tables)
+        encode_query(data, lazy(rows, "The rows to predict"), fitted, Path(place), tables=tables)
         yield Encoded(Path(place))
 
 

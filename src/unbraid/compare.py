@@ -45,6 +45,7 @@ from typing import Any
 import numpy as np
 
 from unbraid import config, store
+from unbraid.adapters.frames import in_polars
 from unbraid.bundle import BundleError, build
 from unbraid.data.encode import encode, fingerprint
 from unbraid.data.fitted import Fitted
@@ -103,7 +104,7 @@ def compare(
     Raises:
         JobError: runs that cannot be compared, or a folder that is in the way; the message says what to do.
     """
-    out, watcher = Path(out), watcher or Watcher()
+    out, watcher, tables = Path(out), watcher or Watcher(), in_polars(tables)
     if resume and overwrite:
         raise JobError("--resume keeps what is finished and --overwrite does not. Give one of them.")
     check(runs, seeds, against, metric, any_budget)

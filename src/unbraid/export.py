@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from unbraid import config, store
+from unbraid.adapters.frames import Table
 from unbraid.bundle import Bundle, environment, given_rows, predictions
 from unbraid.data.encode import encode
 from unbraid.data.fitted import Fitted
@@ -359,11 +360,11 @@ class Exported:
         """What the graph reads and predicts."""
         return self.fitted.schema
 
-    def predict(self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None) -> pl.DataFrame:
+    def predict(self, rows: Table | str | Path, tables: Tables | None = None) -> pl.DataFrame:
         """The rows' predictions in their order, one column per task.  Raises DataError for rows that are not as declared.
 
         Args:
-            rows: a frame, or a Parquet or CSV file or folder; tables: tables in memory by name.
+            rows: a table in memory, or a Parquet or CSV file or folder; tables: tables in memory by name.
         """
         with given_rows(rows, self.data, self.fitted, tables) as encoded:
             batches = encoded.in_order(encoded.split("all"), self.batch_size)

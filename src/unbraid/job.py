@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from unbraid import config, parallel, sharded_files, sharding, store
+from unbraid.adapters.frames import in_polars, lazy
 from unbraid.baseline import TargetEncoding
 from unbraid.bundle import EVALUATION_ROWS, Bundle, build, warm_start
 from unbraid.data.encode import encode
@@ -71,7 +72,8 @@ def train(
     In one of several processes that torchrun started (docs/distributed.md) they train together; the first one writes and tells.
 
     Args:
-        run: what to do; out: the bundle's folder (None: nothing is written); tables: tables in memory by name.
+        run: what to do; out: the bundle's folder (None: nothing is written); tables: tables in memory by name
+            (Polars, pandas, Arrow, Hugging Face: `unbraid.adapters.frames.lazy`).
         resume: continue the unfinished run in ``out``; overwrite: delete what is in ``out`` first.
         baseline: fit and report target encoding, too; keep_scores: write the test split's `Scores` to ``scores.safetensors``.
         track: ``tensorboard=FOLDER``, ``mlflow=URI``: where to write what happens (docs/tracking.md), the losses of every
@@ -84,7 +86,7 @@ def train(
         ValueError, ImportError: ``track`` cannot be written to, or its library is missing.
         unbraid.parallel.Lost: another process ended; unbraid.parallel.Elsewhere: one raised what is meant for all.
     """
-    watcher = watcher or Watcher()
+    watcher, tables = watcher or Watcher(), in_polars(tables)
     if run.training.threads:
         torch.set_num_threads(run.training.threads)
     folder = None if out is None else Path(out)
@@ -186,10 +188,29 @@ def learn(
     encoded = Encoded(parallel.one_by_one(lambda: encode(run.data, tables=tables, grow=grow, progress=watcher.stage)))
     parallel.require_same("data (encoded folder, rows)", (encoded.folder.name, encoded.rows))
     parallel.require_same("run (sum of its text)", zlib.crc32(config.dumps(run).encode()))
-    schema = encoded.schema
+    for warning in warnings_of(run.data, tables=tables):
+        watcher.note(f"! {warning}")
+    model, session = prepared(run, encoded, device, old=old, folder=folder, resume=resume, watcher=watcher)
+    with contextlib.closing(session):
+        trained = run.schedule(session, model, session.total_steps())
+    return encoded, cast(Model, trained), session
+
+
+def prepared(
+    run: config.Run, encoded: Encoded, device: str, *, old: Bundle | None = None, folder: Path | None = None,
+    resume: bool = False, watcher: Watcher | None = None,
+) -> tuple[Model, Local]:  # fmt: skip
+    """A run's model on a device and the session that trains it, before the first step, once everything fits together.
+
+    Args:
+        encoded: the run's encoded data; old: the bundle to start from; folder, resume, watcher: as of `learn`.
+
+    Raises:
+        JobError: losses, labels or what selects do not fit the data.
+    """
+    schema, watcher = encoded.schema, watcher or Watcher()
     for warning in (
-        *warnings_of(run.data, tables=tables), *one_class_domains(encoded), *empty_histories(encoded),
-        *unknown_domains(run, encoded),
+        *one_class_domains(encoded), *empty_histories(encoded), *unknown_domains(run, encoded),
     ):  # fmt: skip
         watcher.note(f"! {warning}")
     model = build(run, schema)
@@ -210,9 +231,7 @@ def learn(
     check_dense(model, run.training, device)
     session.tables = sharded_files.sizes(model)
     parallel.one_by_one(lambda: attach(encoded, model, augment=run.augment, progress=watcher.stage, device=device))
-    with contextlib.closing(session):
-        trained = run.schedule(session, model, session.total_steps())
-    return encoded, cast(Model, trained), session
+    return model, session
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -342,7 +361,7 @@ def _require_labels(scores: Scores, rows: Any, schema: Schema, data: Data) -> No
     """Raises JobError when no task has a label in any of the rows."""
     if any(scores.observed[task.name].any() for task in schema.tasks):
         return
-    plan = scan_given(rows, data) if isinstance(rows, str | Path) else rows.lazy()
+    plan = scan_given(rows, data) if isinstance(rows, str | Path) else lazy(rows, "The rows")
     have = plan.collect_schema().names()
     missing = [task.source for task in schema.tasks if task.source.isidentifier() and task.source not in have]
     what = f"column `{'`, `'.join(missing)}` is missing" if missing else "they are all null"

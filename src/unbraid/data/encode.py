@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from unbraid.adapters.frames import in_polars, lazy
 from unbraid.data import vocabulary
 from unbraid.data.contents import Writer
 from unbraid.data.counting import refuse_bad_numbers
@@ -82,7 +83,7 @@ def fingerprint(
     sources: list[Any] = []
     for name in data.tables():
         if tables and name in tables:
-            frame = tables[name].lazy().collect()
+            frame = lazy(tables[name], f"Table `{name}`").collect()
             rows = hashlib.sha256(frame.hash_rows(0).to_numpy().tobytes()).hexdigest()
             sources.append((name, frame.shape, str(frame.schema), rows))
         else:
@@ -130,6 +131,7 @@ def encode(
         DataError: for anything in the data that contradicts the declaration.
         OSError: the disk is full; nothing half-written remains.
     """
+    tables = in_polars(tables)
     final = cache_folder(data) / fingerprint(data, base, tables, fitted, grow)
     if (final / "columns.json").exists():
         return final

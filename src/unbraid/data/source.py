@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import polars as pl
 
+from unbraid.adapters.frames import Table, lazy
 from unbraid.data.text import DataError, Reads, plan_text
 from unbraid.data.vocabulary import canonical, canonical_type, stable_hash
 from unbraid.types import BUILT_IN, FORBID, GAP, POSITION, Feature, Field, History, Task
@@ -26,7 +27,7 @@ from unbraid.types import BUILT_IN, FORBID, GAP, POSITION, Feature, Field, Histo
 SPLITS = ("train", "valid", "test")
 SPLIT, ROW_KEY, WITHHELD, FILE = "__split", "__row", "__withheld", "__file"
 LEAST_MB = 64  # of `Data.memory_mb`
-Tables = Mapping[str, pl.DataFrame | pl.LazyFrame]  # tables handed over in memory, by the name that the run uses
+Tables = Mapping[str, Table]  # tables handed over in memory, by the name that the run uses
 OTHER_ROWS = re.compile(
     r"\b(?:avg|sum|count|min|max|median|first|last|std\w*|var\w*|quantile\w*|corr|covar\w*|over)\s*\(", re.I
 )  # SQL that reads other rows than its own: of the test split too, and differently in each chunk
@@ -377,7 +378,7 @@ def scan(
     other columns than named, or with words among numbers."""
     reads = reads or Reads()
     if tables and table in tables:
-        return tables[table].lazy()
+        return lazy(tables[table], f"Table `{table}`")
     files = files_of(folder, table, base)
     kinds = {p.suffix for p in files}
     if written := [one for one in text if one.table == table]:

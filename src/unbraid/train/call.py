@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid import parallel, sharded_files, sharding
-from unbraid.data.mix import Of, batches
-from unbraid.data.table import Read, order, prefetch, steps_per_epoch
+from unbraid.data.table import Read, steps_per_epoch
 from unbraid.evaluate import evaluate
 from unbraid.normalise import over_processes
 from unbraid.optim.averaging import Running, remeasure
@@ -22,9 +21,9 @@ from unbraid.train.checkpoints import copies, random_state, set_random_state
 from unbraid.train.dense import dense
 from unbraid.train.draws import Sample
 from unbraid.train.loop import fit
-from unbraid.train.rehearsal import Rehearse, shares
+from unbraid.train.rehearsal import Rehearse
 from unbraid.train.scoring import check_metric, selected
-from unbraid.types import Batch, Look, Losses, Output, State, Update
+from unbraid.types import Batch, Look, Losses, Output, State, Term, Update
 
 if TYPE_CHECKING:
     from unbraid.train.session import Local
@@ -65,13 +64,7 @@ class Call:
             self._remember()
             return
         session = self.session
-        batches = self._batches(start)
-        terms = [term.over(*self.length) if hasattr(term, "over") else term for term in session._terms_for(self.model)]
-        terms = [term.fresh(*self._known()) if hasattr(term, "fresh") else term for term in terms]
-        self.memories = [term for term in terms if hasattr(term, "fresh")]
-        for term, state in zip(self.memories, self.remembered, strict=bool(self.remembered)):
-            term.load_state_dict(state)
-        terms = terms if self.sample is None else [self.sample.restrict(term) for term in terms]
+        batches, terms = self._batches(start), self.terms()
         moved = self._joined(batches, start)
         if self.rehearse is not None:
             moved = self.rehearse.watch(moved, start, terms, self.read)
@@ -83,7 +76,7 @@ class Call:
             if not self._out_of_patience():  # else the process died between its last look and its end
                 with over_processes(self.model), dense(self.model, session.training):
                     done = fit(
-                        self.model, moved, terms, self._step, steps=self.steps, start=start,
+                        self.model, moved, terms, self.step, steps=self.steps, start=start,
                         callbacks=(self._tell, self._look, self._keep),
                     )  # fmt: skip
         finally:
@@ -91,14 +84,29 @@ class Call:
             if self.rehearse is not None:
                 self.rehearse.close()
         self._add_up(self._spent(), done)
+        self.end()
+        self._save(done, finished=True)
+        self._remember()
+
+    def terms(self) -> list[Term]:
+        """The losses of this call; those with a memory begin with what an earlier process remembered."""
+        terms = [
+            term.over(*self.length) if hasattr(term, "over") else term for term in self.session._terms_for(self.model)
+        ]
+        terms = [term.fresh(*self._known()) if hasattr(term, "fresh") else term for term in terms]
+        self.memories = [term for term in terms if hasattr(term, "fresh")]
+        for term, state in zip(self.memories, self.remembered, strict=bool(self.remembered)):
+            term.load_state_dict(state)
+        return terms if self.sample is None else [self.sample.restrict(term) for term in terms]
+
+    def end(self) -> None:
+        """Leave the model with the weights that the training keeps: the last, the best look's, or their mean."""
         self.update.settle()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         elif self.average is not None:
             with over_processes(self.model):
                 self._write_average(self.average)
-        self._save(done, finished=True)
-        self._remember()
 
     # ------------------------------------------------------------------------------------------------- averaged weights
     def _averaging(self) -> Running | None:
@@ -112,7 +120,7 @@ class Call:
             )
         return None if average is None else average.begin(self.model, self.steps)
 
-    def _step(self, losses: Losses, output: Output) -> None:
+    def step(self, losses: Losses, output: Output) -> None:
         """The update, and the mean of the weights after it."""
         if self.average is not None:
             self.average.before(parallel.read_by_any(output.lookups))
@@ -143,19 +151,9 @@ class Call:
 
     def _batches(self, start: int) -> Iterator[Batch]:
         """The training batches from step ``start`` on, on the CPU."""
-        data, size, augment = self.session.data, self.session.training.batch_size, self.session.augment
-        read = self.read or data.batch
-        view = None if augment is None else augment.bind(data)
-        of: Of = "unlabelled" if augment is None else augment.of
-        if self.parts is not None:
-            return prefetch(batches(self.parts.order(self.seed, start), read, self.seed, start, view, of))
-        if self.sample is None:
-            rows = order(self.rows, size, self.seed, start, self.stream)
-        else:
-            rows = self.sample.order(size, start)
-        if view is None:
-            return shares(rows, read)
-        return prefetch(batches(((part, part[:0]) for part in rows), read, self.seed, start, view, of))
+        return self.session.training_batches(
+            self.rows, self.seed, start, parts=self.parts, sample=self.sample, stream=self.stream, read=self.read
+        )
 
     def _joined(self, batches: Iterator[Batch], start: int) -> Iterator[Batch]:
         """The batches on the session's device, with what losses need of other processes' rows.

@@ -66,7 +66,11 @@ def shared_scores(score: Callable[[np.ndarray], Scores], rows: np.ndarray) -> Sc
     """The scores of rows, of which every process computes a part; all processes get all."""
     if parallel.world() == 1 or len(rows) < parallel.world():
         return score(rows)
-    parts = parallel.gather(score(rows[parallel.share(len(rows))]))
+    return join_scores(parallel.gather(score(rows[parallel.share(len(rows))])))
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """The scores of all parts, one part after the other."""
     names = [part.name for part in fields(Scores) if part.name != "domains"]
     return replace(parts[0], **{name: _join([getattr(part, name) for part in parts]) for name in names})
 

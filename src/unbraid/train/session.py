@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from unbraid import parallel, sharded_files, sharding, store
-from unbraid.data.mix import Parts
-from unbraid.data.table import Encoded, Read, order, steps_per_epoch
+from unbraid.data.mix import Of, Parts, batches
+from unbraid.data.table import Encoded, Read, order, prefetch, steps_per_epoch
 from unbraid.optim.averaging import Average
 from unbraid.train.call import Call
 from unbraid.train.checkpoints import copies
@@ -24,7 +24,7 @@ from unbraid.train.draws import Sample
 from unbraid.train.groups import Groups, join_logs
 from unbraid.train.loop import losses_of
 from unbraid.train.options import Training
-from unbraid.train.rehearsal import Rehearse
+from unbraid.train.rehearsal import Rehearse, shares
 from unbraid.train.scoring import predict, shared_scores
 from unbraid.train.watcher import Watcher
 from unbraid.types import (
@@ -140,6 +140,25 @@ class Local:
         _, observed = self.data.labels(rows)
         labelled = torch.stack(list(observed.values())).any(0).numpy()
         return self.training.mix.parts(rows, labelled, self.column("domain", rows), self.training.batch_size)
+
+    def training_batches(
+        self, rows: np.ndarray, seed: int, start: int = 0, *, parts: Parts | None = None, sample: Sample | None = None,
+        stream: bool = False, read: Read | None = None,
+    ) -> Iterator[Batch]:  # fmt: skip
+        """The endless training batches of some rows from step ``start`` on, on the CPU, in the run's views.
+
+        Args:
+            seed: of the order; parts: of `parts`, where batches are made of several; sample, stream, read: as of `begin`.
+        """
+        size, read = self.training.batch_size, read or self.data.batch
+        view = None if self.augment is None else self.augment.bind(self.data)
+        of: Of = "unlabelled" if self.augment is None else self.augment.of
+        if parts is not None:
+            return prefetch(batches(parts.order(seed, start), read, seed, start, view, of))
+        numbers = order(rows, size, seed, start, stream) if sample is None else sample.order(size, start)
+        if view is None:
+            return shares(numbers, read)
+        return prefetch(batches(((part, part[:0]) for part in numbers), read, seed, start, view, of))
 
     def total_steps(self) -> int:
         """Steps of the run's training."""
@@ -273,13 +292,29 @@ class Local:
             self.calls, self.steps, self.seconds = (found["counts"][name] for name in ("calls", "steps", "seconds"))
         return found["state"]
 
-    def fit(
+    def fit(self, model: nn.Module, steps: int, **how: Any) -> tuple[nn.Module, State]:
+        """Train the model in place.
+
+        Args:
+            steps: optimiser steps; how: as of `begin`.
+
+        Returns:
+            The model and the update's state.
+
+        Raises:
+            ValueError: as of `begin`.
+        """
+        one = self.begin(model, steps, **how)
+        one.run()
+        return model, one.update.state_dict()
+
+    def begin(
         self, model: nn.Module, steps: int, *, weights: Mapping[str, float] | None = None, rows: np.ndarray | None = None,
         trainable: Callable[[str], bool] | None = None, update_state: State | None = None,
         seed: int | Sequence[int] | None = None, stream: bool = False, total: int = 0, start: int = 0,
         look: Look | None = None, sample: Mapping[str, float] | None = None, read: Read | None = None,
-    ) -> tuple[nn.Module, State]:  # fmt: skip
-        """Train the model in place.
+    ) -> Call:  # fmt: skip
+        """`fit` before its first step: what takes the steps is the call's ``run``, or another library's loop.
 
         Args:
             steps: optimiser steps; weights: objective -> weight instead of the run's; rows: row numbers instead of all
@@ -297,9 +332,6 @@ class Local:
                 same rows.
 
         Losses that read an extra which the model does not give (`Output.extras`, its attribute ``gives``) are left out.
-
-        Returns:
-            The model and the update's state.
 
         Raises:
             ValueError: ``rows`` has a row of the test split, or none; ``sample`` has an objective that is none, or has no row.
@@ -332,9 +364,7 @@ class Local:
             )
         before = start if update_state is None else update_state.get("step", 0)
         length = (before, total or steps)
-        one = Call(self, call, model, update, steps, chosen, own_seed, stream, rehearse, look, drawn, read, length)
-        one.run()
-        return model, update.state_dict()
+        return Call(self, call, model, update, steps, chosen, own_seed, stream, rehearse, look, drawn, read, length)
 
     def _objectives(self) -> list[str]:
         """All that a loss may be called: tasks, domains, tasks in domains, what terms call theirs."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from unbraid import config, store
+from unbraid.adapters.frames import in_polars
 from unbraid.compare import compare, metrics_of, try_to_build
 from unbraid.data.source import Tables
 from unbraid.preflight import JobError
@@ -66,6 +67,7 @@ def tune(
     _check(run, space, trials, jobs, pruner, test)
     pruner, why = _pruner(space, pruner)
     _require_free(out, resume, overwrite)
+    tables = in_polars(tables)
     try_to_build(run, tables, watcher)  # what all trials read is encoded here
     about: dict[str, Any] = {
         "run": config.dumps(run), "space": {d.key: d.plain() for d in space}, "objective": objective.name(run),

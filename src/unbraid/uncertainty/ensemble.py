@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from unbraid.adapters.frames import Table
 from unbraid.bundle import Bundle, Predictor, explained
 from unbraid.data.source import Tables
 from unbraid.types import Scores
@@ -73,9 +74,7 @@ class Ensemble:
                 "would never disagree, and seem to be sure. Train each with a seed of its own (`--seed`)."
             )
 
-    def beliefs(
-        self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None
-    ) -> tuple[Scores, dict[str, Belief]]:
+    def beliefs(self, rows: Table | str | Path, tables: Tables | None = None) -> tuple[Scores, dict[str, Belief]]:
         """The members' mean logits, and task -> belief about the rows."""
         scores = [member.scores(rows, tables) for member in self.members]
         logits = {name: np.stack([s.logits[name] for s in scores]).astype(np.float64) for name in scores[0].logits}
@@ -87,12 +86,12 @@ class Ensemble:
             found[task.name] = Belief(mean[task.name], root, head)
         return replace(scores[0], logits=mean), found
 
-    def scores(self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None) -> Scores:
+    def scores(self, rows: Table | str | Path, tables: Tables | None = None) -> Scores:
         """The members' mean logits, with the labels and what else the first one knows of the rows."""
         return self.beliefs(rows, tables)[0]
 
     def predict(
-        self, rows: pl.DataFrame | pl.LazyFrame | str | Path, tables: Tables | None = None, *,
+        self, rows: Table | str | Path, tables: Tables | None = None, *,
         explore: Exploration | None = None, uncertainty: bool = False,
     ) -> pl.DataFrame:  # fmt: skip
         """As `unbraid.bundle.Predictor.predict`; the plain prediction is that of the mean logit."""
