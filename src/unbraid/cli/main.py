@@ -22,7 +22,7 @@ from unbraid.cli.tune import tune
 
 app = typer.Typer(
     help="Train recommendation and transfer models whose tasks and domains share parameters without hurting each other.",
-    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 COMMANDS = (
     train, compare, evaluate, predict, uncertainty, calibrate, diagnose, export, serve, tune, recipe, recipes, init, cite,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unbraid.encoders.packed import Listed, dots, pieces
 from unbraid.encoders.scratch import scratch
@@ -247,7 +247,7 @@ def highest_shared(query: Tensor, keys: Tensor, own: Tensor | None, k: int) -> T
     if own is not None or wide > count:  # a further entry of the vectors adds what is the same for all rows
         alike = keys.new_full((wide, 1), -torch.inf)
         alike[:count, 0] = 0 if own is None else own
-        keys = torch.cat([nn.functional.pad(keys, (0, 0, 0, wide - count)), alike], 1)
+        keys = torch.cat([torch.cat([keys, keys.new_zeros(wide - count, keys.shape[1])]), alike], 1)
         query = torch.cat([query, query.new_ones(len(query), 1)], 1)
     size = max(1, min(len(query), SHARED // wide))
     buffer = scratch("product", (size, wide), query.dtype, query.device)
