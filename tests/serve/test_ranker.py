@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from devicekit import DEVICE, Apart
 from rankerkit import Memory, kuairand_rows, untrained
 
 from unbraid import recipes
@@ -56,6 +58,23 @@ def store(imported: Memory) -> Memory:
 @pytest.fixture(scope="module")
 def rows() -> pl.DataFrame:
     return kuairand_rows(1_000)
+
+
+def test_a_model_on_another_device_answers_the_same(
+    bundles: dict[str, Bundle], store: Memory, rows: pl.DataFrame
+) -> None:
+    """What is encoded lies on the CPU, and what the model remembers of a user where the model is."""
+    ranker = Ranker(copy.deepcopy(bundles["dare"]), store)  # type: ignore[arg-type]
+    user = busiest(store, rows, ranker)
+    asked = Request(user, rows.head(50).select(list(ranker.columns)).to_dicts(), time=int(rows["time_ms"].max()) + 1)  # type: ignore[arg-type]
+    want = ranker.rank(asked)
+    with Apart() as device:
+        there = Ranker(copy.deepcopy(bundles["dare"]), store, device=DEVICE)  # type: ignore[arg-type]
+        for _ in range(2):  # from a store; from memory
+            found = there.rank(asked)
+            assert found.order.tolist() == want.order.tolist()
+            np.testing.assert_allclose(found.score, want.score, rtol=1e-5)
+    assert device.operations > 10 and want.events
 
 
 def busiest(store: Memory, rows: pl.DataFrame, ranker: Ranker) -> int:

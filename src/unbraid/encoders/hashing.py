@@ -58,7 +58,7 @@ class SignHash(nn.Module):
     def differing_bits(self, parts: Sequence[Part], lists: Listed) -> Tensor:
         """(N, bits) bool, as `differing` but not packed: runtimes of graphs shift and add up large integers each in its way."""
         if not parts:
-            return torch.zeros(lists.rows.shape[0], self.planes.shape[1], dtype=torch.bool)
+            return torch.zeros(lists.rows.shape[0], self.planes.shape[1], dtype=torch.bool, device=lists.rows.device)
         planes = self.planes.split(self.widths)
         events = [(p.read.vectors @ h).index_select(0, p.read.index) for p, h in zip(parts, planes, strict=True)]
         asked = [p.query @ h for p, h in zip(parts, planes, strict=True)]
