@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -63,6 +64,9 @@ class Apart(TorchDispatchMode):
             return func(*args, **kwargs)
         self.operations += 1
         out_there = asked.type == DEVICE if asked is not None else isinstance(flat[0], There) or func not in COPIES
+        if torch.Tag.inplace_view in func.tags:  # it changes the shape of the tensor that it is given
+            with no_dispatch():
+                func(*args, **kwargs)
         plain = [x.here if isinstance(x, There) else x for x in flat]
         plain = [torch.device("cpu") if isinstance(x, torch.device) and x.type == DEVICE else x for x in plain]
         args, kwargs = tree_unflatten(plain, tree)

@@ -193,6 +193,7 @@ def test_schedules_on_cuda(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     near(run_on("cuda", of_schedule(name), tmp_path / "there", monkeypatch), plain, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", versions(config.TermChoice))
 def test_losses(loss: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if hasattr(loss, "threshold"):  # so low that something is believed, and learnt
@@ -200,6 +201,7 @@ def test_losses(loss: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert_alike(base_run(shared, **setting(loss, shared)), tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", updates())
 def test_updates(update: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if hasattr(update, "aggregator"):
@@ -207,6 +209,7 @@ def test_updates(update: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.
     assert_alike(base_run(shared, update=update), tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", versions(config.AverageChoice))
 def test_averages(average: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_alike(base_run(shared, average=average), tmp_path, monkeypatch)
