@@ -228,7 +228,8 @@ class Joiner:
             if self._unique(table, c)
         ]
         pairs = [(on, key) for key in keys[:2] for on in self.own if on != key and self._alike(on, key, stems)]
-        return [pair for pair in pairs if self._fits(plan, *pair)]
+        named = [(on, key) for on, key in pairs if set(words_of(on)) & stems]  # `userId`, not `movieId`, of users
+        return [pair for pair in named or pairs if self._fits(plan, *pair)]
 
     def _unique(self, table: str, key: str) -> bool:
         if (table, key) not in self.known:

@@ -19,7 +19,8 @@ TIMES = set("time timestamp ts datetime date day hour created at dt unix".split(
 DAYS = set("date day dt datetime month week year".split())
 OTHER_TIMES = set(
     """
-    birth birthday dob born expiry expires expiration end ended due updated modified deleted last release released shipped
+    birth birthday dob born signup registered registration joined hired opened start started first expiry expires expiration
+    end ended due updated modified deleted last release released shipped
     delivery delivered return returned closed departure dep arrival arr sched scheduled
     """.split()
 )  # moments of something else than of the row
