@@ -23,22 +23,33 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-3  # of metrics, in single precision
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
     """A run whose tables are divided over processes."""
-    return written(tmp_path, "run.toml", Views(width=4, lazy_rows=0, shard_mb=1e-9))
+    return written(place, "run.toml", Views(width=4, lazy_rows=0, shard_mb=1e-9))
 
 
-@pytest.fixture
-def replicated(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def replicated(place: Path) -> Path:
     """The same, with all tables in all processes."""
-    return written(tmp_path, "replicated.toml", Views(width=4, lazy_rows=0))
+    return written(place, "replicated.toml", Views(width=4, lazy_rows=0))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: Path, place: Path) -> dict[str, Any]:
+    """What one process makes of either."""
+    return trained(1, run, place / "one")
 
 
 def written(folder: Path, name: str, tables: Views) -> Path:
     uneven_log().write_parquet(folder / "log.parquet")
     data = make_data(rows=str(folder / "log.parquet"))
-    training = Training(batch_size=64, steps=400, evaluate_every=100, checkpoint_steps=20, checkpoint_seconds=0)
+    training = Training(batch_size=64, steps=200, evaluate_every=50, checkpoint_steps=20, checkpoint_seconds=0)
     model = config.ModelChoice(tables=tables)
     (folder / name).write_text(config.dumps(make_run(data=data, training=training, model=model)))
     return folder / name
@@ -99,14 +110,16 @@ def gaps(one: Any, two: Any) -> float:
     return abs(one - two) if isinstance(one, float) else 0.0 if one == two else float("inf")
 
 
-def test_two_processes_make_the_bundle_of_one(run: Path, tmp_path: Path) -> None:
-    one, two = trained(1, run, tmp_path / "one"), trained(2, run, tmp_path / "two")
-    assert gaps(one["test"], two["test"]) <= TOLERANCE and one["steps"] == two["steps"] == 400
-    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(p.name for p in (tmp_path / "two").iterdir())
-    before, after = (store.load(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+def test_two_processes_make_the_bundle_of_one(
+    run: Path, undisturbed: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    one, two = undisturbed, trained(2, run, tmp_path / "two")
+    assert gaps(one["test"], two["test"]) <= TOLERANCE and one["steps"] == two["steps"] == 200
+    assert sorted(p.name for p in (place / "one").iterdir()) == sorted(p.name for p in (tmp_path / "two").iterdir())
+    before, after = (store.load(folder / "weights.safetensors") for folder in (place / "one", tmp_path / "two"))
     assert gaps(json.loads(json.dumps(_shapes(before))), json.loads(json.dumps(_shapes(after)))) == 0
     lines = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [100, 200, 300, 400], "the log is written once"
+    assert [line["step"] for line in lines] == [50, 100, 150, 200], "the log is written once"
 
 
 def _shapes(value: Any) -> Any:
@@ -118,9 +131,8 @@ def _shapes(value: Any) -> Any:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the process in /proc")
 @pytest.mark.parametrize(("before", "which", "after"), [(2, 1, 1), (2, 0, 2), (1, 0, 2)])
 def test_a_killed_process_ends_the_job_and_resume_continues(
-    before: int, which: int, after: int, run: Path, tmp_path: Path
+    before: int, which: int, after: int, run: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    undisturbed = trained(1, run, tmp_path / "one")
     out = tmp_path / "killed"
     if before == 1:
         job = subprocess.Popen(command(1, run, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -139,10 +151,8 @@ def test_a_killed_process_ends_the_job_and_resume_continues(
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the process in /proc")
-def test_torchrun_starts_a_training_again(replicated: Path, tmp_path: Path) -> None:
-    run = replicated
-    undisturbed = trained(1, run, tmp_path / "one")
-    code, said = killed(2, run, tmp_path / "again", 1, restarts=1)
+def test_torchrun_starts_a_training_again(replicated: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    code, said = killed(2, replicated, tmp_path / "again", 1, restarts=1)
     assert code == 0, said
     assert "resumed at step" in said
     found = json.loads((tmp_path / "again" / "metrics.json").read_text())
@@ -172,13 +182,11 @@ def started(made: list[str], cache: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the process in /proc")
-def test_what_is_left_of_two_machines_goes_on(replicated: Path, tmp_path: Path) -> None:
-    run = replicated
-    undisturbed = trained(1, run, tmp_path / "one")
+def test_what_is_left_of_two_machines_goes_on(replicated: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     out, port = tmp_path / "out", free_port()
-    first = started(machine(run, out, port, "1:2", "left"), tmp_path / "cache1")
+    first = started(machine(replicated, out, port, "1:2", "left"), tmp_path / "cache1")
     time.sleep(2)  # the first one is where they meet, and stays
-    second = started(machine(run, out, port, "1:2", "left"), tmp_path / "cache2")
+    second = started(machine(replicated, out, port, "1:2", "left"), tmp_path / "cache2")
     until = time.monotonic() + 200
     while not (out / "fit-0.safetensors").exists():
         assert first.poll() is None and second.poll() is None and time.monotonic() < until
