@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH_ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test slow lint docs clean
+.PHONY: demo test slow lint docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/unbraid train --out runs/demo --overwrite
@@ -25,6 +25,10 @@ lint: $(VENV)/.dev
 # the site, in build/site; --strict: a warning is an error.  The variable silences an advertisement, no warning of ours
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+
+# what the tutorials print, anew
+notebooks: $(VENV)/.dev
+	$(VENV)/bin/python docs/site/notebooks.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

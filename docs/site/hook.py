@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from mkdocs.structure.pages import Page
 
 log = logging.getLogger("mkdocs.hook")  # --strict counts its warnings
 LOADS = re.compile(r'<(?:script|img|iframe)[^>]* src="https?:[^"]*|<link[^>]* rel="stylesheet"[^>]* href="https?:[^"]*')
+sys.path.append(str(Path(__file__).parent))
+import notebooks  # noqa: E402  beside this file, which is no package
+
 ROOT = Path(__file__).parents[2]
 DOCS, SOURCE = ROOT / "docs", ROOT / "src"
 SLOTS = {  # first word of a method's slot -> section of the navigation
@@ -35,6 +39,14 @@ SLOTS = {  # first word of a method's slot -> section of the navigation
     "selection": "Selection",
     "calibrator": "Calibration",
 }
+TUTORIALS = (
+    "own-log",
+    "long-histories",
+    "new-scenario",
+    "pictures",
+    "sick-model",
+    "serving",
+)  # in the order to read them
 
 
 # --------------------------------------------------------------------------------------------------------------- methods
@@ -105,7 +117,7 @@ def reference() -> list[Any]:
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the generated pages and put them into the navigation."""
 
-    def add(uri: str, text: str) -> str:
+    def add(uri: str, text: str | bytes) -> str:
         files.append(File.generated(config, uri, content=text))
         return uri
 
@@ -115,8 +127,19 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         add(f"examples/{example.name}", example.read_text())
     for name in modules():
         add(f"reference/{name}.md", f"# {name}\n\n::: {name}\n")
+    tutorials = []
+    for name in TUTORIALS:
+        text, figures = notebooks.markdown(DOCS / "tutorials" / f"{name}.ipynb")
+        tutorials.append(add(f"tutorials/{name}.md", text))
+        for figure, data in figures.items():
+            add(f"tutorials/{figure}", data)
     commands = [add(f"commands/{n.replace(' ', '-')}.md", command_page(n, text)) for n, text in sections().items()]
-    generated = {"Methods": methods(), "Commands": ["commands.md", *commands], "Reference": reference()}
+    generated = {
+        "Methods": methods(),
+        "Tutorials": tutorials,
+        "Commands": ["commands.md", *commands],
+        "Reference": reference(),
+    }
     for section in config.nav or []:
         for title in generated.keys() & section.keys():
             section[title] = generated[title]
@@ -134,6 +157,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         markdown = re.sub(r" \(\[as Markdown\]\(.*?\)\)", "", markdown)
     if uri in ("contributing.md", "changelog.md"):
         markdown = markdown.replace("](docs/", "](")
+    markdown = re.sub(r"(\]\([\w./-]+)\.ipynb\)", r"\1.md)", markdown)
     markdown = re.sub(r"commands\.md#unbraid-([a-z-]+)", r"commands/\1.md", markdown)
     markdown = re.sub(r"\]\((?:\.\./)*examples/", f"]({up}examples/", markdown)
     markdown = re.sub(r"\]\((?:\.\./)+CONTRIBUTING\.md", f"]({up}contributing.md", markdown)
