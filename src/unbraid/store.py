@@ -22,6 +22,7 @@ import re
 import shutil
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ _DTYPES = {
 }  # fmt: skip
 _NO_SUM = "00000000"  # stands in the header while the file's sum is computed
 _BLOCK = 1 << 20
+ABANDONED = 7 * 86_400  # seconds
 _MARK = re.compile(r"^\..*\.unbraid-(?P<host>.+)-(?P<pid>\d+)-\d+$", re.DOTALL)
 
 
@@ -258,15 +260,110 @@ def atomic_folder(final: str | Path, *, replace: bool = False) -> Iterator[Path]
     with _temporary(final) as temporary:
         temporary.mkdir()
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _sync(Path(folder) / name)
-            _sync_folder(Path(folder))
-        with _temporary(final) as old:
-            if replace and final.exists():
-                os.replace(final, old)
-            os.replace(temporary, final)
+        _publish(temporary, final, replace)
     _sync_folder(final.parent)
+
+
+def _publish(temporary: Path, final: Path, replace: bool) -> None:
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            sync(Path(folder) / name)
+        _sync_folder(Path(folder))
+    with _temporary(final) as old:
+        if replace and final.exists():
+            os.replace(final, old)
+        os.replace(temporary, final)
+
+
+class Journal:
+    """What is done of a folder in progress, in a file that is written whole.
+
+    Args:
+        folder: where it lies; without one nothing is kept, and nothing is ever due.
+    """
+
+    every = 10.0  # seconds of work that may be lost
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.path = None if folder is None else folder / "journal.json"
+        self.noted: dict[str, Any] = {}
+        if self.path is not None and self.path.exists():
+            self.noted = json.loads(self.path.read_text())
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Is it time to note how far the work is?"""
+        return self.path is not None and time.monotonic() - self._last >= self.every
+
+    def note(self, **done: Any) -> None:
+        """Keep JSON values by name.  What they speak of must be synced before."""
+        self._last = time.monotonic()
+        self.noted |= done
+        if self.path is not None:
+            write_text(self.path, json.dumps(self.noted))
+
+
+@contextlib.contextmanager
+def resumable_folder(final: str | Path) -> Iterator[tuple[Path, Journal]]:
+    """A folder as of `atomic_folder`, with a journal, both of which outlive a process that is killed or interrupted.
+
+    The next process that asks for the same ``final`` gets them.  While another one writes it, a folder of its own is
+    given, of which nothing is left; so it is where files cannot be locked.  An error leaves nothing.  What nobody has continued
+    for a week goes.
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for path in final.parent.glob(".*.unfinished"):
+        if time.time() - path.stat().st_mtime > ABANDONED and path.name != f".{final.name}.unfinished":
+            with _locked(path) as free:
+                if free:
+                    _remove(path)
+    folder = final.parent / f".{final.name}.unfinished"
+    folder.mkdir(exist_ok=True)
+    with _locked(folder) as mine:
+        if not mine or not folder.exists():
+            with atomic_folder(final) as other:
+                yield other, Journal()
+            return
+        if final.exists() and any(final.iterdir()):
+            _remove(folder)
+            raise FileExistsError(f"{final} exists. Delete it, or choose another folder.")
+        try:
+            os.utime(folder)
+            yield folder, Journal(folder)
+        except Exception:  # not an interruption
+            _remove(folder)
+            raise
+        try:
+            _publish(folder, final, replace=False)
+        except OSError:
+            _remove(folder)
+            raise
+        for name in ("lock", "journal.json"):  # only now: until it has its name, nobody else may write it
+            (final / name).unlink(missing_ok=True)
+    _sync_folder(final.parent)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process, and no other, may write a folder, until the block ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield False
+        return
+    try:
+        file = (folder / "lock").open("a")
+    except FileNotFoundError:  # another process has just finished it
+        yield False
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except OSError:
+            mine = False
+        yield mine
 
 
 @contextlib.contextmanager
@@ -341,7 +438,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file or folder would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -353,4 +450,4 @@ def _sync(path: Path) -> None:
 def _sync_folder(path: Path) -> None:
     """Best effort: what is in it is whole either way, and some file systems refuse to sync a folder."""
     with contextlib.suppress(OSError):
-        _sync(path)
+        sync(path)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from unbraid.data import encode as encoding
 from unbraid.data.counting import PIECE, Learnt, learn, pairwise
 from unbraid.data.encode import encode, fingerprint
 from unbraid.data.source import Data, DataError, Negatives
-from unbraid.data.spill import RUNS, Room, Sorter, add_up, pieces
+from unbraid.data.spill import RUNS, Sorter, add_up, pieces
 from unbraid.data.table import Encoded
 from unbraid.types import Feature
 
@@ -72,6 +71,25 @@ def test_a_sorter_goes_on_from_its_runs(tmp_path: Path) -> None:
     assert pl.concat(list(second.windows())).equals(frame.sort("a", maintain_order=True))
 
 
+def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    """Polars' own error would read as if the data were wrong."""
+    code = """
+import resource, sys
+from pathlib import Path
+import polars as pl
+from unbraid.data.spill import Sorter
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    Sorter(Path(sys.argv[1]), ["a"], 100_000).add(pl.DataFrame({"a": range(100_000)}))
+except OSError as error:
+    print(error.errno)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "runs")], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == errno.EFBIG
+
+
 def test_an_empty_sorter_has_no_windows(tmp_path: Path) -> None:
     sorter = Sorter(tmp_path / "none", ["a"], 1)
     assert not sorter.add(pl.DataFrame({"a": pl.Series([], dtype=pl.Int64)}))
@@ -101,18 +119,10 @@ def test_a_mapped_column_is_read_in_pieces(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- the encode
 def tight(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """So many bytes for a sorter."""
-
-    @contextlib.contextmanager
-    def room(data: Data, folder: Path) -> Iterator[Room]:
-        yield Room(folder / "spill", limit)
-        assert not list((folder / "spill").glob("*/*")), "what is merged is removed"
-        if (folder / "spill").exists():
-            for left in (folder / "spill").iterdir():
-                left.rmdir()
-            (folder / "spill").rmdir()
-
-    monkeypatch.setattr(encoding, "room_of", room)
+    """So many bytes for a sorter, of the least memory."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(encoding, "SHARE", limit / 64)
+    monkeypatch.setenv("UNBRAID_MEMORY_MB", "64")
 
 
 def declared(name: str) -> tuple[Data, dict[str, pl.DataFrame]]:

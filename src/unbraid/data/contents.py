@@ -56,6 +56,7 @@ class Writer:
         self.lengths: list[int] = []  # of bytes
         self.nulls, self.bytes = 0, False
         self.path.parent.mkdir(exist_ok=True)
+        self.path.with_suffix(".bin").unlink(missing_ok=True)  # of an interrupted encode
 
     def codes(self, column: pl.Series) -> np.ndarray:
         """(n,) int32 number of each row's content, in the order in which they first occur."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from unbraid.data.source import DataError
 from unbraid.data.spill import Room, Sorter
 from unbraid.data.text import holds_whole_numbers
 from unbraid.data.vocabulary import Vocabulary, canonical_type
+from unbraid.store import Journal
 from unbraid.types import Feature
 
 QUANTILES = 256  # values of a number that are remembered
@@ -33,14 +34,23 @@ class Counted:
         self.expr = expr.cast(pl.List(self.kind) if lists else self.kind)
         self.sorter, self.hashed, self.nan = sorter, hashed, False
 
-    def add(self, column: pl.Series) -> None:
-        """Count some rows."""
+    def add(self, column: pl.Series) -> bool:
+        """Count some rows.  True: as `Sorter.add`."""
         if column.dtype == pl.List:
             column = column.explode(empty_as_null=False, keep_nulls=False)
         column = column.rename("value").drop_nulls()
         if column.dtype == pl.Float64 and column.is_nan().any():  # refused once all columns are read
             self.nan, column = True, column.drop_nans()
-        self.sorter.add(column.value_counts(name="count").cast({"count": pl.Int64}))
+        return self.sorter.add(column.value_counts(name="count").cast({"count": pl.Int64}))
+
+    def state(self) -> dict[str, Any]:
+        """What is known, on disk."""
+        self.sorter.spill()
+        return {"runs": self.sorter.runs, "records": self.sorter.records, "nan": self.nan}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was known."""
+        self.sorter.runs, self.sorter.records, self.nan = state["runs"], state["records"], state["nan"]
 
     @property
     def any(self) -> bool:
@@ -61,19 +71,28 @@ class Numbers:
         self.feature, self.expr, self.sorter = feature, expr, sorter
         self.nans = self.infinite = 0
 
-    def add(self, column: pl.Series) -> None:
-        """Remember some rows."""
+    def add(self, column: pl.Series) -> bool:
+        """Remember some rows.  True: as `Sorter.add`."""
         column = column.drop_nulls()
         self.nans += int(column.is_nan().sum())
         self.infinite += int(column.is_infinite().sum())
-        if not (self.nans or self.infinite):
-            self.sorter.add(pl.DataFrame({"value": column}))
+        return not (self.nans or self.infinite) and self.sorter.add(pl.DataFrame({"value": column}))
+
+    def state(self) -> dict[str, Any]:
+        """What is known, on disk."""
+        self.sorter.spill()
+        return {"runs": self.sorter.runs, "nans": self.nans, "infinite": self.infinite}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was known."""
+        self.sorter.runs, self.nans, self.infinite = state["runs"], state["nans"], state["infinite"]
 
     def learn(self) -> Learnt:
         """What they teach.  Raises DataError when there are NaN or infinite ones."""
         refuse_bad_numbers(self.feature, self.nans, self.infinite)
         folder, n, lowest, highest, whole = self.sorter.folder, 0, 0.0, 0.0, True
         held, path = np.zeros(0), folder / "sorted.bin"
+        path.unlink(missing_ok=True)  # of an interrupted encode
         for window in self.sorter.windows():
             values = window["value"].to_numpy()
             lowest, highest = values[0] if not n else lowest, values[-1]
@@ -89,10 +108,7 @@ class Numbers:
         def read(start: int, end: int) -> np.ndarray:
             return np.fromfile(path, np.float64, end - start, offset=8 * start) if spilled else held[start:end]
 
-        try:
-            return learn(read, n, whole and bool(max(-lowest, highest) <= 2**53))
-        finally:
-            self.sorter.close()
+        return learn(read, n, whole and bool(max(-lowest, highest) <= 2**53))
 
 
 @dataclass(frozen=True)
@@ -153,8 +169,12 @@ def refuse_bad_numbers(feature: Feature, nans: int, infinite: int) -> None:
         )
 
 
-def read_once(plan: pl.LazyFrame, columns: Sequence[Counted | Numbers]) -> None:
-    """Give all columns of a plan to what counts or sorts them, in one pass: plans can be costly."""
+def read_once(plan: pl.LazyFrame, columns: Sequence[Counted | Numbers], name: str, journal: Journal) -> None:
+    """Give all columns of a plan to what counts or sorts them, in one pass: plans can be costly.
+
+    Args:
+        name: of the pass, in the journal.
+    """
     from unbraid.data.encode import chunks
 
     wanted = {f"__{i}": column for i, column in enumerate(columns) if not column.hashed}
@@ -162,9 +182,16 @@ def read_once(plan: pl.LazyFrame, columns: Sequence[Counted | Numbers]) -> None:
         return
     # with_columns: a constant counts once a row
     read = plan.with_columns(**{name: column.expr for name, column in wanted.items()}).select(*wanted)
-    for frame in chunks(read):
-        for name, column in wanted.items():
-            column.add(frame[name])
+    done = 0
+    if before := journal.noted.get(name):
+        done = before["done"]
+        for column, state in zip(wanted.values(), before["columns"], strict=True):
+            column.restore(state)
+    for frame in chunks(read, done):
+        done += len(frame)
+        spilled = [column.add(frame[place]) for place, column in wanted.items()]
+        if any(spilled) or journal.due():
+            journal.note(**{name: {"done": done, "columns": [column.state() for column in wanted.values()]}})
 
 
 def vocabulary_of(
@@ -189,7 +216,4 @@ def vocabulary_of(
         raise DataError(f"Vocabulary `{name}`: its columns hold NaN. Write nulls for missing ids.")
     kind = kinds[0] if kinds else counted[0].kind
     frames = [(window.cast({"value": kind}) for window in c.sorter.windows()) for c in counted if c.any]
-    fitted = vocabulary.fit(frames, kind, min_count, buckets, old, room)
-    for one in counted:
-        one.sorter.close()
-    return fitted
+    return vocabulary.fit(frames, kind, min_count, buckets, old, room)

@@ -2,7 +2,8 @@
 
 The result is a folder of plain binary columns that `unbraid.data.table` maps into memory, named by a fingerprint of the
 declaration, the files and the fitted state, so that a second run reuses it.  Everything is written beside its final
-name and renamed at the end: an interrupted encode leaves nothing that a later run could take for whole.
+name and renamed at the end: an interrupted encode leaves nothing that a later run could take for whole, and the next one goes on
+with it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -22,7 +22,8 @@ import numpy as np
 import polars as pl
 
 from unbraid.adapters.frames import in_polars, lazy
-from unbraid.data import vocabulary
+from unbraid.data import appended, vocabulary
+from unbraid.data.columns import Columns, InMemory
 from unbraid.data.contents import Writer
 from unbraid.data.counting import refuse_bad_numbers
 from unbraid.data.events import write_events
@@ -37,6 +38,7 @@ from unbraid.data.fit import (
     number_expression,
 )
 from unbraid.data.fitted import Fitted
+from unbraid.data.labels import LabelChecks
 from unbraid.data.source import (
     LEAST_MB,
     SPLIT,
@@ -58,10 +60,11 @@ from unbraid.data.source import (
 from unbraid.data.spill import Room, pieces
 from unbraid.data.text import holds_whole_numbers, whole_numbers
 from unbraid.data.vocabulary import canonical, canonical_type
-from unbraid.store import atomic_folder
-from unbraid.types import Feature, Schema
+from unbraid.store import Journal, resumable_folder
+from unbraid.types import Feature
 
 MEMORY_MB = 2048
+SHARE = (1 << 20) // 5  # bytes per MB that one sorter holds: sorting and merging take some five times that
 FORMAT = 6  # raise it when the folder's layout, the meaning of a column or a default of the declaration changes
 CHUNK = 200_000
 KEYS = "keys"  # a column that is there while a table is written
@@ -79,7 +82,7 @@ def fingerprint(
     data: Data, base: Path, tables: Tables | None, fitted: Fitted | None = None, grow: Fitted | None = None
 ) -> str:
     """Names the encoded folder: declaration, files (name, size, time of change), in-memory tables, fitted state."""
-    declared = declared_of(dataclasses.replace(data, cache="", memory_mb=0))
+    declared = declared_of(_anywhere(data))
     sources: list[Any] = []
     for name in data.tables():
         if tables and name in tables:
@@ -94,6 +97,11 @@ def fingerprint(
     state = [f.digest() if f else "" for f in (fitted, grow)]
     text = json.dumps([FORMAT, declared, sources, *state], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _anywhere(data: Data) -> Data:
+    """Without what changes nothing of a table."""
+    return dataclasses.replace(data, cache="", memory_mb=0)
 
 
 def declared_of(part: Any) -> Any:
@@ -136,11 +144,12 @@ def encode(
     if (final / "columns.json").exists():
         return final
     try:
-        with reading(f"The rows `{data.rows}`"), atomic_folder(final) as folder:
-            check_joins(data, base, tables)
-            with room_of(data, folder) as room:
-                state = fitted or fit(data, base, tables, grow, progress, room)
-                write(data, base, tables, state, folder, room, teach=not (fitted or grow), progress=progress)
+        with reading(f"The rows `{data.rows}`"), resumable_folder(final) as (folder, journal):
+            with room_of(data, folder, journal) as room:
+                if "written" not in journal.noted:
+                    check_joins(data, base, tables)
+                    _make(data, base, tables, fitted, grow, folder, room, progress)
+                    journal.note(written=True)
     except OSError as error:
         if (final / "columns.json").exists():  # another process was faster
             return final
@@ -151,8 +160,33 @@ def encode(
     return final
 
 
+def _make(
+    data: Data, base: Path, tables: Tables | None, fitted: Fitted | None, grow: Fitted | None, folder: Path, room: Room,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Fit and write a table, from where the journal says that an earlier process was."""
+    journal = room.journal
+    if "fitted" in journal.noted:
+        state = Fitted.load(folder)
+    else:
+        state = fitted or fit(data, base, tables, grow, progress, room)
+        state.save(folder)
+        journal.note(fitted=True)
+        shutil.rmtree(room.folder, ignore_errors=True)  # what was counted
+    grows = data.appended and not tables
+    if grows:
+        said = json.dumps([FORMAT, declared_of(_anywhere(data))], sort_keys=True, default=str)
+        name = appended.family(data, base, tables, state, said)
+        files = appended.files_read(data, base, joined=False)
+        if "rows" not in journal.noted:
+            appended.go_on(folder.parent, folder, name, files, journal)
+    write(data, base, tables, state, folder, room, teach=not (fitted or grow), progress=progress)
+    if grows:
+        appended.keep(folder, name, files, journal)
+
+
 @contextlib.contextmanager
-def room_of(data: Data, folder: Path) -> Iterator[Room]:
+def room_of(data: Data, folder: Path, journal: Journal | None = None) -> Iterator[Room]:
     """Where an encode may spill, below its folder, and how much it holds: ``data.memory_mb``, else $UNBRAID_MEMORY_MB.
 
     Raises DataError when that is no number.
@@ -161,10 +195,12 @@ def room_of(data: Data, folder: Path) -> Iterator[Room]:
     if not data.memory_mb and given and not (given.isdecimal() and int(given) >= LEAST_MB):
         raise DataError(f"$UNBRAID_MEMORY_MB should be a number of MB, at least {LEAST_MB}. Found {given!r}.")
     memory = data.memory_mb or int(given or MEMORY_MB)
-    try:
-        yield Room(folder / "spill", (memory << 20) // 5)
-    finally:
-        shutil.rmtree(folder / "spill", ignore_errors=True)
+    yield Room(folder / "spill", int(memory * SHARE), journal or Journal())
+    for part in (folder / "spill").glob("*"):  # not after an interruption
+        if not (data.appended and part.name == appended.EVENTS):
+            shutil.rmtree(part)
+    with contextlib.suppress(OSError):  # there is none, or what is kept is in it
+        (folder / "spill").rmdir()
 
 
 def encode_query(
@@ -178,64 +214,11 @@ def encode_query(
     with reading("The rows to predict"):
         check_joins(data, base, tables)
         with room_of(data, folder) as room:
+            fitted.save(folder)
             write(data, base, tables, fitted, folder, room, query=query, progress=progress)
 
 
 # ------------------------------------------------------------------------------------------------------- write (pass 2)
-class Columns:
-    """Binary columns of one folder, appended chunk by chunk and described in ``columns.json`` at the end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.files, self.about = folder, {}, {}  # type: ignore[var-annotated]
-        self.count = itertools.count()
-
-    def append(self, name: str, values: np.ndarray) -> None:
-        """Append (n, ...) values.  Raises OSError when the disk is full."""
-        values = np.ascontiguousarray(values)
-        if name not in self.files:
-            place = f"{next(self.count):03d}.bin"
-            self.files[name] = (self.folder / place).open("wb")
-            self.about[name] = {"file": place, "dtype": str(values.dtype), "shape": [0, *values.shape[1:]]}
-        if self.about[name]["dtype"] != str(values.dtype):
-            raise AssertionError(f"{name}: {values.dtype} after {self.about[name]['dtype']}")
-        self.files[name].write(values.data if values.size else b"")
-        self.about[name]["shape"][0] += len(values)
-
-    def read(self, name: str) -> np.ndarray:
-        """Map a column that is written so far."""
-        self.files[name].flush()
-        about = self.about[name]
-        return np.memmap(self.folder / about["file"], dtype=about["dtype"], mode="r", shape=tuple(about["shape"]))
-
-    def drop(self, name: str) -> None:
-        """Remove a column."""
-        self.files.pop(name).close()
-        (self.folder / self.about.pop(name)["file"]).unlink()
-
-    def describe(self, **extra: Any) -> None:
-        """Flush, and say what there is."""
-        for file in self.files.values():
-            file.flush()
-        (self.folder / "columns.json").write_text(json.dumps({"columns": self.about, **extra}))
-
-    def close(self) -> None:
-        """Close the files, whatever state they are in."""
-        for file in self.files.values():
-            with contextlib.suppress(OSError):  # of an error that was raised already
-                file.close()
-
-
-class InMemory:
-    """The same columns as arrays."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[str, np.ndarray] = {}
-
-    def append(self, name: str, values: np.ndarray) -> None:
-        """Append (n, ...) values."""
-        self.arrays[name] = np.concatenate([self.arrays[name], values]) if name in self.arrays else values
-
-
 def write(
     data: Data, base: Path, tables: Tables | None, fitted: Fitted, folder: Path, room: Room, *,
     query: pl.LazyFrame | None = None, teach: bool = False, progress: Progress = no_progress,
@@ -255,31 +238,44 @@ def write(
     exprs = row_expressions(data, schema, labels)
     if "time" in exprs:
         _, per_second = to_time(pl.lit(0), _dtype(data.time, schema), data.time_unit, f"Column `{data.time}`")
-    done, shown = 0, [f"exposure.{i}" for i in range(len(data.exposure)) if labels]
+    shown = [f"exposure.{i}" for i in range(len(data.exposure)) if labels]
     root = root_of(data, base)
-    writers = {f.name: Writer(folder, place, f, root) for place, f in enumerate(data.features) if f.has_content}
-    with contextlib.closing(Columns(folder)) as columns:
-        progress("encoding rows", 0, total)
-        for frame in chunks(plan.select(**exprs)):
+    journal, before = room.journal, room.journal.noted.get("rows", {"done": 0, "columns": {}, "seen": []})
+    done, whole = before["done"], before.get("whole", False)
+    contents = () if whole else [(place, f) for place, f in enumerate(data.features) if f.has_content]
+    writers = {f.name: Writer(folder, place, f, root) for place, f in contents}
+    checks.restore(before["seen"])
+
+    def note(**more: Any) -> None:
+        if journal.path:
+            journal.note(rows={"done": done, "columns": columns.state(), "seen": checks.state(), **more})
+
+    with contextlib.closing(Columns(folder, before["columns"])) as columns:
+        progress("encoding rows", done, total)
+        for frame in () if whole else chunks(plan.select(**exprs), done):
             write_rows(frame, data, fitted, columns, checks, labels, writers)
             if shown:
                 columns.append(KEYS, keys_of([frame[name] for name in shown]))
             done += len(frame)
             progress("encoding rows", done, total)
-        if shown:  # rows of one key are in any order and any chunk
-            keys_and_times = zip(pieces(columns.read(KEYS)), pieces(columns.read("time")), strict=True)
-            for counts in earlier(keys_and_times, room):
-                columns.append("exposure", counts)
-            columns.drop(KEYS)
-        for writer in writers.values():
-            writer.finish(progress)
-        if teach:
-            checks.finish()
+            if journal.due() and not writers:  # what is known of pictures and texts is in memory
+                note()
+        if not whole:
+            if shown:  # rows of one key are in any order and any chunk
+                keys_and_times = zip(pieces(columns.read(KEYS)), pieces(columns.read("time")), strict=True)
+                for counts in earlier(keys_and_times, room):
+                    columns.append("exposure", counts)
+            for writer in writers.values():
+                writer.finish(progress)
+            if teach:
+                checks.finish()
+            note(whole=True)
         if data.histories:
             users = canonical_type(_dtype(data.user, schema))
             write_events(data, base, tables, fitted, columns, users, per_second, progress, room)
-        columns.describe(rows=done, per_second=per_second, root=str(root))
-    fitted.save(folder)
+        if shown:
+            columns.drop(KEYS)
+        columns.describe(rows=total, per_second=per_second, root=str(root))
 
 
 def _number_of_rows(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame | None) -> int:
@@ -291,8 +287,9 @@ def _number_of_rows(data: Data, base: Path, tables: Tables | None, query: pl.Laz
     return copies * plan.select(pl.len()).collect(engine="streaming").item()
 
 
-def chunks(plan: pl.LazyFrame) -> Iterator[pl.DataFrame]:
-    """The plan's rows in order, a chunk at a time."""
+def chunks(plan: pl.LazyFrame, start: int = 0) -> Iterator[pl.DataFrame]:
+    """The plan's rows from a number on, in order, a chunk at a time."""
+    plan = plan.slice(start) if start else plan
     for frame in plan.collect_batches(chunk_size=CHUNK, maintain_order=True, engine="streaming"):
         if len(frame):
             yield frame
@@ -444,81 +441,3 @@ def _vectors(feature: Feature, column: pl.Series, width: int) -> np.ndarray:
         )
     out[~column.is_null().to_numpy()] = flat.to_numpy().reshape(-1, width)
     return out
-
-
-class LabelChecks:
-    """Labels as stored: binary int8 with -1 unobserved, multiclass int32 with -1, real float32 with NaN."""
-
-    def __init__(self, data: Data, schema: Schema) -> None:
-        self.data, self.schema = data, schema
-        self.seen: dict[str, dict[float, int]] = {t.name: {} for t in data.tasks}
-
-    def encode(self, task: Any, column: pl.Series) -> np.ndarray:
-        """Stored form of a chunk's labels.  Raises DataError for values that the kind does not allow."""
-        if column.dtype.is_float() and column.is_nan().any():  # a class, too, is not called NaN
-            raise DataError(
-                f"Task `{task.name}`: {int(column.is_nan().sum()):,} labels are NaN. Write nulls for labels "
-                "that are not known."
-            )
-        if task.kind == "multiclass":
-            classes = self.schema.classes[task.name]
-            known = {c: i for i, c in enumerate(classes)}
-            words = column.cast(pl.String)
-            codes = words.replace_strict(list(known), list(known.values()), default=-2, return_dtype=pl.Int32)
-            new = column.filter((codes == -2) & column.is_not_null()).unique().to_list()
-            if new:
-                raise DataError(
-                    f"Task `{task.name}`: label(s) {new[:5]} never occur in the training split, whose classes are "
-                    f"{classes}."
-                )
-            return (
-                pl.select(pl.when(column.is_null()).then(-1).otherwise(codes)).to_series().to_numpy().astype(np.int32)
-            )
-        if task.kind == "real":
-            if column.is_infinite().any():
-                raise DataError(f"Task `{task.name}`: {int(column.is_infinite().sum()):,} labels are infinite.")
-            return column.to_numpy().astype(np.float32)
-        bad = column.drop_nulls().filter(~column.drop_nulls().is_in([0.0, 1.0]))
-        if len(bad):
-            raise DataError(
-                f"Task `{task.name}`: labels of `{task.source}` should be 0 or 1 (null where not known). Found "
-                f"{sorted(set(bad.to_list()))[:5]} in {len(bad):,} rows. Use kind `multiclass` or `real`, or an SQL "
-                "expression."
-            )
-        return column.fill_null(-1.0).to_numpy().astype(np.int8)
-
-    def rate(self, task: Any, column: pl.Series) -> np.ndarray:
-        """A chunk's sampling rates.  Raises DataError outside (0, 1]."""
-        bad = column.null_count() + int((~((column > 0) & (column <= 1))).sum())
-        if bad:
-            raise DataError(
-                f"Sampling rate of task `{task.name}`: rates should be in (0, 1]. Found others in {bad:,} rows."
-            )
-        return column.to_numpy()
-
-    def count(self, frame: pl.DataFrame) -> None:
-        """Remember which labels the training split shows."""
-        train = frame.filter(pl.col("split") == 0)
-        positive: dict[str, pl.Series] = {}  # a child is observed where its parent is observed and 1
-        for task in self.data.tasks:
-            column = train[f"label.{task.name}"]
-            known = column.is_not_null() & positive[task.given] if task.given else column.is_not_null()
-            if task.kind == "binary":
-                positive[task.name] = known & (column == 1.0).fill_null(False)
-            column = column.filter(known)
-            found = dict(column.value_counts().rows()) if task.kind == "binary" else {0.0: len(column)}
-            for value, n in found.items():
-                self.seen[task.name][value] = self.seen[task.name].get(value, 0) + n
-
-    def finish(self) -> None:
-        """Raises DataError for a task that the training split cannot teach."""
-        for task in self.data.tasks:
-            seen = {v: n for v, n in self.seen[task.name].items() if n}
-            if not seen:
-                raise DataError(f"Task `{task.name}`: no label is observed in the training split.")
-            if task.kind == "binary" and len(seen) == 1:
-                value, n = next(iter(seen.items()))
-                raise DataError(
-                    f"Task `{task.name}`: all {n:,} observed labels of the training split are {value:g}; both "
-                    "classes are needed."
-                )

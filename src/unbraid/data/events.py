@@ -21,7 +21,7 @@ from unbraid.data.vocabulary import canonical, stable_hash
 from unbraid.types import FIRST_VALUE, GAP, MISSING, POSITION
 
 if TYPE_CHECKING:
-    from unbraid.data.encode import Columns
+    from unbraid.data.columns import Columns
     from unbraid.data.fit import Progress
     from unbraid.data.fitted import Fitted
 
@@ -34,36 +34,50 @@ def write_events(
 ) -> None:  # fmt: skip
     """Encode and sort all events, and cut each row's slices.  The rows must be written; ``users``: their ids' type.
 
-    Rows are sorted among the events, before those of their instant, so that a slice is a count of events before it.
+    Rows are sorted among the events, before those of their instant, so that a slice is a count of events before it.  What was
+    sorted stays on disk until the table is there: an interrupted merge begins anew.
     """
     progress("encoding events", 0, 0)
     kinds = {field.name: fitted.vocabularies[field.vocab].dtype for field in data.fields}
     kinds |= {f"where.{i}": "bool" for i, history in enumerate(data.histories) if history.where}
     rows = len(columns.read("user"))
-    number = _index_type(rows)
-    sorter, seen = room.sorter("events", "bin", "user", "time", "source"), _Seen(rows, room.limit)
+    kept = data.appended and room.journal.path is not None
+    number = np.int64 if kept else _index_type(rows)
+    journal, seen = room.journal, _Seen(rows, room.limit, all=kept)
+    before = journal.noted.get("events", {"rows": 0, "done": [0] * len(data.events), "runs": [], "records": 0})
+    sorter = room.sorter("events", "bin", "user", "time", "source", runs=before["runs"])
+    sorter.records = before["records"]
 
-    def add(source: int, of: Mapping[str, np.ndarray], row: np.ndarray) -> None:
+    def add(source: int, of: Mapping[str, np.ndarray], row: np.ndarray) -> bool:
         about = {"bin": bins(of["user"]), "source": np.full(len(row), source, np.uint8), "row": row.astype(number)}
-        sorter.add(pl.DataFrame({**of, **about}).select("bin", "user", "time", "source", "row", *kinds))
+        return sorter.add(pl.DataFrame({**of, **about}).select("bin", "user", "time", "source", "row", *kinds))
+
+    def note() -> None:
+        sorter.spill()
+        journal.note(events={"rows": rows, "done": at, "runs": sorter.runs, "records": sorter.records})
 
     done = 0
     for user, time in zip(pieces(columns.read("user")), pieces(columns.read("time")), strict=True):
         seen.add(user)
-        none = {name: np.zeros(len(user), kind) for name, kind in kinds.items()}
-        add(0, {"user": user, "time": time, **none}, np.arange(done, done + len(user)))
+        there = min(max(before["rows"] - done, 0), len(user))  # they were added first
+        none = {name: np.zeros(len(user) - there, kind) for name, kind in kinds.items()}
+        add(0, {"user": user[there:], "time": time[there:], **none}, np.arange(done + there, done + len(user)))
         done += len(user)
+    at = list(before["done"])
     for place, (source, plan) in enumerate(src.event_plans(data, base, tables, split=False)):
         joined = src.add_joins(plan, data, base, tables)
         with src.reading(f"data.events `{source.table}`"):
-            for part in _event_chunks(data, source, joined, fitted, users, seen, per_second):
-                add(place + 1, part, np.full(len(part["user"]), -1))
+            for read, part in _event_chunks(data, source, joined, fitted, users, seen, per_second, at[place]):
+                at[place] += read
+                if add(place + 1, part, np.full(len(part["user"]), -1)) or journal.due():
+                    note()
+    if kept:
+        note()
     progress("sorting events", 0, 0)
     slices, cut = room.sorter("slices", "bin", "row"), _Cut(data, columns, kinds, _index_type(sorter.records - rows))
     for window in sorter.windows():
         found = cut.window({name: window[name].to_numpy() for name in window.columns})
         slices.add(pl.DataFrame({"bin": bins(found["row"], rows), **found}))
-    sorter.close()
     for window in slices.windows():
         for name in (f"{end}.{history.name}" for history in data.histories for end in ("start", "end")):
             columns.append(name, window[name].to_numpy())
@@ -71,11 +85,15 @@ def write_events(
 
 
 class _Seen:
-    """Which users may have rows: nobody sees the events of others.  A hash of a hash, so that a few others pass."""
+    """Which users may have rows: nobody sees the events of others.  A hash of a hash, so that a few others pass.
 
-    def __init__(self, rows: int, limit: int) -> None:
+    Args:
+        all: everybody, for rows of another day.
+    """
+
+    def __init__(self, rows: int, limit: int, all: bool) -> None:
         size = 1 << max(10, min(8 * rows, limit).bit_length() - 1)
-        self.places, self.mask = np.zeros(size, dtype=bool), np.int64(size - 1)
+        self.places, self.mask = np.full(size, all), np.int64(size - 1)
 
     def add(self, users: np.ndarray) -> None:
         """(n,) int64 hashes."""
@@ -163,9 +181,10 @@ def _source(number: int, users: np.ndarray) -> np.ndarray:
 
 def _event_chunks(
     data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted: Fitted, users: Any, seen: _Seen,
-    per_second: float,
-) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
-    """Encoded events of users with rows, of one source: user, time, one column per field, one bool per filtered history."""
+    per_second: float, start: int,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:  # fmt: skip
+    """Of one source, from row ``start`` of its plan on: how many rows were read, and the encoded events of users with rows
+    (user, time, one column per field, one bool per filtered history)."""
     from unbraid.data.encode import chunks
 
     have, where = plan.collect_schema(), f"data.events `{source.table}`"
@@ -178,15 +197,14 @@ def _event_chunks(
             units = f"{rate:g} and {per_second:g} per second"
             raise src.DataError(f"{where}: its time and `data.time` are in different units ({units}).")
     values, lists = event_expressions(source, have)
-    for frame in chunks(plan.select(**exprs, **values).filter(pl.col("user").is_not_null())):
-        frame = exploded(frame, lists)
+    for frame in chunks(plan.select(**exprs, **values).filter(pl.col("user").is_not_null()), start):
+        read, frame = len(frame), exploded(frame, lists)
         if source.time != "none" and frame["time"].null_count():
             nulls = frame["time"].null_count()
             raise src.DataError(f'{where}: {nulls:,} events have no time. Filter them, or use time = "none".')
         hashes = stable_hash(frame["user"]).view(np.int64)
         mine = seen.of(hashes)
-        if mine.any():
-            yield {"user": hashes[mine], **encode_events(data, source, frame.filter(pl.Series(mine)), fitted)}
+        yield read, {"user": hashes[mine], **encode_events(data, source, frame.filter(pl.Series(mine)), fitted)}
 
 
 def event_expressions(source: src.Events, have: Mapping[str, Any]) -> tuple[dict[str, pl.Expr], list[str]]:

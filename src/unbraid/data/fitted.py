@@ -7,10 +7,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from unbraid.data.source import DataError
+from unbraid.data.spill import os_errors
 from unbraid.data.vocabulary import Vocabulary, stable_hash
 from unbraid.types import Feature, Field, History, Schema, Task
 
@@ -24,7 +26,14 @@ class Fitted:
 
     def digest(self) -> str:
         """A hash of everything that encoding depends on."""
-        state = hashlib.sha256(json.dumps(dataclasses.asdict(self.schema), sort_keys=True, default=list).encode())
+        return self._digest(dataclasses.asdict(self.schema))
+
+    def codes_digest(self) -> str:
+        """A hash of what codes depend on: not the scales of numbers, which are stored as they are."""
+        return self._digest([self.schema.classes, self.schema.widths, self.schema.domains])
+
+    def _digest(self, said: Any) -> str:
+        state = hashlib.sha256(json.dumps(said, sort_keys=True, default=list).encode())
         for name in sorted(self.vocabularies):
             values = self.vocabularies[name].values
             state.update(name.encode() + f"{self.vocabularies[name].buckets} {values.dtype}".encode())
@@ -37,7 +46,8 @@ class Fitted:
         about = {}
         for i, (name, vocabulary) in enumerate(sorted(self.vocabularies.items())):
             place = f"{i:03d}.parquet"  # names may hold any character
-            pl.DataFrame({"value": vocabulary.values}).write_parquet(folder / "vocabularies" / place)
+            with os_errors():
+                pl.DataFrame({"value": vocabulary.values}).write_parquet(folder / "vocabularies" / place)
             about[name] = {"file": place, "buckets": vocabulary.buckets, "values": len(vocabulary.values)}
         document = {"schema": dataclasses.asdict(self.schema), "vocabularies": about}
         (folder / "schema.json").write_text(json.dumps(document, indent=1))

@@ -216,6 +216,7 @@ class Data:
         cache: folder of encoded data; empty for the user's cache folder.
         memory_mb: how much encoding may hold beside the program itself; what is more is sorted on disk.  0:
             $UNBRAID_MEMORY_MB, else 2,048.
+        appended: files will be added behind those of the rows and events: an encoded table keeps what the next goes on from.
     """
 
     __pydantic_config__: ClassVar[dict] = FORBID
@@ -242,6 +243,7 @@ class Data:
     negatives: Negatives | None = None
     cache: str = ""
     memory_mb: int = 0
+    appended: bool = False
 
     def __post_init__(self) -> None:
         names = [f.name for f in self.features] + [h.name for h in self.histories]
@@ -282,6 +284,13 @@ class Data:
         for x in ids:
             if x.min_count == 0 and not x.buckets:
                 raise ValueError(f"`{x.name}`: with `min_count` 0 all values are hashed: set `buckets`. Found 0.")
+        alone = {"exposure": self.exposure, "negatives": self.negatives, "drop_duplicates": self.drop_duplicates}
+        alone |= {f"split.kind = {self.split.kind}": self.split.kind == "order"}
+        alone |= {f"kind = {f.kind} (feature `{f.name}`)": True for f in self.features if f.has_content}
+        if self.appended and (found := [name for name, there in alone.items() if there]):
+            raise ValueError(
+                f"With `appended` each row is encoded by itself, and {', '.join(found)} reads others. Set one."
+            )
         if self.memory_mb and self.memory_mb < LEAST_MB:
             raise ValueError(
                 f"`memory_mb` should be at least {LEAST_MB}, or 0 for the default. Found {self.memory_mb}."

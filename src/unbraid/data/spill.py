@@ -1,20 +1,25 @@
 """Sorting more records than memory holds: sorted runs on disk, merged window by window.
 
 A run is a row of Arrow files, each a sorted block.  A merge holds a block of every run, and all records of one value of the
-first key: a user's events, say.  Peak memory is some four times the limit, whatever the number of records.
+first key: a user's events, say.  Peak memory is some five times the limit, whatever the number of records.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+
+from unbraid.store import Journal, sync
 
 WINDOW = 1 << 17  # records, or more where a group is larger
 BINS = 1 << 12
@@ -28,15 +33,30 @@ class Room:
 
     Args:
         folder: for sorted runs, on the disk of the encoded table.
-        limit: bytes that one sorter holds; peak memory is some four times that, beside the program.
+        limit: bytes that one sorter holds; peak memory is some five times that, beside the program.
+        journal: what an interrupted encode had done.
     """
 
     folder: Path
     limit: int
+    journal: Journal = field(default_factory=Journal)
 
-    def sorter(self, name: str, *keys: str, share: int = 1, fold: Fold | None = None) -> Sorter:
-        """One with a folder of its own; ``share``: of so many that are filled together."""
-        return Sorter(self.folder / name, keys, max(self.limit // share, 1), fold)
+    def sorter(
+        self, name: str, *keys: str, share: int = 1, fold: Fold | None = None, runs: Sequence[list[str]] = ()
+    ) -> Sorter:  # fmt: skip
+        """One with a folder of its own; ``share``: of so many that are filled together; the rest as of `Sorter`."""
+        return Sorter(self.folder / name, keys, max(self.limit // share, 1), fold, runs)
+
+
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """What the system said of a file that Polars writes (the disk is full) as `OSError`."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, OSError) as error:  # either, and neither with a number
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
 
 
 class Sorter:
@@ -59,10 +79,11 @@ class Sorter:
         self.runs = [list(run) for run in runs]
         self.held: list[pl.DataFrame] = []
         self.records = 0  # that were added here
+        self._stale: list[str] = []
         self._bytes = self._folded = 0.0
 
     def add(self, frame: pl.DataFrame) -> bool:
-        """Add records.  True when all there are went to disk: from here on a killed process can continue."""
+        """Add records.  True when all there are went to disk: time to note how far it is."""
         if not len(frame):
             return False
         self.held.append(frame)
@@ -79,12 +100,15 @@ class Sorter:
 
     def spill(self) -> None:
         """Write what is held as a run."""
-        if self.held:
-            self.runs.append(self._write([self._in_memory()]))
+        if not self.held:
+            return
+        for name in self._stale:
+            (self.folder / name).unlink()
+        self._stale = []
+        self.runs.append(self._write([self._in_memory()]))
         if len(self.runs) > RUNS:
             old, self.runs = self.runs, [self._write(self._merged())]
-            for name in (name for run in old for name in run):
-                (self.folder / name).unlink()
+            self._stale = [name for run in old for name in run]  # a journal may still name them
 
     def windows(self) -> Iterator[pl.DataFrame]:
         """All records in order, in frames that hold whole groups of the first key.  Raises OSError when the disk is full."""
@@ -128,7 +152,9 @@ class Sorter:
             rows = max(1, int(len(frame) * self.limit / RUNS / max(1, frame.estimated_size())))
             for block in frame.iter_slices(rows):
                 names.append(f"{start + len(names):08d}.arrow")
-                block.write_ipc(self.folder / names[-1])
+                with os_errors():
+                    block.write_ipc(self.folder / names[-1])
+                sync(self.folder / names[-1])
         return names
 
     def _merged(self) -> Iterator[pl.DataFrame]:

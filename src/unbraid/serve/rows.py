@@ -19,9 +19,11 @@ import numpy as np
 import polars as pl
 
 from unbraid.data import source as src
+from unbraid.data.columns import InMemory
 from unbraid.data.contents import Writer
-from unbraid.data.encode import InMemory, LabelChecks, row_expressions, write_rows
+from unbraid.data.encode import row_expressions, write_rows
 from unbraid.data.fitted import Fitted
+from unbraid.data.labels import LabelChecks
 from unbraid.data.table import Encoded
 from unbraid.data.vocabulary import Vocabulary, canonical, canonical_type
 
