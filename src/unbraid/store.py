@@ -295,6 +295,10 @@ class Journal:
         """Is it time to note how far the work is?"""
         return self.path is not None and time.monotonic() - self._last >= self.every
 
+    def worth(self) -> bool:
+        """Is a step that is done to be noted?  What took seconds alone is made again sooner than it is synced."""
+        return self.path is not None and (bool(self.noted) or self.due())
+
     def note(self, **done: Any) -> None:
         """Keep JSON values by name.  What they speak of must be synced before."""
         self._last = time.monotonic()

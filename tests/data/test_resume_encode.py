@@ -115,6 +115,29 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(calls) <= 1, "the last, unfinished run at most"
 
 
+def test_what_was_too_quick_to_be_noted_is_noted_with_what_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fitting and rows took no time, a run of events was spilled: all three are on disk then, or none."""
+    data, tables = declared("everything")
+    whole = Encoded(encode(replace(data, cache=str(tmp_path / "whole")), tables=tables))
+    data = replace(data, cache=str(tmp_path / "parts"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watched(patch, "merging", 1)
+        encode(data, tables=tables)
+    (unfinished,) = (tmp_path / "parts").iterdir()
+    assert not (unfinished / "journal.json").exists(), "seconds of work are not worth a note"
+    add = spill.Sorter.add
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(spill.Sorter, "add", lambda self, frame: add(self, frame) or "source" in frame.columns)
+        watched(patch, "merging", 1)
+        encode(data, tables=tables)
+    assert {"fitted", "rows", "events"} <= set(Journal(unfinished).noted)
+    for place in ("counting", "rows"):
+        watched(monkeypatch, place, 1)
+    same(whole.columns, Encoded(encode(data, tables=tables)).columns)
+
+
 def test_an_error_leaves_nothing_and_others_do_not_wait(tmp_path: Path) -> None:
     with pytest.raises(DataError), resumable_folder(tmp_path / "one") as (folder, _):
         (folder / "part").touch()

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ def encode(
                 if "written" not in journal.noted:
                     check_joins(data, base, tables)
                     _make(data, base, tables, fitted, grow, folder, room, progress)
-                    journal.note(written=True)
+                    if journal.worth():
+                        journal.note(written=True)
     except OSError as error:
         if (final / "columns.json").exists():  # another process was faster
             return final
@@ -171,7 +173,8 @@ def _make(
     else:
         state = fitted or fit(data, base, tables, grow, progress, room)
         state.save(folder)
-        journal.note(fitted=True)
+        if journal.worth():
+            journal.note(fitted=True)
         shutil.rmtree(room.folder, ignore_errors=True)  # what was counted
     grows = data.appended and not tables
     if grows:
@@ -247,8 +250,8 @@ def write(
     checks.restore(before["seen"])
 
     def note(**more: Any) -> None:
-        if journal.path:
-            journal.note(rows={"done": done, "columns": columns.state(), "seen": checks.state(), **more})
+        rows = {"done": done, "columns": columns.state(), "seen": checks.state(), **more}
+        journal.note(fitted=True, rows=rows)  # `fitted` may have been too quick to be noted
 
     with contextlib.closing(Columns(folder, before["columns"])) as columns:
         progress("encoding rows", done, total)
@@ -269,10 +272,13 @@ def write(
                 writer.finish(progress)
             if teach:
                 checks.finish()
-            note(whole=True)
+            if journal.worth() or (data.appended and journal.path):
+                note(whole=True)
         if data.histories:
             users = canonical_type(_dtype(data.user, schema))
-            write_events(data, base, tables, fitted, columns, users, per_second, progress, room)
+            write_events(
+                data, base, tables, fitted, columns, users, per_second, progress, room, partial(note, whole=True)
+            )
         if shown:
             columns.drop(KEYS)
         columns.describe(rows=total, per_second=per_second, root=str(root))

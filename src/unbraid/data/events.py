@@ -8,7 +8,7 @@ Events without a time come first for their user, in file order; events of the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ NO_TIME = np.iinfo(np.int64).min  # before every row
 
 def write_events(
     data: src.Data, base: Path, tables: src.Tables | None, fitted: Fitted, columns: Columns, users: Any,
-    per_second: float, progress: Progress, room: Room,
+    per_second: float, progress: Progress, room: Room, note_rows: Callable[[], None],
 ) -> None:  # fmt: skip
     """Encode and sort all events, and cut each row's slices.  The rows must be written; ``users``: their ids' type.
 
@@ -53,6 +53,8 @@ def write_events(
         return sorter.add(pl.DataFrame({**of, **about}).select("bin", "user", "time", "source", "row", *kinds))
 
     def note() -> None:
+        if journal.path and "rows" not in journal.noted:  # too quick to be noted; events are nothing without
+            note_rows()
         sorter.spill()
         journal.note(events={"rows": rows, "done": at, "runs": sorter.runs, "records": sorter.records})
 
