@@ -66,8 +66,8 @@ from torch.nn import functional as F
 from train_speed import KEEP as KEPT
 from train_speed import highest, layers, resident, zipf
 
+from unbraid.data.declaration import Data, Events, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Events, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.attention import TargetAttention
 from unbraid.encoders.dare import DARE

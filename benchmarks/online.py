@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from unbraid import recipes
-from unbraid.data.source import Split
+from unbraid.data.declaration import Split
 from unbraid.job import train
 from unbraid.schedules.online import Online
 from unbraid.train import Training

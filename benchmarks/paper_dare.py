@@ -36,10 +36,10 @@ from unbraid.analysis.retrieval import Retrieval
 from unbraid.bundle import Bundle
 from unbraid.compare import compare
 from unbraid.config import ModelChoice, Run
+from unbraid.data.declaration import Data
 from unbraid.data.encode import encode
 from unbraid.data.event_log import write
 from unbraid.data.public import Ratings, movielens, recbole_folder
-from unbraid.data.source import Data
 from unbraid.data.table import Encoded
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN

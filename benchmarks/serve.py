@@ -235,9 +235,9 @@ def ranker_of(folder: Path, events: int) -> Any:
     """A ranker with random weights on a store on disk, and one of its requests."""
     from unbraid.bundle import Bundle, build
     from unbraid.config import ModelChoice, Run
+    from unbraid.data.declaration import Data, Events, Split
     from unbraid.data.encode import encode
     from unbraid.data.fitted import Fitted
-    from unbraid.data.source import Data, Events, Split
     from unbraid.encoders.table import Views
     from unbraid.serve.importer import import_events
     from unbraid.serve.ranker import Ranker, Request

@@ -33,9 +33,9 @@ import polars as pl
 
 from unbraid.bundle import Bundle, build
 from unbraid.config import ModelChoice, Run
+from unbraid.data.declaration import Data, Events, Split
 from unbraid.data.encode import encode
 from unbraid.data.fitted import Fitted
-from unbraid.data.source import Data, Events, Split
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.table import Views
 from unbraid.render import markdown

@@ -52,8 +52,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unbraid.data.declaration import Data, Events, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Events, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.heads import Heads

@@ -36,9 +36,9 @@ import torch
 from unbraid.backbones.efficientnet_lite0 import EfficientNetLite0
 from unbraid.bundle import build
 from unbraid.config import ModelChoice, Run
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
 from unbraid.data.features import attach
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.losses.mcc import class_confusion
 from unbraid.losses.supervised import Supervised

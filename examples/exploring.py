@@ -5,7 +5,7 @@ import polars as pl
 
 from unbraid.bundle import Predictor, with_uncertainty
 from unbraid.config import Run
-from unbraid.data.source import Data, Split
+from unbraid.data.declaration import Data, Split
 from unbraid.job import train
 from unbraid.train import Training
 from unbraid.types import Feature, Task

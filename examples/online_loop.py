@@ -21,7 +21,8 @@ import polars as pl
 from sklearn.metrics import log_loss, roc_auc_score
 
 from unbraid import config, recipes
-from unbraid.data.source import Split, bundled
+from unbraid.data.declaration import Split
+from unbraid.data.source import bundled
 from unbraid.job import train
 from unbraid.schedules.online import Online
 from unbraid.serve.exporter import export_events

@@ -8,7 +8,7 @@ from unbraid.analysis.open_classes import in_the_wild
 from unbraid.bundle import Predictor, with_classes
 from unbraid.class_head import ClassFile, write_vectors
 from unbraid.config import ModelChoice, Run
-from unbraid.data.source import Data, Split
+from unbraid.data.declaration import Data, Split
 from unbraid.job import train
 from unbraid.losses.margin import Margin
 from unbraid.optim.beta_average import BetaAverage

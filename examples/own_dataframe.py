@@ -5,7 +5,7 @@ import pandas as pd
 
 from unbraid.bundle import Predictor
 from unbraid.config import ModelChoice, Run
-from unbraid.data.source import Data, Events, Split
+from unbraid.data.declaration import Data, Events, Split
 from unbraid.encoders.table import Views
 from unbraid.job import train
 from unbraid.optim.joint import Joint

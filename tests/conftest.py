@@ -10,8 +10,8 @@ import pytest
 import torch
 from toylog import make_log
 
+from unbraid.data.declaration import Data
 from unbraid.data.encode import encode
-from unbraid.data.source import Data
 from unbraid.data.table import Encoded
 
 torch.set_num_threads(1)

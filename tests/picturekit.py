@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unbraid.backbones.given import Given
 from unbraid.backbones.small_conv import SmallConv
 from unbraid.config import ModelChoice, Run
-from unbraid.data.source import Data, Split
+from unbraid.data.declaration import Data, Split
 from unbraid.optim.joint import Joint
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training

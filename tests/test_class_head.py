@@ -17,8 +17,8 @@ from unbraid import config
 from unbraid.bundle import Bundle, BundleError, Predictor, build, with_classes
 from unbraid.class_head import Classes, ClassFile, read_vectors
 from unbraid.config import ModelChoice, RunError
+from unbraid.data.declaration import Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.heads import Heads

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from unbraid import config
 from unbraid.cli.main import app
 from unbraid.compare import MEAN, budget_of, check, compare, difference, holm, same_rows, tabulate, with_means
-from unbraid.data.source import Split
+from unbraid.data.declaration import Split
 from unbraid.evaluate import Drawn, Slice, evaluate, replicate
 from unbraid.job import JobError
 from unbraid.render import budget, comparison_cells, render_comparison

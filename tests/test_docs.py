@@ -23,7 +23,7 @@ from typer.main import get_command
 from unbraid import config
 from unbraid.bundle import build
 from unbraid.cli.main import app
-from unbraid.data.source import Data
+from unbraid.data.declaration import Data
 from unbraid.job import train
 from unbraid.types import BUILT_IN, Schema
 

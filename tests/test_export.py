@@ -26,8 +26,8 @@ from unbraid.calibration.maps import Affine, Calibration, Curves, Linear
 from unbraid.class_head import Classes
 from unbraid.cli.main import app
 from unbraid.config import ModelChoice
+from unbraid.data.declaration import Data
 from unbraid.data.encode import encode
-from unbraid.data.source import Data
 from unbraid.data.table import Encoded
 from unbraid.encoders.packed import Listed
 from unbraid.encoders.table import Views

@@ -25,8 +25,9 @@ from unbraid.citations import citations
 from unbraid.cli.common import refuse_unread
 from unbraid.cli.main import app
 from unbraid.config import ModelChoice
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, DataError, Split
+from unbraid.data.source import DataError
 from unbraid.data.table import Encoded
 from unbraid.encoders.numeral import Numeral
 from unbraid.encoders.similarity import Similarity

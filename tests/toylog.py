@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from unbraid.config import ModelChoice, Run
-from unbraid.data.source import Data, Events, Split
+from unbraid.data.declaration import Data, Events, Split
 from unbraid.encoders.table import Views
 from unbraid.optim.joint import Joint
 from unbraid.towers.mlp import SharedBottom

@@ -29,10 +29,11 @@ from unbraid.adapters.frames import Table, lazy
 from unbraid.backbones.frozen import Frozen, fill
 from unbraid.calibration.kept import Calibrators
 from unbraid.class_head import Classes, ClassHead
+from unbraid.data.declaration import Data
 from unbraid.data.encode import encode, encode_query
 from unbraid.data.features import attach
 from unbraid.data.fitted import Fitted
-from unbraid.data.source import Data, DataError, Tables, known_types, scan_given
+from unbraid.data.source import DataError, Tables, known_types, scan_given
 from unbraid.data.table import Encoded
 from unbraid.layers import task_key
 from unbraid.mc_dropout import McDropout

@@ -47,9 +47,10 @@ import numpy as np
 from unbraid import config, store
 from unbraid.adapters.frames import in_polars
 from unbraid.bundle import BundleError, build
+from unbraid.data.declaration import Data
 from unbraid.data.encode import encode, fingerprint
 from unbraid.data.fitted import Fitted
-from unbraid.data.source import Data, Tables
+from unbraid.data.source import Tables
 from unbraid.data.table import Encoded
 from unbraid.evaluate import Array, Drawn, Slice, lead_metric, lower_is_better, replicate
 from unbraid.job import baseline_scores, default_baseline, train

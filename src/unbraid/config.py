@@ -38,7 +38,8 @@ from unbraid.calibration.cpcs import CPCS
 from unbraid.calibration.scaling import Matrix, Temperature, Vector
 from unbraid.calibration.transcal import TransCal
 from unbraid.class_head import ClassFile, require_tasks
-from unbraid.data.source import Data, bundled
+from unbraid.data.declaration import Data
+from unbraid.data.source import bundled
 from unbraid.encoders.attention import TargetAttention
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN

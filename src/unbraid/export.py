@@ -33,9 +33,10 @@ from torch.overrides import TorchFunctionMode
 from unbraid import config, store
 from unbraid.adapters.frames import Table
 from unbraid.bundle import Bundle, environment, given_rows, predictions
+from unbraid.data.declaration import Data
 from unbraid.data.encode import encode
 from unbraid.data.fitted import Fitted
-from unbraid.data.source import Data, Tables
+from unbraid.data.source import Tables
 from unbraid.data.table import Encoded
 from unbraid.graph import PREDICTED, Graph, Input, drawn, inputs_of, taken_apart
 from unbraid.train import predict as scores_of

@@ -19,10 +19,11 @@ from unbraid import config, parallel, sharded_files, sharding, store
 from unbraid.adapters.frames import in_polars, lazy
 from unbraid.baseline import TargetEncoding
 from unbraid.bundle import EVALUATION_ROWS, Bundle, build, warm_start
+from unbraid.data.declaration import Data
 from unbraid.data.encode import encode
 from unbraid.data.events import warnings_of
 from unbraid.data.features import attach
-from unbraid.data.source import Data, Tables, scan_given
+from unbraid.data.source import Tables, scan_given
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Table
 from unbraid.evaluate import evaluate

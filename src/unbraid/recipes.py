@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from unbraid.config import Expert, ModelChoice, Run, TowerChoice
-from unbraid.data.source import Data, Events, Join, Split
+from unbraid.data.declaration import Data, Events, Join, Split
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
 from unbraid.encoders.numeral import Numeral

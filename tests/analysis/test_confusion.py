@@ -11,9 +11,9 @@ import pytest
 
 from unbraid.analysis.confusion import ALL, confusion, rates
 from unbraid.config import ModelChoice, Run
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
 from unbraid.data.mix import Mix
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.job import train
 from unbraid.losses.mcc import MCC

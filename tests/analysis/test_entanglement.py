@@ -14,9 +14,9 @@ from torch import nn
 from unbraid.analysis import entanglement
 from unbraid.analysis.entanglement import Entanglement, Frequent
 from unbraid.config import ModelChoice, Run
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
 from unbraid.data.planted import opposed_tastes
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.interactions.inner_product import InnerProduct

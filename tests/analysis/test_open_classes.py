@@ -20,7 +20,7 @@ from unbraid.analysis.open_classes import domain_shift, harmonic, in_the_wild, o
 from unbraid.bundle import Predictor, with_classes
 from unbraid.class_head import ClassFile, name_vectors, read_vectors, write_vectors
 from unbraid.config import ModelChoice
-from unbraid.data.source import Split
+from unbraid.data.declaration import Split
 from unbraid.encoders.table import Views
 from unbraid.job import train
 from unbraid.losses.margin import Margin

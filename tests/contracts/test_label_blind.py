@@ -34,9 +34,9 @@ from unbraid.calibration.maps import Affine, Calibration
 from unbraid.calibration.oracle import Oracle as OracleCalibrator
 from unbraid.class_head import ClassFile, write_vectors
 from unbraid.config import ModelChoice, Run
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
 from unbraid.data.mix import Mix
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.heads import Heads
 from unbraid.job import Result, baseline_scores, train

@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+from unbraid.data.declaration import Data
 from unbraid.data.encode import encode
-from unbraid.data.source import Data
 from unbraid.data.table import Encoded
 from unbraid.types import Batch, Ragged
 

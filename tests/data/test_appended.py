@@ -15,8 +15,8 @@ from test_encode import same
 
 from unbraid.data import encode as encoding
 from unbraid.data import events
+from unbraid.data.declaration import Data, Events, Join, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Events, Join, Split
 from unbraid.data.table import Encoded
 from unbraid.types import Feature, Field, History, Task
 

@@ -14,10 +14,11 @@ import torch
 from picturekit import array, as_bytes, make_data, make_rows, write
 
 from unbraid.data.contents import digest_of
+from unbraid.data.declaration import Data
 from unbraid.data.encode import encode, encode_query
 from unbraid.data.features import attach
 from unbraid.data.images import opened, pixels
-from unbraid.data.source import Data, DataError
+from unbraid.data.source import DataError
 from unbraid.data.table import Encoded
 from unbraid.types import Feature, Transform
 

@@ -12,8 +12,9 @@ import pytest
 from toylog import make_data, make_log, make_run
 
 from unbraid.bundle import Bundle, BundleError, Predictor, build, warm_start
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, DataError, Split
+from unbraid.data.source import DataError
 from unbraid.data.table import Encoded
 from unbraid.job import train
 from unbraid.types import Task

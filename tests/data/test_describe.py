@@ -10,9 +10,10 @@ import polars as pl
 import pytest
 
 from unbraid import config
+from unbraid.data.declaration import Data, Events, Join, Split
 from unbraid.data.describe import describe
 from unbraid.data.describe_table import render
-from unbraid.data.source import Data, DataError, Events, Join, Split
+from unbraid.data.source import DataError
 from unbraid.job import train
 from unbraid.train import Training, Watcher
 from unbraid.types import Feature, Field, History, Task

@@ -10,8 +10,9 @@ import polars as pl
 import pytest
 
 from unbraid.data import encode as encoding
+from unbraid.data.declaration import Data, Events, Split
 from unbraid.data.events import NO_TIME, gap_codes
-from unbraid.data.source import Data, DataError, Events, Split
+from unbraid.data.source import DataError
 from unbraid.data.vocabulary import stable_hash
 from unbraid.types import Feature, Field, History, Task
 

@@ -13,9 +13,10 @@ from toylog import make_data, make_log, make_run
 
 from unbraid.bundle import Predictor
 from unbraid.data import encode as encoding
+from unbraid.data.declaration import Negatives, Split
 from unbraid.data.encode import encode
 from unbraid.data.exposure import earlier, keys_of
-from unbraid.data.source import DataError, Negatives, Split
+from unbraid.data.source import DataError
 from unbraid.data.spill import Room
 from unbraid.data.table import Encoded
 from unbraid.job import train

@@ -16,9 +16,10 @@ from toylog import make_data, make_log, make_run
 from unbraid.augmentations.tabular import Change, Tabular
 from unbraid.bundle import build
 from unbraid.config import Run
+from unbraid.data.declaration import Data
 from unbraid.data.encode import encode
 from unbraid.data.mix import Mix, batches, walk, with_views
-from unbraid.data.source import Data, DataError
+from unbraid.data.source import DataError
 from unbraid.data.table import Encoded
 from unbraid.job import JobError, train
 from unbraid.preflight import bound_terms

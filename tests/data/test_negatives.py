@@ -10,8 +10,9 @@ import polars as pl
 import pytest
 
 from unbraid.data import encode as encoding
+from unbraid.data.declaration import Data, Events, Join, Negatives, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, DataError, Events, Join, Negatives, Split
+from unbraid.data.source import DataError
 from unbraid.data.table import Encoded
 from unbraid.types import Feature, Field, History, Task
 

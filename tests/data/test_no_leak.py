@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from unbraid.data.source import Data, Events, Join, Negatives, Split
+from unbraid.data.declaration import Data, Events, Join, Negatives, Split
 from unbraid.types import Feature, Field, History, Task
 
 N = 400

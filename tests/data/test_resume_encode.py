@@ -23,8 +23,9 @@ from unbraid import store
 from unbraid.data import encode as encoding
 from unbraid.data import events, spill
 from unbraid.data.counting import Counted
+from unbraid.data.declaration import Data, Negatives
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, DataError, Negatives
+from unbraid.data.source import DataError
 from unbraid.data.table import Encoded
 from unbraid.store import Journal, resumable_folder
 

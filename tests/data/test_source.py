@@ -12,20 +12,9 @@ import pytest
 
 from unbraid import config
 from unbraid.data import source as src
+from unbraid.data.declaration import SPLITS, Data, Events, Join, Negatives, Split, Text
 from unbraid.data.encode import encode
-from unbraid.data.source import (
-    SPLITS,
-    Data,
-    DataError,
-    Events,
-    Join,
-    Negatives,
-    Split,
-    Text,
-    instant,
-    scan,
-    scan_given,
-)
+from unbraid.data.source import DataError, instant, scan, scan_given
 from unbraid.data.table import Encoded
 from unbraid.types import Feature, Field, History, Task
 

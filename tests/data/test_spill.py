@@ -18,8 +18,9 @@ from test_events import make
 
 from unbraid.data import encode as encoding
 from unbraid.data.counting import PIECE, Learnt, learn, pairwise
+from unbraid.data.declaration import Data, Negatives
 from unbraid.data.encode import encode, fingerprint
-from unbraid.data.source import Data, DataError, Negatives
+from unbraid.data.source import DataError
 from unbraid.data.spill import RUNS, Sorter, add_up, pieces
 from unbraid.data.table import Encoded
 from unbraid.types import Feature
@@ -189,7 +190,7 @@ import sys
 from pathlib import Path
 import polars as pl
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Events, Split
+from unbraid.data.declaration import Data, Events, Split
 from unbraid.types import Feature, Field, History, Task
 folder, memory = Path(sys.argv[1]), int(sys.argv[2])
 data = Data(

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from unbraid.data.source import Data, Split
+from unbraid.data.declaration import Data, Split
 from unbraid.data.table import order, prefetch, steps_per_epoch
 from unbraid.types import Feature, Task
 

@@ -11,8 +11,9 @@ import polars as pl
 import pytest
 
 from unbraid.bundle import Predictor
+from unbraid.data.declaration import Data, Events, Join, Split, Text
 from unbraid.data.encode import encode, encode_query
-from unbraid.data.source import Data, DataError, Events, Join, Split, Text, known_types, scan, scan_given
+from unbraid.data.source import DataError, known_types, scan, scan_given
 from unbraid.data.table import Encoded
 from unbraid.data.text import Reads
 from unbraid.types import Feature, Field, History, Task

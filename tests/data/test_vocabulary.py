@@ -8,8 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from unbraid.data.declaration import Data, Events, Split
 from unbraid.data.fitted import Fitted
-from unbraid.data.source import Data, DataError, Events, Split
+from unbraid.data.source import DataError
 from unbraid.data.spill import Room
 from unbraid.data.vocabulary import Vocabulary, fit, stable_hash
 from unbraid.types import FIRST_VALUE, MISSING, UNKNOWN, Feature, Field, History, Task

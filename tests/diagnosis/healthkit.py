@@ -10,7 +10,7 @@ import polars as pl
 from scipy.special import expit
 
 from unbraid.config import ModelChoice, Run
-from unbraid.data.source import Data, Split
+from unbraid.data.declaration import Data, Split
 from unbraid.diagnosis.case import Case
 from unbraid.job import train
 from unbraid.optim.joint import Joint

@@ -13,8 +13,9 @@ import pytest
 from healthkit import make_case, make_run, make_table
 
 from unbraid import recipes
+from unbraid.data.declaration import Split
 from unbraid.data.encode import encode
-from unbraid.data.source import SPLIT, Split, kept_rows, with_split
+from unbraid.data.source import SPLIT, kept_rows, with_split
 from unbraid.data.table import Encoded
 from unbraid.diagnosis.case import Case
 from unbraid.diagnosis.diagnosis import Diagnosis, NotApplicable

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import mutual_info_score
 
 from unbraid import config
-from unbraid.data.source import Events
+from unbraid.data.declaration import Events
 from unbraid.diagnosis.attention import Attention
 from unbraid.diagnosis.case import Case
 from unbraid.diagnosis.diagnosis import NotApplicable

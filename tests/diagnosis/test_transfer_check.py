@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from unbraid import config
 from unbraid.bundle import build
 from unbraid.config import ModelChoice, Run, Weighted
-from unbraid.data.source import Data, Split
+from unbraid.data.declaration import Data, Split
 from unbraid.diagnosis import transfer
 from unbraid.diagnosis.case import Case
 from unbraid.diagnosis.diagnosis import Measure, NotApplicable

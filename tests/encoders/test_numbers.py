@@ -18,8 +18,8 @@ from toylog import make_data, make_log, make_run
 
 from unbraid import config
 from unbraid.bundle import Bundle, BundleError, Predictor, build, warm_start
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.numbers import Rank, Spread, Standardise
 from unbraid.encoders.numeral import Numeral, Numerals, places

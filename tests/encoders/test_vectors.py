@@ -14,8 +14,8 @@ from toylog import make_data, make_log, make_run
 
 from unbraid import config
 from unbraid.bundle import Bundle, Predictor, build, warm_start
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.hash_id import Hashed
 from unbraid.encoders.numeral import places

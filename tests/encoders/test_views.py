@@ -6,7 +6,7 @@ import pytest
 import torch
 from toylog import make_data
 
-from unbraid.data.source import Data
+from unbraid.data.declaration import Data
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Role, Views, distinct
 from unbraid.model import Model

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbraid.config import ModelChoice, Run
+from unbraid.data.declaration import Data, Split
 from unbraid.data.mix import Mix
-from unbraid.data.source import Data, Split
 from unbraid.job import train
 from unbraid.losses.entropy import Entropy
 from unbraid.losses.mcc import MCC, class_confusion

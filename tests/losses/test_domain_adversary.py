@@ -17,8 +17,8 @@ from toylog import make_data, make_log, make_run
 
 from unbraid import bundle, config
 from unbraid.config import Aggregated, ModelChoice, Weighted
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.heads import Heads

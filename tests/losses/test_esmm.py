@@ -16,8 +16,8 @@ from unbraid import config
 from unbraid.bundle import Predictor
 from unbraid.citations import citations
 from unbraid.config import ModelChoice, Run
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.job import JobError, train

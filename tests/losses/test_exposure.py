@@ -13,7 +13,7 @@ import torch
 from toylog import make_data, make_log, make_run
 
 from unbraid.config import ModelChoice, from_dict, to_dict
-from unbraid.data.source import Data, Split
+from unbraid.data.declaration import Data, Split
 from unbraid.job import JobError, train
 from unbraid.losses.exposure import Exposure
 from unbraid.losses.supervised import Supervised

@@ -17,8 +17,8 @@ from unbraid import config, store
 from unbraid.augmentations.tabular import Change, Tabular
 from unbraid.cli.main import app
 from unbraid.config import ModelChoice, Run
+from unbraid.data.declaration import Data, Split
 from unbraid.data.mix import Mix
-from unbraid.data.source import Data, Split
 from unbraid.job import train
 from unbraid.losses.dst import DST, DSTHeads
 from unbraid.losses.fixmatch import FixMatch

@@ -17,8 +17,8 @@ import pytest
 import unbraid.data.table
 from unbraid.bundle import build
 from unbraid.config import ModelChoice, Run
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.heads import Heads
 from unbraid.optim.joint import Joint

@@ -18,8 +18,8 @@ from toylog import make_data, make_log, make_run
 from unbraid import config
 from unbraid.bundle import Bundle, BundleError, build
 from unbraid.config import ModelChoice
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded, order, steps_per_epoch
 from unbraid.encoders.table import Views
 from unbraid.heads import Heads

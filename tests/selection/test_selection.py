@@ -19,8 +19,8 @@ from unbraid import config, render
 from unbraid.compare import budget_of
 from unbraid.compare import compare as compare_runs
 from unbraid.config import DEV, IWV, SND, Oracle, TargetConfusion, TargetEntropy
+from unbraid.data.declaration import Split
 from unbraid.data.mix import Mix
-from unbraid.data.source import Split
 from unbraid.evaluate import evaluate
 from unbraid.job import JobError, train
 from unbraid.losses.mcc import MCC

@@ -24,8 +24,9 @@ from toylog import make_data, make_log, make_run
 from typer.testing import CliRunner
 
 from unbraid.cli.main import app
+from unbraid.data.declaration import Events, Join
 from unbraid.data.encode import encode
-from unbraid.data.source import DataError, Events, Join
+from unbraid.data.source import DataError
 from unbraid.data.table import Encoded
 from unbraid.serve import exporter
 from unbraid.serve.exporter import ExportError, export_events

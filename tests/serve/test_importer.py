@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from unbraid import config
 from unbraid.cli.main import app
+from unbraid.data.declaration import Data, Events, Join
 from unbraid.data.events import NO_TIME
-from unbraid.data.source import Data, DataError, Events, Join
+from unbraid.data.source import DataError
 from unbraid.serve.importer import import_events
 from unbraid.serve.store import Store, open_store, user_hash
 from unbraid.types import Field

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from unbraid import config
 from unbraid.bundle import Bundle, Predictor
 from unbraid.cli.main import app
-from unbraid.data.source import Split
+from unbraid.data.declaration import Split
 from unbraid.serve.ranker import Ranker
 from unbraid.serve.store import open_store
 

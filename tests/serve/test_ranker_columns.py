@@ -15,7 +15,8 @@ from rankerkit import Memory, untrained
 from toylog import make_data, make_log, make_run
 
 from unbraid.bundle import Bundle, Predictor
-from unbraid.data.source import Data, DataError, Events, Join, Split
+from unbraid.data.declaration import Data, Events, Join, Split
+from unbraid.data.source import DataError
 from unbraid.data.vocabulary import FEW_VALUES, Vocabulary
 from unbraid.encoders.dare import DARE
 from unbraid.serve.importer import import_events

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from unbraid import config
 from unbraid.cli.main import app
 from unbraid.data import encode as encoding
-from unbraid.data.source import Split
+from unbraid.data.declaration import Split
 from unbraid.data.table import Encoded
 from unbraid.job import JobError, learn
 from unbraid.report import tuning

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 from unbraid.bundle import Predictor, with_uncertainty
 from unbraid.config import Run
-from unbraid.data.source import Data, Split
+from unbraid.data.declaration import Data, Split
 from unbraid.job import train
 from unbraid.optim.joint import Joint
 from unbraid.train import Training

@@ -31,8 +31,8 @@ from sklearn.utils.validation import _check_sample_weight, check_consistent_leng
 from unbraid import config, parallel
 from unbraid.adapters.frames import lazy
 from unbraid.bundle import Bundle, Predictor
+from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
-from unbraid.data.source import Data, Split
 from unbraid.data.table import Encoded
 from unbraid.job import prepared
 from unbraid.optim.joint import Joint

@@ -52,7 +52,7 @@ def calibrate(
     from unbraid.bundle import CALIBRATION, Bundle
     from unbraid.calibrate import calibrate as fit
     from unbraid.calibrate import method_of, remove_from
-    from unbraid.data.source import SPLITS
+    from unbraid.data.declaration import SPLITS
 
     try:
         if remove:

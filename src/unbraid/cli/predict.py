@@ -25,7 +25,7 @@ def evaluate(
 ) -> None:
     """Metrics of a bundle, per task and domain, with intervals."""
     from unbraid.bundle import Bundle, trained_splits
-    from unbraid.data.source import SPLITS
+    from unbraid.data.declaration import SPLITS
     from unbraid.job import evaluate_bundle
     from unbraid.preflight import JobError
 

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from unbraid.data.declaration import Data
 from unbraid.data.fitted import Fitted
-from unbraid.data.source import Data, Tables, event_plans, files_of, rows_plan
+from unbraid.data.source import Tables, event_plans, files_of, rows_plan
 from unbraid.store import Journal
 
 KEPT, EVENTS = "kept.json", "events"

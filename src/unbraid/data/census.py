@@ -28,8 +28,9 @@ from typing import Literal
 
 import polars as pl
 
+from unbraid.data.declaration import SPLITS, Data, Split
 from unbraid.data.event_log import Prepared
-from unbraid.data.source import SPLITS, Data, DataError, Split, reading, stable_uniform
+from unbraid.data.source import DataError, reading, stable_uniform
 from unbraid.types import Feature, Task
 
 NUMBERS = ("age", "wage_per_hour", "capital_gains", "capital_losses", "dividends", "employer_size", "weeks_worked")

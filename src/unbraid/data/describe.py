@@ -18,16 +18,14 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from unbraid.data.contents import SHOWN, missing_files
+from unbraid.data.declaration import SPLITS, Data, Events
 from unbraid.data.encode import encode
 from unbraid.data.events import warnings_of
 from unbraid.data.fit import bag_lists, content_expression, id_values
 from unbraid.data.images import looked_at, not_pictures
 from unbraid.data.source import (
     SPLIT,
-    SPLITS,
-    Data,
     DataError,
-    Events,
     Tables,
     _dtype,
     add_joins,
@@ -43,7 +41,7 @@ from unbraid.data.source import (
     scan_of,
     to_time,
     with_split,
-)  # fmt: skip
+)
 from unbraid.data.table import Encoded
 from unbraid.data.vocabulary import canonical
 from unbraid.types import Feature, Field, Task

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from unbraid.data.declaration import SPLITS
 from unbraid.data.describe import Found
-from unbraid.data.source import SPLITS
 
 WIDTH = 100  # of piped output
 TASKS_ABREAST = 5  # columns of a table by domain

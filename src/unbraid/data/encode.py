@@ -27,6 +27,7 @@ from unbraid.data import appended, vocabulary
 from unbraid.data.columns import Columns, InMemory
 from unbraid.data.contents import Writer
 from unbraid.data.counting import refuse_bad_numbers
+from unbraid.data.declaration import LEAST_MB, Data
 from unbraid.data.events import write_events
 from unbraid.data.exposure import earlier, keys_of
 from unbraid.data.fit import (
@@ -41,9 +42,7 @@ from unbraid.data.fit import (
 from unbraid.data.fitted import Fitted
 from unbraid.data.labels import LabelChecks
 from unbraid.data.source import (
-    LEAST_MB,
     SPLIT,
-    Data,
     DataError,
     Tables,
     _dtype,
@@ -57,7 +56,7 @@ from unbraid.data.source import (
     rows_plan,
     to_time,
     with_split,
-)  # fmt: skip
+)
 from unbraid.data.spill import Room, pieces
 from unbraid.data.text import holds_whole_numbers, whole_numbers
 from unbraid.data.vocabulary import canonical, canonical_type

@@ -30,7 +30,8 @@ import numpy as np
 import polars as pl
 
 from unbraid.data import source as src
-from unbraid.data.source import Data, DataError, Events, Split, Tables
+from unbraid.data.declaration import Data, Events, Split
+from unbraid.data.source import DataError, Tables
 from unbraid.data.text import Reads
 from unbraid.data.vocabulary import canonical
 from unbraid.types import BUILT_IN, Feature, Field, History, Task

@@ -12,11 +12,10 @@ from typing import Any
 import polars as pl
 
 from unbraid.data.counting import Counted, Learnt, Numbers, read_once, vocabulary_of
+from unbraid.data.declaration import SPLITS, Data
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import (
     SPLIT,
-    SPLITS,
-    Data,
     DataError,
     Tables,
     _dtype,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from unbraid.data.source import Data, DataError
+from unbraid.data.declaration import Data
+from unbraid.data.source import DataError
 from unbraid.types import Schema
 
 

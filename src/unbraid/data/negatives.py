@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from unbraid.data.source import ROW_KEY, SPLIT, DataError, Negatives, listed
+from unbraid.data.declaration import Negatives
+from unbraid.data.source import ROW_KEY, SPLIT, DataError, listed
 from unbraid.data.vocabulary import stable_hash
 
 

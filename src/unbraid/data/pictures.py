@@ -21,9 +21,10 @@ from typing import Any
 
 import polars as pl
 
+from unbraid.data.declaration import SPLITS, Data, Split
 from unbraid.data.event_log import Prepared
 from unbraid.data.images import looked_at
-from unbraid.data.source import SPLITS, Data, DataError, Split, stable_uniform
+from unbraid.data.source import DataError, stable_uniform
 from unbraid.types import Feature, Task
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}

@@ -23,9 +23,10 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
+from unbraid.data.declaration import SPLITS, Data, Split
 from unbraid.data.event_log import Prepared
 from unbraid.data.mix import Mix
-from unbraid.data.source import SPLITS, Data, DataError, Split, stable_uniform
+from unbraid.data.source import DataError, stable_uniform
 from unbraid.train import Training
 from unbraid.types import Feature, Task
 

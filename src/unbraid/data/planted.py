@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from unbraid.data.source import Data, Events, Split
+from unbraid.data.declaration import Data, Events, Split
 from unbraid.types import Feature, Field, History, Task
 
 SHARES = {"train": 60, "valid": 15, "test": 20}  # of 95

@@ -17,8 +17,9 @@ import numpy as np
 import polars as pl
 
 from unbraid.data import source as src
+from unbraid.data.declaration import Data, Events, Join, Split
 from unbraid.data.event_log import EventLog, Ordered, Prepared, Targets, prepare_targets
-from unbraid.data.source import Data, DataError, Events, Join, Split, reading
+from unbraid.data.source import DataError, reading
 from unbraid.types import BUILT_IN, Feature, Field, History, Task
 
 ACTIONS = ("pv", "buy", "cart", "fav")

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from unbraid.data.contents import Contents
+from unbraid.data.declaration import SPLITS
 from unbraid.data.events import gather
 from unbraid.data.fitted import Fitted
-from unbraid.data.source import SPLITS, DataError
+from unbraid.data.source import DataError
 from unbraid.types import EXACT, Batch, Ragged, Schema, Transform
 
 Read = Callable[[np.ndarray], Batch]  # row numbers (n,) -> their batch

@@ -10,7 +10,7 @@ from unbraid.evaluate import NAMES, lead_metric
 
 if TYPE_CHECKING:
     from unbraid.config import Run
-    from unbraid.data.source import Data
+    from unbraid.data.declaration import Data
     from unbraid.types import Schema
 
 Grade = Literal["none", "mild", "moderate", "severe"]

@@ -10,8 +10,9 @@ from typing import Any
 
 import polars as pl
 
+from unbraid.data.declaration import Join, Text
 from unbraid.data.pictures import WORDS
-from unbraid.data.source import Join, Text, scan
+from unbraid.data.source import scan
 from unbraid.data.vocabulary import canonical
 from unbraid.guess.words import words_of
 

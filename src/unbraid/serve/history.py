@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from unbraid.data.source import Data
+from unbraid.data.declaration import Data
 from unbraid.serve.events import Table
 from unbraid.serve.store import Page, Store
 from unbraid.types import History
