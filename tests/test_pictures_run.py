@@ -302,15 +302,18 @@ def test_from_a_folder_to_predictions(tmp_path: Path) -> None:
     assert config.load(tmp_path / "prepared/run.toml").model.images == SmallConv(size=12)
 
 
-def test_init_without_labels_still_asks_for_them(tmp_path: Path) -> None:
+def test_init_asks_for_labels_that_cannot_be_seen(tmp_path: Path) -> None:
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "a.parquet")
     result = CliRunner().invoke(app, ["init", str(tmp_path)])
-    assert result.exit_code == 2 and "At least one label column is needed" in result.output
-    for folder, words in ((tmp_path / "nowhere", "There is no file or folder"), (tmp_path / "empty", "Found neither")):
-        if words == "Found neither":
+    assert result.exit_code == 2 and "No column looks like a label" in result.output
+    for folder, words in (
+        (tmp_path / "nowhere", "There is no file or folder"),
+        (tmp_path / "empty", "an empty folder"),
+    ):
+        if folder.name == "empty":
             folder.mkdir()
         result = CliRunner().invoke(app, ["init", str(folder)])
-        assert result.exit_code == 2 and words in result.output and "At least" not in result.output
+        assert result.exit_code == 2 and words in result.output and "label," not in result.output
 
 
 def test_init_of_pictures_takes_no_columns(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def find_tables(path: Path) -> Tables:
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and not _hidden(p, path)) if path.is_dir() else []
     if not files:
         raise ValueError(
-            f"{path} should be a Parquet or CSV file (.parquet, .csv, .tsv) or a folder of them, or a folder of pictures. Found "
-            f"{_what_is_there(path)}."
+            f"{path} should be a Parquet or CSV file (.parquet, .csv, .tsv) or a folder of them, or a folder of pictures, "
+            f"which is read without `--label`. Found {_what_is_there(path)}."
         )
     units: dict[str, list[Path]] = {}
     for file in files:  # a file, or a folder with files anywhere below
