@@ -51,6 +51,21 @@ class Apart(TorchDispatchMode):
 
     operations = 0
 
+    def __enter__(self) -> Apart:
+        """``torch.tensor`` of numbers is below no dispatch: while the block lasts it is made here and copied there."""
+        self._made = torch.tensor
+
+        def made(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+            found = self._made(*args, **kwargs)
+            return found if device is None else found.to(device)
+
+        torch.tensor = made  # type: ignore[assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.tensor = self._made  # type: ignore[assignment]
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         flat, tree = tree_flatten((args, kwargs))

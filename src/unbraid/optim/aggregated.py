@@ -154,7 +154,8 @@ class AggregatedUpdate(PerTask):
         """(K, n) weighted gradients, rows in the order of the names."""
         place = list(grads.of)
         weights = torch.tensor([self.weight(name) for name in names], dtype=torch.float64)
-        matrix = grads.matrix(shared)[[place.index(name) for name in names]]
+        matrix = grads.matrix(shared)
+        matrix = matrix[torch.tensor([place.index(name) for name in names], device=matrix.device)]
         return matrix * weights.to(matrix).unsqueeze(1)
 
     def _split(self, grads: Gradients, vector: Tensor, shared: list[str]) -> dict[str, Tensor]:
