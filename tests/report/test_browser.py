@@ -237,7 +237,8 @@ def test_keyboard_and_words(browser: Any, files: dict[str, Path]) -> None:
         page.keyboard.press("Enter")
         assert page.evaluate("document.activeElement.id") == "main"
         page.get_by_role("link", name="AUC: what it means", exact=True).last.click()
-        assert page.url.endswith("#word-auc") and page.locator("#word-auc").is_visible()
+        page.wait_for_url("**#word-auc")
+        assert page.locator("#word-auc").is_visible()
         with page.expect_download() as download:
             page.locator("#finding-1 details").first.locator("summary").click()
             page.get_by_role("link", name="Save as uw.toml").click()
