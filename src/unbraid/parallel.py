@@ -21,6 +21,7 @@ these.  With one process each function returns what it is given.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import time
 import uuid
@@ -121,6 +122,10 @@ def together(device: str = "auto") -> Iterator[str]:
         kind = _own_gpu()
     started = not dist.is_initialized()
     if started:
+        # torch's optimisers import it at their first step, and then it keeps the group: its threads would outlive the group's
+        # end, and one that lets go of a tensor while the interpreter ends aborts the process
+        importlib.import_module("torch._dynamo")
+
         try:
             store, place, count = next(rendezvous("env://", timeout=MEETING))
             store = dist.PrefixStore(_meet(store, place, count), store)

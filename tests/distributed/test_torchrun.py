@@ -216,3 +216,25 @@ def test_other_commands_are_for_one_process(tmp_path: Path) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     found = finished([*start, "-m", "unbraid", "recipes"])
     assert found.returncode != 0 and "several processes of `unbraid recipes`" in found.stderr
+
+
+THREADS = """
+import torch
+from pathlib import Path
+from unbraid import parallel
+with parallel.together("cpu"):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    torch.optim.Adam([weight]).step()
+    parallel.wait()
+left = [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text())]
+assert not left, left
+"""
+
+
+def test_the_threads_that_talk_end_with_the_group(tmp_path: Path) -> None:
+    """One that outlives it may abort the process as the interpreter ends."""
+    (tmp_path / "threads.py").write_text(THREADS)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = finished([*start, str(tmp_path / "threads.py")])
+    assert found.returncode == 0, found.stderr
