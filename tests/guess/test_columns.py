@@ -12,8 +12,9 @@ from unbraid import config
 from unbraid.data.encode import encode
 from unbraid.data.source import DataError, rows_plan
 from unbraid.data.table import Encoded
-from unbraid.guess.columns import number_in
+from unbraid.guess.columns import Column, number_in
 from unbraid.guess.infer import infer
+from unbraid.guess.roles import item_of
 from unbraid.guess.tables import find_tables, separator_of
 from unbraid.guess.times import FORMATS, format_of
 
@@ -169,3 +170,14 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "head.csv").write_text("a,b\n")
     with pytest.raises(DataError, match="a header and no rows"):
         infer(tmp_path)
+
+
+def test_the_item_is_the_named_column_with_the_most_values() -> None:
+    def column(name: str, distinct: int) -> Column:
+        return Column(pl.Series(name, [i % distinct for i in range(400)]), True, distinct, 400)
+
+    found = item_of(
+        [column("music_id", 300), column("item_id", 40), column("video_id", 200), column("product_name", 350)]
+    )
+    assert found is not None and found.name == "video_id", "an id before a name, and the most of them"
+    assert item_of([column("item_id", 20), column("colour", 300)]) is None
