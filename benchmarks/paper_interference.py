@@ -53,9 +53,10 @@ from unbraid.losses.domain_adversary import DomainAdversary, DomainClassifier
 from unbraid.losses.supervised import Supervised
 from unbraid.optim.joint import Joint
 from unbraid.render import budget, markdown
+from unbraid.slots import Course
 from unbraid.towers.star import STAR
 from unbraid.train import Training
-from unbraid.types import Course, Scores
+from unbraid.types import Scores
 
 RATES = (3e-4, 1e-3, 3e-3)
 QUICK = (2, 26)  # steps of the two trainings whose difference tells the price of a step

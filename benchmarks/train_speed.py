@@ -64,11 +64,12 @@ from unbraid.layers import initialise
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
+from unbraid.slots import Update
 from unbraid.towers.experts import MMoE
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training, fit
 from unbraid.train.dense import dense
-from unbraid.types import Feature, Field, History, Schema, Task, Update
+from unbraid.types import Feature, Field, History, Schema, Task
 
 SIZES = {"user": 100_000, "item": 100_000, "shop": 10_000, "brand": 1_000, "city": 500, "age": 50, "hour": 24, "os": 8}
 TASKS, WIDTH, BATCH, LENGTH, MEAN = ("click", "buy"), 16, 4096, 200, 75

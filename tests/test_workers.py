@@ -24,9 +24,9 @@ from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
+from unbraid.slots import Look
 from unbraid.towers.stem import STEM
 from unbraid.train import Local, Training, Watcher
-from unbraid.types import Look
 
 MODEL = ModelChoice(
     tower=STEM(expert=(8,), tower=(4,), dropout=0.3),

@@ -21,7 +21,8 @@ from unbraid.calibration.maps import Calibration, confidence
 from unbraid.config import CalibratorChoice, RunError
 from unbraid.data.source import Tables
 from unbraid.evaluate import evaluate
-from unbraid.types import Calibrator, Schema, Scores, Task
+from unbraid.slots import Calibrator
+from unbraid.types import Schema, Scores, Task
 from unbraid.uncertainty.last_layer import digest_of
 
 TRAIN_ROWS = 200_000  # whose hidden vectors stand for the source: the ratio has a few numbers, and memory is N x H

@@ -158,7 +158,7 @@ def name_vectors(names: Sequence[str], texts: Any, templates: Sequence[str] = ("
 
     Args:
         names: as they are written; underscores become spaces.
-        texts: a member of ``model.texts``, whose weights are loaded, or a built `unbraid.types.Backbone` of texts.
+        texts: a member of ``model.texts``, whose weights are loaded, or a built `unbraid.slots.Backbone` of texts.
         templates: sentences with ``{}`` where the name goes; of several, the vectors of length 1 are averaged and scaled again.
 
     Raises:

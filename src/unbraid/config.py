@@ -124,6 +124,7 @@ from unbraid.selection.iwv import IWV
 from unbraid.selection.mcc import TargetConfusion
 from unbraid.selection.oracle import Oracle
 from unbraid.selection.snd import SND
+from unbraid.slots import Course
 from unbraid.towers.aitm import AITM
 from unbraid.towers.ame import AME
 from unbraid.towers.experts import MMoE, OMoE
@@ -135,7 +136,7 @@ from unbraid.towers.star import STAR
 from unbraid.towers.stem import STEM
 from unbraid.towers.stem_al import STEMAL
 from unbraid.train import Training
-from unbraid.types import FORBID, Course
+from unbraid.types import FORBID
 
 kind = Field(discriminator="kind")
 HistoryChoice = Annotated[Mean | TargetAttention | DIN | DARE | TWIN | TIN | SIM | ETA | SDIM | TWINV2, kind]

@@ -26,22 +26,9 @@ from unbraid.encoders.vectors import Raw, VectorEncoder
 from unbraid.heads import Head, Heads, SecondHead, TaskHead
 from unbraid.interactions.flat import Flat
 from unbraid.layers import initialise, task_key
+from unbraid.slots import ExtraHead, Interaction, TowerOutput
 from unbraid.towers.domains import DomainTower, domain_names, of_domains
-from unbraid.types import (
-    EXACT,
-    FIRST_VALUE,
-    Batch,
-    ExtraHead,
-    History,
-    Interaction,
-    Lookup,
-    Output,
-    Ragged,
-    Rows,
-    Schema,
-    Shared,
-    TowerOutput,
-)
+from unbraid.types import EXACT, FIRST_VALUE, Batch, History, Lookup, Output, Ragged, Rows, Schema, Shared
 
 
 class Model(nn.Module):
@@ -56,7 +43,7 @@ class Model(nn.Module):
         history_of: history -> its own encoder, which reads value tables alone and has no second heads.
         classes: multiclass task -> vectors of its classes, in the place of a linear head.
         extra_heads: what only losses read, while training (a classifier of domains ...): their outputs are extras.
-        backbones: kind of feature, ``image`` or ``text`` -> what makes vectors of them (`unbraid.types.Backbone`).
+        backbones: kind of feature, ``image`` or ``text`` -> what makes vectors of them (`unbraid.slots.Backbone`).
     """
 
     def __init__(

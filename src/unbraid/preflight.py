@@ -13,7 +13,8 @@ from unbraid.bundle import trained_splits
 from unbraid.data.mix import Mix
 from unbraid.data.table import Encoded
 from unbraid.model import Model
-from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores, Term
+from unbraid.slots import Term
+from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores
 
 if TYPE_CHECKING:
     from unbraid.train import Local

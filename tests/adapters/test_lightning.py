@@ -30,9 +30,9 @@ from unbraid.optim.ema import EMA
 from unbraid.optim.uniform_average import UniformAverage
 from unbraid.optim.uw import UW
 from unbraid.schedules.individual import Individual
+from unbraid.slots import Look
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Watcher
-from unbraid.types import Look
 
 declare_operators()
 lightning = pytest.importorskip("lightning.pytorch")

@@ -24,10 +24,11 @@ from unbraid.losses.supervised import Supervised
 from unbraid.model import Model
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.joint import Joint
+from unbraid.slots import Course
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.single_task import SingleTask
 from unbraid.train import losses_of
-from unbraid.types import Batch, Course, Task
+from unbraid.types import Batch, Task
 
 COURSE = Course(per_epoch=4, seed=1, targets=("click",))
 

@@ -192,7 +192,7 @@ def test_a_run_in_the_wild_from_frame_to_figures(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------- names by a text backbone
 class Letters(nn.Module):
-    """A text backbone (`unbraid.types.Backbone`) that counts letters, then turns them."""
+    """A text backbone (`unbraid.slots.Backbone`) that counts letters, then turns them."""
 
     padding = 0
 

@@ -44,9 +44,10 @@ from unbraid.losses.supervised import Supervised
 from unbraid.optim.joint import Joint
 from unbraid.schedules.one_stage import OneStage
 from unbraid.selection.rows import OnTarget
+from unbraid.slots import Judged, Session
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training
-from unbraid.types import Batch, Feature, Judged, Losses, Output, Schema, Scores, Session, Task
+from unbraid.types import Batch, Feature, Losses, Output, Schema, Scores, Task
 
 TASKS = (
     Task("click"), Task("buy", given="click"), Task("spend", kind="real", role="auxiliary"), Task("size", kind="multiclass"),

@@ -24,9 +24,10 @@ from unbraid.job import JobError, train
 from unbraid.losses.esmm import ESMM
 from unbraid.losses.supervised import Supervised
 from unbraid.optim.joint import Joint
+from unbraid.slots import Term
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training
-from unbraid.types import Batch, Feature, Output, Schema, Task, Term
+from unbraid.types import Batch, Feature, Output, Schema, Task
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 CHAIN = ("show", "click", "buy")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from unbraid.losses.supervised import Bound, Supervised
-from unbraid.types import Batch, Output, Schema, Task, Term
+from unbraid.slots import Term
+from unbraid.types import Batch, Output, Schema, Task
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SCHEMA = Schema(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from unbraid.config import Aggregated, AggregatorChoice, Weighted, WeightingChoice
 from unbraid.encoders.table import Table, Tables, Views
-from unbraid.types import Course, Losses, Output
+from unbraid.slots import Course
+from unbraid.types import Losses, Output
 
 V, NAMES = 23, ("a", "b", "c")
 LR, EPS, BETAS = 0.02, 1e-6, (0.9, 0.999)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.encoders.table import Table, Tables, Views
-from unbraid.types import Output, Update
+from unbraid.slots import Update
+from unbraid.types import Output
 
 V, TASKS = 31, ("click", "like")
 EXACT = {"rtol": 0.0, "atol": 1e-12}

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from unbraid.config import Weighted
 from unbraid.optim.auto_lambda import AutoLambda, Leaves
-from unbraid.types import Course
+from unbraid.slots import Course
 
 
 def slopes(

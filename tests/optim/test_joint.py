@@ -18,7 +18,8 @@ from torch import nn
 from unbraid import store
 from unbraid.encoders.table import Table, Tables, Views
 from unbraid.optim.joint import Joint, JointUpdate, row_gradients
-from unbraid.types import Lookup, Output, Update
+from unbraid.slots import Update
+from unbraid.types import Lookup, Output
 
 
 def build(config: Joint, model: Small, steps: int = 100, **more: Any) -> JointUpdate:

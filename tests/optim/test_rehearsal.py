@@ -19,8 +19,9 @@ from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.optim.joint import Joint, JointUpdate
 from unbraid.preflight import bound_terms
+from unbraid.slots import Course
 from unbraid.train import Local
-from unbraid.types import Course, Losses, Output
+from unbraid.types import Losses, Output
 
 
 class Looks(JointUpdate):

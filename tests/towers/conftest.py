@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from unbraid.encoders.table import Views
 from unbraid.interactions.flat import Flat
 from unbraid.layers import initialise
-from unbraid.types import Lookup, TowerOutput
+from unbraid.slots import TowerOutput
+from unbraid.types import Lookup
 
 
 class Net(nn.Module):

@@ -8,10 +8,10 @@ from torch import nn
 
 from unbraid.encoders.table import Views
 from unbraid.layers import initialise, mlp, mlp_width, task_key
+from unbraid.slots import TowerOutput
 from unbraid.towers.aitm import AITM
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.single_task import SingleTask
-from unbraid.types import TowerOutput
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

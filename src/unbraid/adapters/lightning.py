@@ -6,7 +6,7 @@
     module.bundle().save(folder)
 
 The same batches in the same order, the same losses and the same update give the same weights, bit for bit (on one device).
-Lightning calls ``backward`` and one optimiser's ``step`` by itself; an `unbraid.types.Update` does both in its own way (AdaTask
+Lightning calls ``backward`` and one optimiser's ``step`` by itself; an `unbraid.slots.Update` does both in its own way (AdaTask
 has a gradient per task, rows of lazy tables move apart from the layers).  So optimisation is *manual* in Lightning's word: its
 one optimiser here is the update.  Whatever Lightning does to gradients between the two (``gradient_clip_val``,
 ``accumulate_grad_batches``, 16 bit precision) is refused, by Lightning or here: clipping is ``update.clip_norm``.
@@ -33,11 +33,12 @@ from unbraid.data.source import Tables
 from unbraid.data.table import Encoded, steps_per_epoch
 from unbraid.evaluate import evaluate
 from unbraid.job import JobError, prepared
+from unbraid.slots import Look
 from unbraid.train import losses_of
 from unbraid.train.checkpoints import random_state, set_random_state
 from unbraid.train.dense import dense
 from unbraid.train.scoring import join_scores, scores_of, selected
-from unbraid.types import Batch, Look, Losses, Output, Scores, State
+from unbraid.types import Batch, Losses, Output, Scores, State
 
 declare_operators()  # Lightning's metrics import torchvision where there is one
 optional("lightning.pytorch", "lightning", "unbraid.adapters.lightning")

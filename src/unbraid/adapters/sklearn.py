@@ -36,8 +36,9 @@ from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.job import prepared
 from unbraid.optim.joint import Joint
+from unbraid.slots import Look
 from unbraid.train import Training
-from unbraid.types import Feature, Look, Task
+from unbraid.types import Feature, Task
 
 DOMAIN, WEIGHT, PART, LABEL = "__domain", "__weight", "__part", "__label "  # columns beside those of X
 

@@ -55,8 +55,9 @@ from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.optim.per_task import Gradients, PerTask
 from unbraid.preflight import bound_terms
+from unbraid.slots import Course
 from unbraid.train import fit
-from unbraid.types import Batch, Course, Finding, Losses, Output, Schema, State
+from unbraid.types import Batch, Finding, Losses, Output, Schema, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,7 +115,7 @@ class Site:
 
 # ---------------------------------------------------------------------------------------------------------- the recorder
 class Recorder:
-    """An update that does what the given one does, and accumulates whose doing it was (an `unbraid.types.Update`).
+    """An update that does what the given one does, and accumulates whose doing it was (an `unbraid.slots.Update`).
 
     Args:
         config: any member of the run's ``update``; model, steps, weights, objectives, course: as its ``build`` takes them.
@@ -176,11 +177,11 @@ class Recorder:
         self.rest.append((lengths[0] / lengths[1]) ** 0.5 if lengths[1] > 0 else 0.0)
 
     def settle(self) -> None:
-        """See `unbraid.types.Update`."""
+        """See `unbraid.slots.Update`."""
         self.update.settle()
 
     def seek(self, step: int) -> None:
-        """See `unbraid.types.Update`."""
+        """See `unbraid.slots.Update`."""
         self.update.seek(step)
 
     def state_dict(self) -> State:

@@ -38,7 +38,7 @@ class Image:
         return True
 
     def bind(self, data: Any) -> Callable[[Batch, bool, int], Batch]:
-        """See `unbraid.types.Augmentation`.  Raises ValueError when the data have no pictures."""
+        """See `unbraid.slots.Augmentation`.  Raises ValueError when the data have no pictures."""
         if not data.transforms:
             raise ValueError(
                 "`augment` of kind `image` changes pictures, and the data have none: features of kind `image`."

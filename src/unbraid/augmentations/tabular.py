@@ -74,7 +74,7 @@ class Tabular:
     of: Literal["unlabelled", "all"] = "unlabelled"
 
     def bind(self, data: Any) -> Callable[[Batch, bool, int], Batch]:
-        """See `unbraid.types.Augmentation`."""
+        """See `unbraid.slots.Augmentation`."""
         schema: Schema = data.schema
 
         def view(batch: Batch, strong: bool, seed: int) -> Batch:

@@ -132,7 +132,7 @@ class Block(nn.Module):
 
 
 class Lite0(nn.Module):
-    """The network without its classifier (`unbraid.types.Backbone`)."""
+    """The network without its classifier (`unbraid.slots.Backbone`)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

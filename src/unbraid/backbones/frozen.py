@@ -23,7 +23,7 @@ NONE = "none"  # `weights` that begin at random
 
 
 class Frozen(nn.Module):
-    """A backbone that stays as it is (`unbraid.types.Backbone`)."""
+    """A backbone that stays as it is (`unbraid.slots.Backbone`)."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

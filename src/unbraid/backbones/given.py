@@ -64,7 +64,7 @@ class Given:
 
 
 class GivenNetwork(nn.Module):
-    """A copy of the module (`unbraid.types.Backbone`)."""
+    """A copy of the module (`unbraid.slots.Backbone`)."""
 
     def __init__(self, config: Given) -> None:
         super().__init__()

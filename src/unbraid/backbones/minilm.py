@@ -144,7 +144,7 @@ class Layer(nn.Module):
 
 
 class MiniLMNetwork(nn.Module):
-    """(B, L) tokens -> (B, 384) (`unbraid.types.Backbone`); ``rules``, how words become tokens, belong to its weights."""
+    """(B, L) tokens -> (B, 384) (`unbraid.slots.Backbone`); ``rules``, how words become tokens, belong to its weights."""
 
     padding = 0
 

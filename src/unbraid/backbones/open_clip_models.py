@@ -90,7 +90,7 @@ def _model(name: str, weights: str, download: bool, load: bool, slot: str) -> An
 
 
 class PictureTower(nn.Module):
-    """(B, 3, H, W) -> (B, width) (`unbraid.types.Backbone`)."""
+    """(B, 3, H, W) -> (B, width) (`unbraid.slots.Backbone`)."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class PictureTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """(B, L) tokens -> (B, width) (`unbraid.types.Backbone`)."""
+    """(B, L) tokens -> (B, width) (`unbraid.slots.Backbone`)."""
 
     padding = None  # all texts have open_clip's length
 

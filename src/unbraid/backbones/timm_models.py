@@ -48,7 +48,7 @@ class Timm:
 
 
 class TimmNetwork(nn.Module):
-    """The network without its classifier (`unbraid.types.Backbone`)."""
+    """The network without its classifier (`unbraid.slots.Backbone`)."""
 
     def __init__(self, config: Timm, load: bool) -> None:
         super().__init__()

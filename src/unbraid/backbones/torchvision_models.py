@@ -49,7 +49,7 @@ class Torchvision:
 
 
 class TorchvisionNetwork(nn.Module):
-    """The network below its classifier (`unbraid.types.Backbone`)."""
+    """The network below its classifier (`unbraid.slots.Backbone`)."""
 
     def __init__(self, config: Torchvision, load: bool) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ class Histogram:
     def fit(
         self, task: Task, held_out: Scores, target: Scores | None = None, train: Scores | None = None
     ) -> Calibration:
-        """See `unbraid.types.Calibrator`; reads ``held_out`` alone.  Raises ValueError for fewer rows than bins."""
+        """See `unbraid.slots.Calibrator`; reads ``held_out`` alone.  Raises ValueError for fewer rows than bins."""
         rows = labelled(held_out, task)
         if len(rows.labels) < self.bins:
             raise ValueError(f"{self.bins} bins need as many labelled rows. Found {len(rows.labels)}: lower `bins`.")
@@ -97,7 +97,7 @@ class Isotonic:
     def fit(
         self, task: Task, held_out: Scores, target: Scores | None = None, train: Scores | None = None
     ) -> Calibration:
-        """See `unbraid.types.Calibrator`; reads ``held_out`` alone."""
+        """See `unbraid.slots.Calibrator`; reads ``held_out`` alone."""
         return _curves(labelled(held_out, task), _isotonic, smooth=True)
 
 

@@ -52,7 +52,7 @@ class CPCS:
     def fit(
         self, task: Task, held_out: Scores, target: Scores | None = None, train: Scores | None = None
     ) -> Calibration:
-        """See `unbraid.types.Calibrator`."""
+        """See `unbraid.slots.Calibrator`."""
         rows, w, support = importance(task, held_out, target, train, self.balance, self.seed)
         numbers = {"mean weight": support.mean, "effective rows": support.effective}
         if self.intercept:

@@ -38,7 +38,7 @@ class Vanilla:
     def fit(
         self, task: Task, held_out: Scores, target: Scores | None = None, train: Scores | None = None
     ) -> Calibration:
-        """See `unbraid.types.Calibrator`; reads nothing."""
+        """See `unbraid.slots.Calibrator`; reads nothing."""
         kind_of(task, ("binary", "multiclass"))
         return Calibration(Affine(1.0))
 
@@ -54,7 +54,7 @@ class Oracle:
     def fit(
         self, task: Task, held_out: Scores, target: Scores | None = None, train: Scores | None = None
     ) -> Calibration:
-        """See `unbraid.types.Calibrator`; reads ``target`` alone, its labels too.  Raises ValueError without labels."""
+        """See `unbraid.slots.Calibrator`; reads ``target`` alone, its labels too.  Raises ValueError without labels."""
         if target is None:
             raise ValueError("The oracle needs labelled rows of the target.")
         rows = labelled(target, task)

@@ -55,7 +55,7 @@ class Temperature:
     def fit(
         self, task: Task, held_out: Scores, target: Scores | None = None, train: Scores | None = None
     ) -> Calibration:
-        """See `unbraid.types.Calibrator`; reads ``held_out`` alone."""
+        """See `unbraid.slots.Calibrator`; reads ``held_out`` alone."""
         rows = labelled(held_out, task)
         if self.intercept:
             kind_of(task, ("binary",), "`intercept` is for binary tasks; `vector` has one per class.")
@@ -132,7 +132,7 @@ class _PerClass:
     def fit(
         self, task: Task, held_out: Scores, target: Scores | None = None, train: Scores | None = None
     ) -> Calibration:
-        """See `unbraid.types.Calibrator`; reads ``held_out`` alone."""
+        """See `unbraid.slots.Calibrator`; reads ``held_out`` alone."""
         kind_of(task, ("multiclass",), "Of a binary task it is `temperature` with `intercept`.")
         rows = labelled(held_out, task)
         classes = rows.logits.shape[1]

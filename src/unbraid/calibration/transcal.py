@@ -142,7 +142,7 @@ class TransCal:
     def fit(
         self, task: Task, held_out: Scores, target: Scores | None = None, train: Scores | None = None
     ) -> Calibration:
-        """See `unbraid.types.Calibrator`."""
+        """See `unbraid.slots.Calibrator`."""
         kind_of(task, ("binary", "multiclass"))
         rows, w, support = importance(task, held_out, target, train, self.balance, self.seed)
         assert target is not None

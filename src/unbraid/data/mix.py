@@ -20,7 +20,7 @@ from unbraid import parallel
 from unbraid.types import FORBID, Batch
 
 Read = Callable[[np.ndarray], Batch]  # row numbers (n,) -> their batch
-View = Callable[[Batch, bool, int], Batch]  # see `unbraid.types.Augmentation`
+View = Callable[[Batch, bool, int], Batch]  # see `unbraid.slots.Augmentation`
 Of = Literal["unlabelled", "all"]  # which rows get a strong view
 
 

@@ -82,7 +82,7 @@ class Conditional:
         return self.of == "domains"
 
     def build(self, schema: Schema, trunk: int, hidden: Mapping[str, int]) -> ConditionalModule:
-        """See `unbraid.types.ExtraHead`.  Raises ValueError where ``task`` is no task with classes, or there is none."""
+        """See `unbraid.slots.ExtraHead`.  Raises ValueError where ``task`` is no task with classes, or there is none."""
         able = [task.name for task in schema.tasks if task.kind != "real"]
         first = [name for name in able if schema.task(name).role == "target"][:1]
         if not (chosen := [self.task] if self.task in able else [] if self.task else first):

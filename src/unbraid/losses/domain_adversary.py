@@ -94,7 +94,7 @@ class DomainClassifier:
         return self.of == "domains"
 
     def build(self, schema: Schema, trunk: int, hidden: Mapping[str, int]) -> DomainClassifierModule:
-        """See `unbraid.types.ExtraHead`."""
+        """See `unbraid.slots.ExtraHead`."""
         return DomainClassifierModule(self.kind, self.of, trunk, self.hidden, schema)
 
 
@@ -181,7 +181,7 @@ class BoundDomainAdversary:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """See `unbraid.types.Term`."""
+        """See `unbraid.slots.Term`."""
         return self.config.needs
 
     @property

@@ -113,7 +113,7 @@ class DSTHeads:
         require_dropout(self.dropout)
 
     def build(self, schema: Schema, trunk: int, hidden: Mapping[str, int]) -> DSTHeadsModule:
-        """See `unbraid.types.ExtraHead`."""
+        """See `unbraid.slots.ExtraHead`."""
         return DSTHeadsModule(self, {t: hidden[t.name] for t in schema.tasks if t.kind != "real"}, schema)
 
 
@@ -260,15 +260,15 @@ class BoundDST:
         return BoundDST(self.config, self.rule, before)
 
     def fresh(self, rows: Any, labels: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> BoundDST:
-        """See `unbraid.types.Term`."""
+        """See `unbraid.slots.Term`."""
         return BoundDST(self.config, self.rule.fresh(rows, labels, observed), self.before)
 
     def state_dict(self) -> State:
-        """See `unbraid.types.Term`."""
+        """See `unbraid.slots.Term`."""
         return self.rule.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """See `unbraid.types.Term`."""
+        """See `unbraid.slots.Term`."""
         self.rule.load_state_dict(state)
 
     def factor(self, step: int) -> float:

@@ -81,7 +81,7 @@ class BoundEntropy:
 
     @property
     def unlabelled(self) -> tuple[Task, ...]:
-        """See `unbraid.types.Term`."""
+        """See `unbraid.slots.Term`."""
         return self.chosen.unlabelled
 
     @property

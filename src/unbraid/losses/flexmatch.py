@@ -82,7 +82,7 @@ class PerClass(Believe):
         self.counts: dict[str, Tensor] = {}  # task -> (K + 2,) of each
 
     def fresh(self, rows: Any, labels: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> PerClass:
-        """See `unbraid.types.Term`."""
+        """See `unbraid.slots.Term`."""
         begun = PerClass(self.threshold, self.warmup, self.classes)
         begun.rows = torch.as_tensor(rows)
         for task, k in self.classes.items():

@@ -193,7 +193,7 @@ class BoundMCC:
 
     @property
     def unlabelled(self) -> tuple[Task, ...]:
-        """See `unbraid.types.Term`."""
+        """See `unbraid.slots.Term`."""
         return self.chosen.unlabelled
 
     @property

@@ -43,7 +43,7 @@ class SelfTraining:
         tasks: which tasks; empty: all binary and multiclass ones.
 
     Attributes:
-        views: which rows must have a strong view beside the weak one (`unbraid.types.Augmentation.of`).
+        views: which rows must have a strong view beside the weak one (`unbraid.slots.Augmentation.of`).
 
     Raises:
         ValueError: ``threshold`` is not in [0, 1], or ``weight`` or ``temperature`` is not positive.
@@ -84,7 +84,7 @@ class Believe:
         return confidence > self.threshold
 
     def fresh(self, rows: Any, labels: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Believe:
-        """As `unbraid.types.Term` has it."""
+        """As `unbraid.slots.Term` has it."""
         return self
 
     def state_dict(self) -> State:
@@ -134,15 +134,15 @@ class BoundSelfTraining:
     def fresh(
         self, rows: Any, labels: Mapping[str, Tensor], observed: Mapping[str, Tensor]
     ) -> BoundSelfTraining:  # fmt: skip
-        """See `unbraid.types.Term`."""
+        """See `unbraid.slots.Term`."""
         return type(self)(self.kind, self.tasks, self.config, self.believe.fresh(rows, labels, observed))
 
     def state_dict(self) -> State:
-        """See `unbraid.types.Term`."""
+        """See `unbraid.slots.Term`."""
         return self.believe.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """See `unbraid.types.Term`."""
+        """See `unbraid.slots.Term`."""
         self.believe.load_state_dict(state)
 
     def lesson(self, task: Task, output: Output, batch: Batch) -> Lesson | None:

@@ -44,7 +44,7 @@ class Reads:
 
     @property
     def unlabelled(self) -> tuple[Task, ...]:
-        """The tasks that it needs rows without a label of; see `unbraid.types.Term`."""
+        """The tasks that it needs rows without a label of; see `unbraid.slots.Term`."""
         return self.tasks if self.of == "unlabelled" else ()
 
     def rows(self, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,8 @@ from torch.optim.rmsprop import rmsprop
 from unbraid.optim.joint import Joint
 from unbraid.optim.per_task import Gradients, PerTask
 from unbraid.optim.rows import RowAdagrad, RowAdam, RowOptimizer, RowRMSprop, precise
-from unbraid.types import FORBID, Course, State
+from unbraid.slots import Course
+from unbraid.types import FORBID, State
 
 BIBTEX = """
 @inproceedings{yang2023adatask,

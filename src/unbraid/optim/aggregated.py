@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from unbraid.optim.joint import Joint
 from unbraid.optim.per_task import Gradients, PerTask
 from unbraid.optim.weighted import Setting
-from unbraid.types import Course, Losses, Output, State
+from unbraid.slots import Course
+from unbraid.types import Losses, Output, State
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ from torch import Tensor
 from unbraid import parallel, sharding
 from unbraid.optim.joint import JointUpdate
 from unbraid.optim.weighted import Learned, Setting
-from unbraid.types import FORBID, Lookup, Losses, Output, Rehearsal, State
+from unbraid.slots import Rehearsal
+from unbraid.types import FORBID, Lookup, Losses, Output, State
 
 BIBTEX = """
 @article{liu2022autolambda,

@@ -101,7 +101,7 @@ class Running:
 
     @torch.no_grad()
     def after(self, settle: Callable[[], None]) -> None:
-        """Called after an update: one more step.  ``settle``: `unbraid.types.Update.settle`."""
+        """Called after an update: one more step.  ``settle``: `unbraid.slots.Update.settle`."""
         self.step += 1
         share = float(self.shares[self.step])
         if share == 0:

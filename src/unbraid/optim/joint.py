@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from unbraid import parallel, sharding
 from unbraid.optim.rows import Decay, LazyTable, RowAdam
-from unbraid.types import FORBID, Course, Lookup, Losses, Output, State
+from unbraid.slots import Course
+from unbraid.types import FORBID, Lookup, Losses, Output, State
 
 BIBTEX = """
 @inproceedings{kingma2015adam,
@@ -111,7 +112,7 @@ class Joint:
 
 
 class JointUpdate:
-    """One Adam step on the weighted sum of the losses (an `unbraid.types.Update`).
+    """One Adam step on the weighted sum of the losses (an `unbraid.slots.Update`).
 
     A subclass that combines gradients in another way fills ``.grad`` of dense parameters and looked-up rows between
     `begin` and `apply`.

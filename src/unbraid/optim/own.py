@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from unbraid.types import Losses, Output, State, Update
+from unbraid.slots import Update
+from unbraid.types import Losses, Output, State
 
 
 class Config(Protocol):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.optim.joint import Joint, JointUpdate
-from unbraid.types import Course, Losses, Output, State
+from unbraid.slots import Course
+from unbraid.types import Losses, Output, State
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from unbraid import sharding
 from unbraid.layers import REFUSES, by_domain, task_key
 from unbraid.render import markdown
 from unbraid.schedules.domains import READING, Domains, falls, judge, number, table, values
-from unbraid.types import Batch, Output, Schema, Session
+from unbraid.slots import Session
+from unbraid.types import Batch, Output, Schema
 
 By = Literal["task", "domain"]
 Unknown = Literal["mean", "root", "error"]

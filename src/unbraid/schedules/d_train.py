@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from unbraid import parallel
 from unbraid.schedules import domains
 from unbraid.schedules.domains import Domains
-from unbraid.types import FORBID, Batch, Look, Output, Session, State
+from unbraid.slots import Look, Session
+from unbraid.types import FORBID, Batch, Output, State
 
 BIBTEX = """
 @inproceedings{wang2024decoupled,

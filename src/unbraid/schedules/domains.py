@@ -13,8 +13,9 @@ from torch import nn
 
 from unbraid.evaluate import evaluate, lower_is_better
 from unbraid.render import markdown
+from unbraid.slots import Session
 from unbraid.train.scoring import selected
-from unbraid.types import FIRST_VALUE, Schema, Scores, Session
+from unbraid.types import FIRST_VALUE, Schema, Scores
 
 READING = "*Head*: the largest domains that together have half of the rows; *tail*: the others."
 COUNTED_AT_ONCE = 1 << 20  # rows whose labels are read at a time

@@ -58,8 +58,9 @@ from unbraid.analysis.plots import figure, finish
 from unbraid.evaluate import evaluate, lower_is_better
 from unbraid.render import markdown
 from unbraid.schedules.merging import Branches, combine_states
+from unbraid.slots import Look, Session
 from unbraid.train.scoring import selected
-from unbraid.types import FORBID, NO_DOMAIN, Look, Session, State
+from unbraid.types import FORBID, NO_DOMAIN, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

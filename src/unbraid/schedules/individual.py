@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from unbraid.schedules.copies import By, Copies, Fits, report
-from unbraid.types import FORBID, Session
+from unbraid.slots import Session
+from unbraid.types import FORBID
 
 BIBTEX = """
 @inproceedings{jiang2023forkmerge,

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from unbraid.types import FORBID, Session
+from unbraid.slots import Session
+from unbraid.types import FORBID
 
 
 @dataclass(frozen=True)

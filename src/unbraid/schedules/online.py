@@ -32,7 +32,8 @@ from torch import nn
 from unbraid.analysis.plots import INK, figure, finish
 from unbraid.evaluate import evaluate
 from unbraid.render import markdown
-from unbraid.types import FORBID, Schema, Scores, Session, State
+from unbraid.slots import Session
+from unbraid.types import FORBID, Schema, Scores, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,7 +21,8 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from unbraid.schedules.copies import ROOT, By, Copies, Fits, Unknown, report
-from unbraid.types import FORBID, Session, State
+from unbraid.slots import Session
+from unbraid.types import FORBID, State
 
 BIBTEX = """
 @inproceedings{jiang2023forkmerge,

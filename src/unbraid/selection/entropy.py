@@ -18,7 +18,8 @@ import numpy as np
 
 from unbraid.losses.entropy import BIBTEX as BIBTEX
 from unbraid.selection.rows import OnTarget, log_probabilities
-from unbraid.types import FORBID, Judged, Schema, Scores, Task
+from unbraid.slots import Judged
+from unbraid.types import FORBID, Schema, Scores, Task
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TargetEntropy(OnTarget):
     kind: Literal["entropy"] = field(default="entropy", kw_only=True)
 
     def __call__(self, scores: Scores, schema: Schema) -> Judged:
-        """See `unbraid.types.Selection`."""
+        """See `unbraid.slots.Selection`."""
 
         def judge(task: Task) -> float:
             rows = self.target(task, scores)

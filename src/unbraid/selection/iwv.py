@@ -28,7 +28,8 @@ import numpy as np
 
 from unbraid.calibration.density import Support, density_ratio
 from unbraid.selection.rows import Array, OnTarget, log_probabilities
-from unbraid.types import FORBID, Judged, Schema, Scores, Task
+from unbraid.slots import Judged
+from unbraid.types import FORBID, Schema, Scores, Task
 
 BIBTEX = """
 @article{sugiyama2007iwcv,
@@ -67,7 +68,7 @@ class IWV(OnTarget):
         return tasks
 
     def check(self, scores: Scores, schema: Schema) -> None:
-        """See `unbraid.types.Selection`."""
+        """See `unbraid.slots.Selection`."""
         super().check(scores, schema)
         for task in self.chosen(schema):
             rows = self.source(task, scores)
@@ -79,7 +80,7 @@ class IWV(OnTarget):
                 )
 
     def __call__(self, scores: Scores, schema: Schema) -> Judged:
-        """See `unbraid.types.Selection`."""
+        """See `unbraid.slots.Selection`."""
         return self.mean(schema, lambda task: self._judge(task, scores))
 
     def _judge(self, task: Task, scores: Scores) -> Judged:

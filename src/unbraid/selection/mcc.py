@@ -19,7 +19,8 @@ import torch
 from unbraid.losses.mcc import BIBTEX as BIBTEX
 from unbraid.losses.mcc import class_confusion, floor, require_temperature
 from unbraid.selection.rows import OnTarget
-from unbraid.types import FORBID, Judged, Schema, Scores, Task
+from unbraid.slots import Judged
+from unbraid.types import FORBID, Schema, Scores, Task
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TargetConfusion(OnTarget):
         require_temperature(self.temperature)
 
     def __call__(self, scores: Scores, schema: Schema) -> Judged:
-        """See `unbraid.types.Selection`."""
+        """See `unbraid.slots.Selection`."""
 
         def judge(task: Task) -> float:
             rows = self.target(task, scores)

@@ -20,7 +20,8 @@ import numpy as np
 
 from unbraid.evaluate import evaluate, lower_is_better
 from unbraid.selection.rows import Array, OnTarget
-from unbraid.types import FORBID, Judged, Schema, Scores, Task
+from unbraid.slots import Judged
+from unbraid.types import FORBID, Schema, Scores, Task
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Oracle(OnTarget):
         return lower_is_better(self.metric)
 
     def check(self, scores: Scores, schema: Schema) -> None:
-        """See `unbraid.types.Selection`."""
+        """See `unbraid.slots.Selection`."""
         if not self.domains:
             raise ValueError("Selection `oracle` reads labels of the target: name its domains (`selection.domains`).")
         for task in self.chosen(schema):
@@ -61,7 +62,7 @@ class Oracle(OnTarget):
                 )
 
     def __call__(self, scores: Scores, schema: Schema) -> Judged:
-        """See `unbraid.types.Selection`.  Raises ValueError where a task has no such metric."""
+        """See `unbraid.slots.Selection`.  Raises ValueError where a task has no such metric."""
         inside: dict[str, Array] = {}
         for task in self.chosen(schema):
             inside[task.name] = np.zeros(len(scores.row), bool)

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 import scipy
 
-from unbraid.types import FIRST_VALUE, FORBID, Judged, Schema, Scores, Task
+from unbraid.slots import Judged
+from unbraid.types import FIRST_VALUE, FORBID, Schema, Scores, Task
 
 Array = np.ndarray
 
@@ -81,7 +82,7 @@ class OnTarget:
         return np.isin(scores.domain, [scores.domains.index(name) for name in self.domains])
 
     def check(self, scores: Scores, schema: Schema) -> None:
-        """See `unbraid.types.Selection`."""
+        """See `unbraid.slots.Selection`."""
         for task in self.chosen(schema):
             self.target(task, scores)
 

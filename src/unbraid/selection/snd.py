@@ -25,7 +25,8 @@ import numpy as np
 import scipy
 
 from unbraid.selection.rows import Array, OnTarget, log_probabilities
-from unbraid.types import FORBID, Judged, Schema, Scores, Task
+from unbraid.slots import Judged
+from unbraid.types import FORBID, Schema, Scores, Task
 
 BIBTEX = """
 @inproceedings{saito2021snd,
@@ -66,7 +67,7 @@ class SND(OnTarget):
             raise ValueError(f"Parameter `rows` should be at least 3. Found {self.rows}.")
 
     def __call__(self, scores: Scores, schema: Schema) -> Judged:
-        """See `unbraid.types.Selection`."""
+        """See `unbraid.slots.Selection`."""
 
         def judge(task: Task) -> float:
             rows = self.target(task, scores)

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.layers import average, mlp_width, task_key
+from unbraid.slots import TowerOutput
 from unbraid.towers.mlp import BottomAndTower, one_width, side_by_side, task_towers
-from unbraid.types import TowerOutput
 
 BIBTEX = """
 @inproceedings{xi2021aitm,

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.layers import average, by_domain, mlp_width
+from unbraid.slots import TowerOutput
 from unbraid.towers.mlp import task_towers
-from unbraid.types import FIRST_VALUE, Schema, TowerOutput
+from unbraid.types import FIRST_VALUE, Schema
 
 
 def domain_names(schema: Schema) -> tuple[str, ...]:

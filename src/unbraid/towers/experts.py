@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.layers import average, mlp, mlp_width, require_dropout, require_positive, task_key
+from unbraid.slots import TowerOutput
 from unbraid.towers.mlp import one_width, side_by_side, task_towers
-from unbraid.types import FORBID, TowerOutput
+from unbraid.types import FORBID
 
 BIBTEX = """
 @inproceedings{ma2018mmoe,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.layers import mlp, mlp_width, require_dropout, require_positive, task_key
-from unbraid.types import FORBID, TowerOutput
+from unbraid.slots import TowerOutput
+from unbraid.types import FORBID
 
 
 def of_tasks(tasks: Sequence[str], views: Sequence[str]) -> bool:

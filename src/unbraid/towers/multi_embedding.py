@@ -43,9 +43,10 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.layers import average, mlp_width, require_dropout, require_positive, task_key
+from unbraid.slots import TowerOutput
 from unbraid.towers.experts import gate_logits, mix
 from unbraid.towers.mlp import one_width, side_by_side, task_towers
-from unbraid.types import FORBID, TowerOutput
+from unbraid.types import FORBID
 
 BIBTEX = """
 @inproceedings{guo2024collapse,

@@ -35,10 +35,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from unbraid.layers import average, mlp, mlp_width, task_key
+from unbraid.slots import TowerOutput
 from unbraid.towers.experts import gate_logits, mix
 from unbraid.towers.mlp import of_tasks, side_by_side, task_towers
 from unbraid.towers.stem import LayeredExperts, LayerOutput
-from unbraid.types import TowerOutput
 
 BIBTEX = """
 @inproceedings{tang2020ple,

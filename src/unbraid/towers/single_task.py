@@ -25,8 +25,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from unbraid.layers import average, mlp_width, task_key
+from unbraid.slots import TowerOutput
 from unbraid.towers.mlp import BottomAndTower, task_towers
-from unbraid.types import TowerOutput
 
 
 class SingleTaskTower(nn.Module):

@@ -48,8 +48,9 @@ from torch.nn import functional as F
 from unbraid import parallel
 from unbraid.layers import by_domain, mlp, mlp_width, require_positive, task_key
 from unbraid.normalise import sums_by
+from unbraid.slots import TowerOutput
 from unbraid.towers.mlp import BottomAndTower, one_width, side_by_side, task_towers
-from unbraid.types import FIRST_VALUE, TowerOutput
+from unbraid.types import FIRST_VALUE
 
 BIBTEX = """
 @inproceedings{sheng2021star,

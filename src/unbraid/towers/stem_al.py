@@ -29,10 +29,11 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from unbraid.layers import average, mlp_width, require_dropout, require_positive, task_key
+from unbraid.slots import TowerOutput
 from unbraid.towers import ame
 from unbraid.towers.experts import gate_logits, mix
 from unbraid.towers.mlp import task_towers
-from unbraid.types import FORBID, TowerOutput
+from unbraid.types import FORBID
 
 BIBTEX = ame.BIBTEX
 

@@ -17,13 +17,14 @@ from unbraid.data.table import Read, steps_per_epoch
 from unbraid.evaluate import evaluate
 from unbraid.normalise import over_processes
 from unbraid.optim.averaging import Running, remeasure
+from unbraid.slots import Look, Term, Update
 from unbraid.train.checkpoints import copies, random_state, set_random_state
 from unbraid.train.dense import dense
 from unbraid.train.draws import Sample
 from unbraid.train.loop import fit
 from unbraid.train.rehearsal import Rehearse
 from unbraid.train.scoring import check_metric, selected
-from unbraid.types import Batch, Look, Losses, Output, State, Term, Update
+from unbraid.types import Batch, Losses, Output, State
 
 if TYPE_CHECKING:
     from unbraid.train.session import Local

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unbraid.slots import TowerOutput
 from unbraid.train.options import Training
-from unbraid.types import TowerOutput
 
 Forward = Callable[..., Any]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from unbraid.data.table import order
-from unbraid.types import Batch, Losses, Output, Term
+from unbraid.slots import Term
+from unbraid.types import Batch, Losses, Output
 
 
 class Sample:

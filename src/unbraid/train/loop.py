@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from unbraid import parallel
-from unbraid.types import Batch, Losses, Output, Term
+from unbraid.slots import Term
+from unbraid.types import Batch, Losses, Output
 
 Callback = Callable[[int, Batch, Mapping[str, Tensor]], bool]  # (steps done, batch, losses) -> stop?
 

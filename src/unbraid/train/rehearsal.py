@@ -11,15 +11,16 @@ from torch import nn
 
 from unbraid import parallel
 from unbraid.data.table import Read, order, prefetch
+from unbraid.slots import Term
 from unbraid.train.loop import losses_of
-from unbraid.types import Batch, Losses, Output, Term
+from unbraid.types import Batch, Losses, Output
 
 if TYPE_CHECKING:
     from unbraid.train.session import Local
 
 
 class Rehearse:
-    """More forward passes of a session's model: an `unbraid.types.Rehearsal`."""
+    """More forward passes of a session's model: an `unbraid.slots.Rehearsal`."""
 
     def __init__(self, session: Local, model: nn.Module, seed: int) -> None:
         self.session, self.model, self.seed = session, model, seed
@@ -43,12 +44,12 @@ class Rehearse:
             yield batch
 
     def again(self) -> tuple[Losses, Output]:
-        """See `unbraid.types.Rehearsal`."""
+        """See `unbraid.slots.Rehearsal`."""
         assert self.now is not None
         return self._losses(*self.now, draw=0)
 
     def valid(self, step: int) -> tuple[Losses, Output]:
-        """See `unbraid.types.Rehearsal`.  Raises ValueError when the validation split has no rows."""
+        """See `unbraid.slots.Rehearsal`.  Raises ValueError when the validation split has no rows."""
         if self.batches is None or self.at != step:
             self.close()
             rows, size = self.session.rows("valid"), self.session.training.batch_size

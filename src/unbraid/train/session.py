@@ -18,6 +18,7 @@ from unbraid import parallel, sharded_files, sharding, store
 from unbraid.data.mix import Of, Parts, batches
 from unbraid.data.table import Encoded, Read, order, prefetch, steps_per_epoch
 from unbraid.optim.averaging import Average
+from unbraid.slots import Augmentation, Course, Look, Selection, Term
 from unbraid.train.call import Call
 from unbraid.train.checkpoints import copies
 from unbraid.train.draws import Sample
@@ -27,23 +28,12 @@ from unbraid.train.options import Training
 from unbraid.train.rehearsal import Rehearse, shares
 from unbraid.train.scoring import predict, shared_scores
 from unbraid.train.watcher import Watcher
-from unbraid.types import (
-    NO_DOMAIN,
-    Augmentation,
-    Batch,
-    Course,
-    Look,
-    Schema,
-    Scores,
-    Selection,
-    State,
-    Term,
-)
+from unbraid.types import NO_DOMAIN, Batch, Schema, Scores, State
 
 
 @dataclass
 class Local:
-    """The session on one machine: what a schedule may use (see `unbraid.types.Session`).
+    """The session on one machine: what a schedule may use (see `unbraid.slots.Session`).
 
     Every call of ``fit`` has a number; with ``folder``, each writes checkpoints and its result there, so that a schedule
     that is run again with ``resume`` passes its finished calls and continues the one that was interrupted, bit-equal.
