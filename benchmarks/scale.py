@@ -3,15 +3,16 @@
     python benchmarks/scale.py                        # 1M, 10M, 100M events; 100M takes 8 GB of disk
     python benchmarks/scale.py --quick                # 100,000 and 400,000
     python benchmarks/scale.py --sizes 1e7 --memory 512 --folder /mnt/scratch
+    python benchmarks/scale.py --sizes 1e7 --threads 1 2 --no-train  # what more cores give encoding
 
 The log is written by day, a file of events and one of rows each, so that no size needs more memory than a day's file: a user
 per 50 events, an item per 100, authors, contexts, a number, two labels.  Items follow a power law; what is clicked depends on
 item and user.  A row sees the last 20 events of its user before it, pooled (MMoE, width 8, batches of 4,096, one epoch; no
 baseline, no report).
 
-Encoding and training are the commands of a user, each in a process of its own on one thread; peak memory is that of
-the process and its children, looked at every 50 ms: *resident* is all of it, *own* without the pages of mapped files, which the
-system takes back when it needs room.
+Encoding and training are the commands of a user, each in a process of its own on one thread (of encoding: ``--threads``).  Peak
+memory is that of the process and its children, looked at every 50 ms: *resident* is all of it, *own* without the pages of
+mapped files, which the system takes back when it needs room.
 
 Prints a line per size and, last, one JSON line.
 """
@@ -166,15 +167,20 @@ for (what, at), (_, end) in zip(stages, stages[1:]):
 """
 
 
-def measure(events: int, memory: int, place: Path | None, train: bool) -> dict[str, Any]:
-    """Generate, encode and train at one size."""
+def measure(events: int, memory: int, place: Path | None, train: bool, threads: list[int]) -> dict[str, Any]:
+    """Generate, encode with each number of threads, and train at one size."""
     one = {f"{what}_NUM_THREADS": "1" for what in ("OMP", "MKL", "OPENBLAS")}
     environment = {**os.environ, **one, "POLARS_MAX_THREADS": "1", "UNBRAID_MEMORY_MB": str(memory)}
     with tempfile.TemporaryDirectory(dir=place) as temporary:
         folder = Path(temporary)
         found = generate(folder, events)
         found["log_mib"] = size_of(folder / "log")
-        found["encode"] = measured([sys.executable, "-c", ENCODE], folder, environment)
+        found["threads"] = {}
+        for number in threads:
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+            with_threads = environment | {"POLARS_MAX_THREADS": str(number)}
+            found["encode"] = measured([sys.executable, "-c", ENCODE], folder, with_threads)
+            found["threads"][number] = found["encode"]["seconds"]
         found["stages"] = (folder / "said.txt").read_text().strip().splitlines()
         found["encoded_mib"] = size_of(folder / "cache")
         if train:
@@ -207,12 +213,15 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", help="numbers of events")
     parser.add_argument("--memory", type=int, default=512, help="MB that encoding may use ($UNBRAID_MEMORY_MB)")
     parser.add_argument("--folder", type=Path, help="where the log is written; a temporary folder")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="of an encode; several: one after the other"
+    )
     parser.add_argument("--no-train", action="store_true", help="encode alone")
     options = parser.parse_args()
     sizes = options.sizes or ((1e5, 4e5) if options.quick else (1e6, 1e7, 1e8))
     figures = []
     for events in map(int, sizes):
-        found = measure(events, options.memory, options.folder, not options.no_train)
+        found = measure(events, options.memory, options.folder, not options.no_train, options.threads)
         figures.append(found)
         print(line(found), flush=True)
     print(json.dumps({"benchmark": "scale", "memory_mb": options.memory, "figures": figures}))
@@ -221,6 +230,8 @@ def main() -> None:
 def line(found: dict[str, Any]) -> str:
     """One size in words."""
     parts = [f"{found['events']:,} events, {found['rows']:,} rows ({found['log_mib']:,} MiB)"]
+    if len(found["threads"]) > 1:
+        parts.append("encode with threads " + ", ".join(f"{n}: {s:.1f} s" for n, s in found["threads"].items()))
     for name in ("encode", "train"):
         if name in found:
             one = found[name]

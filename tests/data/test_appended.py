@@ -46,7 +46,6 @@ def day(folder: Path, number: int, n: int = 80, late: int | None = None) -> None
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.setattr(encoding, "CHUNK", 50)
     pl.DataFrame({"item": range(10), "shop": [f"s{i % 3}" for i in range(10)]}).write_parquet(
         tmp_path / "items.parquet"

@@ -65,7 +65,6 @@ def watched(monkeypatch: pytest.MonkeyPatch, place: str, stop: int = 0) -> list[
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A note after every chunk of a few rows, runs of a few records."""
     monkeypatch.setattr(Journal, "every", 0.0)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and about machines that stop
     monkeypatch.setattr(encoding, "CHUNK", 40)
     monkeypatch.setattr(encoding, "SHARE", 30)
 

@@ -10,11 +10,11 @@ import numpy as np
 import polars as pl
 
 from unbraid.data import vocabulary
+from unbraid.data.ahead import ahead
 from unbraid.data.source import DataError
-from unbraid.data.spill import Room, Sorter
+from unbraid.data.spill import AHEAD, Room, Sorter
 from unbraid.data.text import holds_whole_numbers
 from unbraid.data.vocabulary import Vocabulary, canonical_type
-from unbraid.store import Journal
 from unbraid.types import Feature
 
 QUANTILES = 256  # values of a number that are remembered
@@ -34,14 +34,21 @@ class Counted:
         self.expr = expr.cast(pl.List(self.kind) if lists else self.kind)
         self.sorter, self.hashed, self.nan = sorter, hashed, False
 
-    def add(self, column: pl.Series) -> bool:
-        """Count some rows.  True: as `Sorter.add`."""
+    @staticmethod
+    def look(column: pl.Series) -> tuple[pl.DataFrame, bool]:
+        """(value, count) of some rows, and whether there was a NaN, which is refused once all columns are read."""
         if column.dtype == pl.List:
             column = column.explode(empty_as_null=False, keep_nulls=False)
         column = column.rename("value").drop_nulls()
-        if column.dtype == pl.Float64 and column.is_nan().any():  # refused once all columns are read
-            self.nan, column = True, column.drop_nans()
-        return self.sorter.add(column.value_counts(name="count").cast({"count": pl.Int64}))
+        nan = column.dtype == pl.Float64 and bool(column.is_nan().any())
+        column = column.drop_nans() if nan else column
+        return column.value_counts(name="count").cast({"count": pl.Int64}), nan
+
+    def add(self, found: tuple[pl.DataFrame, bool]) -> bool:
+        """Count what `look` found.  True: as `Sorter.add`."""
+        counts, nan = found
+        self.nan = self.nan or nan
+        return self.sorter.add(counts)
 
     def state(self) -> dict[str, Any]:
         """What is known, on disk."""
@@ -71,12 +78,17 @@ class Numbers:
         self.feature, self.expr, self.sorter = feature, expr, sorter
         self.nans = self.infinite = 0
 
-    def add(self, column: pl.Series) -> bool:
-        """Remember some rows.  True: as `Sorter.add`."""
+    @staticmethod
+    def look(column: pl.Series) -> tuple[pl.DataFrame, int, int]:
+        """(value,) of some rows, and how many are NaN and infinite."""
         column = column.drop_nulls()
-        self.nans += int(column.is_nan().sum())
-        self.infinite += int(column.is_infinite().sum())
-        return not (self.nans or self.infinite) and self.sorter.add(pl.DataFrame({"value": column}))
+        return pl.DataFrame({"value": column}), int(column.is_nan().sum()), int(column.is_infinite().sum())
+
+    def add(self, found: tuple[pl.DataFrame, int, int]) -> bool:
+        """Remember what `look` found.  True: as `Sorter.add`."""
+        values, nans, infinite = found
+        self.nans, self.infinite = self.nans + nans, self.infinite + infinite
+        return not (self.nans or self.infinite) and self.sorter.add(values)
 
     def state(self) -> dict[str, Any]:
         """What is known, on disk."""
@@ -169,11 +181,11 @@ def refuse_bad_numbers(feature: Feature, nans: int, infinite: int) -> None:
         )
 
 
-def read_once(plan: pl.LazyFrame, columns: Sequence[Counted | Numbers], name: str, journal: Journal) -> None:
+def read_once(plan: pl.LazyFrame, columns: Sequence[Any], name: str, room: Room) -> None:
     """Give all columns of a plan to what counts or sorts them, in one pass: plans can be costly.
 
     Args:
-        name: of the pass, in the journal.
+        columns: `Counted` and `Numbers`; name: of the pass, in the journal.
     """
     from unbraid.data.encode import chunks
 
@@ -182,14 +194,18 @@ def read_once(plan: pl.LazyFrame, columns: Sequence[Counted | Numbers], name: st
         return
     # with_columns: a constant counts once a row
     read = plan.with_columns(**{name: column.expr for name, column in wanted.items()}).select(*wanted)
-    done = 0
+    done, journal = 0, room.journal
     if before := journal.noted.get(name):
         done = before["done"]
         for column, state in zip(wanted.values(), before["columns"], strict=True):
             column.restore(state)
-    for frame in chunks(read, done):
-        done += len(frame)
-        spilled = [column.add(frame[place]) for place, column in wanted.items()]
+
+    def look(frame: pl.DataFrame) -> tuple[int, list[Any]]:
+        return len(frame), [column.look(frame[place]) for place, column in wanted.items()]
+
+    for rows, found in ahead(look, chunks(read, done), room.limit // AHEAD):
+        done += rows
+        spilled = [column.add(one) for column, one in zip(wanted.values(), found, strict=True)]
         if any(spilled) or journal.due():
             journal.note(**{name: {"done": done, "columns": [column.state() for column in wanted.values()]}})
 

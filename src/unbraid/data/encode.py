@@ -24,6 +24,7 @@ import polars as pl
 
 from unbraid.adapters.frames import in_polars, lazy
 from unbraid.data import appended, vocabulary
+from unbraid.data.ahead import ahead
 from unbraid.data.columns import Columns, InMemory
 from unbraid.data.contents import Writer
 from unbraid.data.counting import refuse_bad_numbers
@@ -57,7 +58,7 @@ from unbraid.data.source import (
     to_time,
     with_split,
 )
-from unbraid.data.spill import Room, pieces
+from unbraid.data.spill import AHEAD, Room, pieces
 from unbraid.data.text import holds_whole_numbers, whole_numbers
 from unbraid.data.vocabulary import canonical, canonical_type
 from unbraid.store import Journal, resumable_folder
@@ -66,7 +67,7 @@ from unbraid.types import Feature
 MEMORY_MB = 2048
 SHARE = (1 << 20) // 5  # bytes per MB that one sorter holds: sorting and merging take some five times that
 FORMAT = 6  # raise it when the folder's layout, the meaning of a column or a default of the declaration changes
-CHUNK = 200_000
+CHUNK, WIDTH = 200_000, 8  # rows that are read at once, fewer of more columns
 KEYS = "keys"  # a column that is there while a table is written
 
 
@@ -254,10 +255,21 @@ def write(
 
     with contextlib.closing(Columns(folder, before["columns"])) as columns:
         progress("encoding rows", done, total)
-        for frame in () if whole else chunks(plan.select(**exprs), done):
-            write_rows(frame, data, fitted, columns, checks, labels, writers)
+
+        def encoded(frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
+            arrays = InMemory()
+            write_rows(frame, data, fitted, arrays, checks, labels, writers)
             if shown:
-                columns.append(KEYS, keys_of([frame[name] for name in shown]))
+                arrays.append(KEYS, keys_of([frame[name] for name in shown]))
+            return frame, arrays.arrays
+
+        # pictures and texts are numbered as they come
+        several = partial(ahead, limit=room.limit // AHEAD) if not writers else map
+        for frame, arrays in () if whole else several(encoded, chunks(plan.select(**exprs), done)):
+            for name, values in arrays.items():
+                columns.append(name, values)
+            if labels:
+                checks.count(frame)
             done += len(frame)
             progress("encoding rows", done, total)
             if journal.due() and not writers:  # what is known of pictures and texts is in memory
@@ -294,8 +306,9 @@ def _number_of_rows(data: Data, base: Path, tables: Tables | None, query: pl.Laz
 
 def chunks(plan: pl.LazyFrame, start: int = 0) -> Iterator[pl.DataFrame]:
     """The plan's rows from a number on, in order, a chunk at a time."""
+    size = CHUNK * WIDTH // max(WIDTH, len(plan.collect_schema()))
     plan = plan.slice(start) if start else plan
-    for frame in plan.collect_batches(chunk_size=CHUNK, maintain_order=True, engine="streaming"):
+    for frame in plan.collect_batches(chunk_size=max(size, 1), maintain_order=True, engine="streaming"):
         if len(frame):
             yield frame
 
@@ -406,7 +419,6 @@ def write_rows(
             columns.append(f"rate.{task.name}", checks.rate(task, frame[f"rate.{task.name}"]))
     if labels:
         columns.append("split", frame["split"].to_numpy())
-        checks.count(frame)
 
 
 def codes_of(fitted: Fitted, name: str, values: pl.Series, where: str) -> np.ndarray:

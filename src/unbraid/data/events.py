@@ -8,7 +8,8 @@ Events without a time come first for their user, in file order; events of the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ import numpy as np
 import polars as pl
 
 from unbraid.data import source as src
-from unbraid.data.spill import Room, bins, pieces
+from unbraid.data.ahead import ahead
+from unbraid.data.spill import AHEAD, Room, bins, pieces
 from unbraid.data.vocabulary import canonical, stable_hash
 from unbraid.types import FIRST_VALUE, GAP, MISSING, POSITION
 
@@ -37,6 +39,8 @@ def write_events(
     Rows are sorted among the events, before those of their instant, so that a slice is a count of events before it.  What was
     sorted stays on disk until the table is there: an interrupted merge begins anew.
     """
+    from unbraid.data.encode import chunks
+
     progress("encoding events", 0, 0)
     kinds = {field.name: fitted.vocabularies[field.vocab].dtype for field in data.fields}
     kinds |= {f"where.{i}": "bool" for i, history in enumerate(data.histories) if history.where}
@@ -48,9 +52,10 @@ def write_events(
     sorter = room.sorter("events", "bin", "user", "time", "source", runs=before["runs"])
     sorter.records = before["records"]
 
-    def add(source: int, of: Mapping[str, np.ndarray], row: np.ndarray) -> bool:
-        about = {"bin": bins(of["user"]), "source": np.full(len(row), source, np.uint8), "row": row.astype(number)}
-        return sorter.add(pl.DataFrame({**of, **about}).select("bin", "user", "time", "source", "row", *kinds))
+    def records(source: int, of: Mapping[str, np.ndarray], row: np.ndarray | int = -1) -> pl.DataFrame:
+        about = {"bin": bins(of["user"]), "source": np.full(len(of["user"]), source, np.uint8)}
+        about["row"] = np.broadcast_to(np.asarray(row, number), len(of["user"])).copy()
+        return pl.DataFrame({**of, **about}).select("bin", "user", "time", "source", "row", *kinds)
 
     def note() -> None:
         if journal.path and "rows" not in journal.noted:  # too quick to be noted; events are nothing without
@@ -63,23 +68,34 @@ def write_events(
         seen.add(user)
         there = min(max(before["rows"] - done, 0), len(user))  # they were added first
         none = {name: np.zeros(len(user) - there, kind) for name, kind in kinds.items()}
-        add(0, {"user": user[there:], "time": time[there:], **none}, np.arange(done + there, done + len(user)))
+        mine = {"user": user[there:], "time": time[there:], **none}
+        sorter.add(records(0, mine, np.arange(done + there, done + len(user))))
         done += len(user)
     at = list(before["done"])
     for place, (source, plan) in enumerate(src.event_plans(data, base, tables, split=False)):
         joined = src.add_joins(plan, data, base, tables)
         with src.reading(f"data.events `{source.table}`"):
-            for read, part in _event_chunks(data, source, joined, fitted, users, seen, per_second, at[place]):
+            exprs, lists = _event_columns(data, source, joined.collect_schema(), users, per_second)
+            # collect_schema, and not the frames': of no rows, too
+            asked = joined.select(**exprs).filter(pl.col("user").is_not_null())
+
+            def encoded(
+                frame: pl.DataFrame, place: int = place, source: src.Events = source, lists: list[str] = lists
+            ) -> Any:
+                return len(frame), records(place + 1, _encoded(data, source, frame, lists, fitted, seen))
+
+            for read, part in ahead(encoded, chunks(asked, at[place]), room.limit // AHEAD):
                 at[place] += read
-                if add(place + 1, part, np.full(len(part["user"]), -1)) or journal.due():
+                if sorter.add(part) or journal.due():
                     note()
     if kept:
         note()
     progress("sorting events", 0, 0)
-    slices, cut = room.sorter("slices", "bin", "row"), _Cut(data, columns, kinds, _index_type(sorter.records - rows))
-    for window in sorter.windows():
-        found = cut.window({name: window[name].to_numpy() for name in window.columns})
-        slices.add(pl.DataFrame({"bin": bins(found["row"], rows), **found}))
+    cut = _Cut(data, columns, kinds, _index_type(sorter.records - rows))
+    slices = room.sorter("slices", "bin", "row")
+    for found in sorter.windows(lambda window: cut.window({name: window[name].to_numpy() for name in window.columns})):
+        places = cut.write(found)
+        slices.add(pl.DataFrame({"bin": bins(places["row"], rows), **places}))
     for window in slices.windows():
         for name in (f"{end}.{history.name}" for history in data.histories for end in ("start", "end")):
             columns.append(name, window[name].to_numpy())
@@ -112,13 +128,14 @@ class _Cut:
     def __init__(self, data: src.Data, columns: Columns, kinds: Mapping[str, str], index: type) -> None:
         self.data, self.columns, self.index = data, columns, index
         self.timed = any(GAP in history.fields for history in data.histories)
-        self.done = 0  # events
-        self.kept = {f"where.{i}": 0 for i, history in enumerate(data.histories) if history.where}
+        # events so far: all, and those of each history
+        self.done = dict.fromkeys(["", *(history.name for history in data.histories)], 0)
         types = {"user": "int64", "time": "int64", "source": "uint8", "row": "int64", **kinds}
-        self.window({name: np.zeros(0, kind) for name, kind in types.items()})  # columns are there without events, too
+        # columns are there without events, too
+        self.write(self.window({name: np.zeros(0, kind) for name, kind in types.items()}))
 
-    def window(self, window: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Rows and events of some users, sorted.  Returns ``row``, and ``start.NAME``, ``end.NAME`` of each history."""
+    def window(self, window: Mapping[str, np.ndarray]) -> _Window:
+        """Rows and events of some users, sorted; places are counted from the start of the window."""
         users, is_row = window["user"], window["source"] == 0
         first = np.concatenate([[True], users[1:] != users[:-1]])[: len(users)]  # of its user
         place = np.cumsum(first) - 1
@@ -126,31 +143,53 @@ class _Cut:
         shown[place[is_row & (users != 0)]] = True  # a user of 0 is none
         event = ~is_row & shown[place]
         begins, at = np.flatnonzero(first)[place[is_row]], np.flatnonzero(is_row)
-        nobody = users[at] == 0
 
-        def slices(counted: np.ndarray, before: int) -> tuple[np.ndarray, np.ndarray]:
-            """Of every row, the number of counted records before its user and before itself."""
-            sums = np.concatenate([[0], np.cumsum(counted)]) + before
-            return np.where(nobody, 0, sums[begins]), np.where(nobody, 0, sums[at])
+        def slices(counted: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+            """Of every row, the number of counted records before its user, or the last ones, and before itself."""
+            sums = np.concatenate([[0], np.cumsum(counted)])
+            return np.maximum(sums[begins], sums[at] - length), sums[at]
 
-        if self.timed:
-            self.columns.append("event.time", window["time"][event])
-        for field in self.data.fields:
-            self.columns.append(f"event.{field.name}", window[field.name][event])
-        out = {"row": window["row"][is_row]}
-        starts, ends = slices(event, self.done)
+        events = {"event.time": window["time"][event]} if self.timed else {}
+        events |= {f"event.{field.name}": window[field.name][event] for field in self.data.fields}
+        found, views = {}, {}
         for i, history in enumerate(self.data.histories):
-            start, end = starts, ends
+            keep = event & window[f"where.{i}"] if history.where else event
+            found[history.name] = slices(keep, history.length)
             if history.where:
-                keep = event & window[f"where.{i}"]
-                start, end = slices(keep, self.kept[f"where.{i}"])
-                places = np.flatnonzero(keep[event]) + self.done
-                self.columns.append(f"view.{history.name}", places.astype(self.index))
-                self.kept[f"where.{i}"] += len(places)
-            out[f"start.{history.name}"] = np.maximum(start, end - history.length).astype(self.index)
-            out[f"end.{history.name}"] = end.astype(self.index)
-        self.done += int(event.sum())
+                views[history.name] = np.flatnonzero(keep[event])
+        return _Window(int(event.sum()), window["row"][is_row], users[at] == 0, events, found, views)
+
+    def write(self, window: _Window) -> dict[str, np.ndarray]:
+        """Append its events.  Returns ``row``, and ``start.NAME``, ``end.NAME`` of each history."""
+        for name, values in window.events.items():
+            self.columns.append(name, values)
+        out = {"row": window.row}
+        for name, slices in window.slices.items():
+            before = self.done[name if name in window.views else ""]
+            for end, places in zip(("start", "end"), slices, strict=True):
+                out[f"{end}.{name}"] = np.where(window.nobody, 0, places + before).astype(self.index)
+            if name in window.views:
+                self.columns.append(f"view.{name}", (window.views[name] + self.done[""]).astype(self.index))
+                self.done[name] += len(window.views[name])
+        self.done[""] += window.count
         return out
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What `_Cut.window` finds.
+
+    Args:
+        count: of events; row: (n,) numbers of rows; nobody: (n,) whose user is none, and who have no history.
+        events: columns; slices: of each history (n,) starts and (n,) ends; views: places of the events of a filtered history.
+    """
+
+    count: int
+    row: np.ndarray
+    nobody: np.ndarray
+    events: dict[str, np.ndarray]
+    slices: dict[str, tuple[np.ndarray, np.ndarray]]
+    views: dict[str, np.ndarray]
 
 
 def warnings_of(data: src.Data, base: Path = Path(), tables: src.Tables | None = None) -> list[str]:
@@ -177,19 +216,11 @@ def _index_type(n: int) -> type:
     return np.int32 if n < 2**31 else np.int64
 
 
-def _source(number: int, users: np.ndarray) -> np.ndarray:
-    return np.full(len(users), number, dtype=np.uint8)
-
-
-def _event_chunks(
-    data: src.Data, source: src.Events, plan: pl.LazyFrame, fitted: Fitted, users: Any, seen: _Seen,
-    per_second: float, start: int,
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:  # fmt: skip
-    """Of one source, from row ``start`` of its plan on: how many rows were read, and the encoded events of users with rows
-    (user, time, one column per field, one bool per filtered history)."""
-    from unbraid.data.encode import chunks
-
-    have, where = plan.collect_schema(), f"data.events `{source.table}`"
+def _event_columns(
+    data: src.Data, source: src.Events, have: Mapping[str, Any], users: Any, per_second: float
+) -> tuple[dict[str, pl.Expr], list[str]]:  # fmt: skip
+    """What is read of one source, from columns of types ``have``; and which of it are lists."""
+    where = f"data.events `{source.table}`"
     exprs = {"user": src.users_of_events(data, have, users, where)}
     if source.time != "none":
         time = source.time or data.time
@@ -199,14 +230,21 @@ def _event_chunks(
             units = f"{rate:g} and {per_second:g} per second"
             raise src.DataError(f"{where}: its time and `data.time` are in different units ({units}).")
     values, lists = event_expressions(source, have)
-    for frame in chunks(plan.select(**exprs, **values).filter(pl.col("user").is_not_null()), start):
-        read, frame = len(frame), exploded(frame, lists)
-        if source.time != "none" and frame["time"].null_count():
-            nulls = frame["time"].null_count()
-            raise src.DataError(f'{where}: {nulls:,} events have no time. Filter them, or use time = "none".')
-        hashes = stable_hash(frame["user"]).view(np.int64)
-        mine = seen.of(hashes)
-        yield read, {"user": hashes[mine], **encode_events(data, source, frame.filter(pl.Series(mine)), fitted)}
+    return exprs | values, lists
+
+
+def _encoded(
+    data: src.Data, source: src.Events, frame: pl.DataFrame, lists: list[str], fitted: Fitted, seen: _Seen
+) -> dict[str, np.ndarray]:
+    """Of the events of users with rows: user, time, one column per field, one bool per filtered history."""
+    frame = exploded(frame, lists)
+    if source.time != "none" and frame["time"].null_count():
+        nulls = frame["time"].null_count()
+        where = f"data.events `{source.table}`"
+        raise src.DataError(f'{where}: {nulls:,} events have no time. Filter them, or use time = "none".')
+    hashes = stable_hash(frame["user"]).view(np.int64)
+    mine = seen.of(hashes)
+    return {"user": hashes[mine], **encode_events(data, source, frame.filter(pl.Series(mine)), fitted)}
 
 
 def event_expressions(source: src.Events, have: Mapping[str, Any]) -> tuple[dict[str, pl.Expr], list[str]]:

@@ -120,7 +120,7 @@ def _read(
         f.name: Numbers(f, number_expression(f, schema), room.sorter(f"number-{i}", "value", share=max(len(reads), 1)))
         for i, f in enumerate(numbers)
     }
-    read_once(train, [*counts, *columns.values()], "fit rows", room.journal)
+    read_once(train, [*counts, *columns.values()], "fit rows", room)
     numbers = []
     for place, (source, plan) in enumerate(event_plans(data, base, tables)):
         with reading(f"data.events `{source.table}`"):
@@ -134,7 +134,7 @@ def _read(
                 events = events.explode(lists, empty_as_null=False, keep_nulls=False)
             have = events.collect_schema()
             reads = [(f.vocab, pl.col(f.name), have[f.name], f.min_count, f.buckets) for f in fields]
-            read_once(events, want(reads, f"events-{place}"), f"fit events {place}", room.journal)
+            read_once(events, want(reads, f"events-{place}"), f"fit events {place}", room)
     for field in data.fields:
         if field.vocab not in found:
             raise DataError(f"Event field `{field.name}` is in no `[[data.events]]` columns.")

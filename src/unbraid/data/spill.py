@@ -7,7 +7,6 @@ first key: a user's events, say.  Peak memory is some five times the limit, what
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 import shutil
@@ -19,10 +18,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from unbraid.data.ahead import ahead
 from unbraid.store import Journal, sync
 
 WINDOW = 1 << 17  # records, or more where a group is larger
 BINS = 1 << 12
+AHEAD = 4  # this part of the limit is read before it is needed
 RUNS = 32  # so many are merged at once; a block is this part of the limit
 Fold = Callable[[pl.DataFrame], pl.DataFrame]
 
@@ -105,36 +106,43 @@ class Sorter:
         for name in self._stale:
             (self.folder / name).unlink()
         self._stale = []
-        self.runs.append(self._write([self._in_memory()]))
+        first = self.keys[:1]
+        self.runs.append(
+            self._write(ahead(lambda parts: self._joined(parts, first), self._held_parts(), self.limit // AHEAD))
+        )
         if len(self.runs) > RUNS:
-            old, self.runs = self.runs, [self._write(self._merged())]
+            old, self.runs = self.runs, [self._write(ahead(self._joined, self._merged(), self.limit // AHEAD))]
             self._stale = [name for run in old for name in run]  # a journal may still name them
 
-    def windows(self) -> Iterator[pl.DataFrame]:
-        """All records in order, in frames that hold whole groups of the first key.  Raises OSError when the disk is full."""
+    def windows(self, function: Callable[[pl.DataFrame], Any] = lambda window: window) -> Iterator[Any]:
+        """All records in order, in frames that hold whole groups of the first key.  Raises OSError when the disk is full.
+
+        Args:
+            function: what is given of each frame, computed in threads (`unbraid.data.ahead`).
+        """
+        yield from ahead(lambda parts: function(self._joined(parts)), self._parts(), self.limit // AHEAD)
+
+    def _parts(self) -> Iterator[list[pl.DataFrame]]:
+        """Of each window the frames that make it, not in order."""
         if self.runs:
             self.spill()
-            yield from self._merged()
-        elif self.held:
-            whole = self._in_memory()
-            key = whole[self.keys[0]]
-            starts = [0, *(np.flatnonzero((key != key.shift(1)).fill_null(True).to_numpy())), len(whole)]
-            cuts = np.unique(np.searchsorted(starts, np.arange(0, len(whole), WINDOW)))
-            places = [0, *(starts[cut] for cut in cuts.tolist()), len(whole)] if len(self.keys) > 1 else [0, len(whole)]
-            for start, end in itertools.pairwise(places):
-                if end > start:
-                    yield self._sorted(whole[start:end], self.keys)
+            return self._merged()
+        return self._held_parts()
+
+    def _held_parts(self) -> Iterator[list[pl.DataFrame]]:
+        """The same of what is held, which is forgotten: slices of frames that are sorted by the first key, one by one."""
+        held, self.held, self._bytes, self._folded = self.held, [], 0.0, 0.0
+        if len(self.keys) == 1:
+            return iter([held] if held else [])
+        held.reverse()
+        frames = (held.pop() for _ in range(len(held)))  # no two copies of all
+        first = self.keys[:1]
+        return _slices(list(ahead(lambda frame: self._sorted(frame, first), frames, self.limit // AHEAD)), self.keys[0])
 
     def close(self) -> None:
         """Remove the runs."""
         self.held, self.runs = [], []
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _in_memory(self) -> pl.DataFrame:
-        held, self.held, self._bytes, self._folded = self.held, [], 0.0, 0.0
-        whole = pl.concat(held)
-        del held
-        return self._sorted(self.fold(whole) if self.fold else whole, self.keys[:1])
 
     def _sorted(self, frame: pl.DataFrame, keys: list[str]) -> pl.DataFrame:
         if frame.width == 1 or self.fold:
@@ -157,12 +165,12 @@ class Sorter:
                 sync(self.folder / names[-1])
         return names
 
-    def _merged(self) -> Iterator[pl.DataFrame]:
+    def _merged(self) -> Iterator[list[pl.DataFrame]]:
         runs = [_Run(self.folder, names, self.keys[0]) for names in self.runs]
         while runs:
             unfinished = [run for run in runs if run.names]
             if not unfinished:
-                yield self._joined([run.block for run in runs])
+                yield [run.block for run in runs]
                 return
             pivot = min(run.last for run in unfinished)  # below it nothing is to come
             parts = [part for run in runs if len(part := run.below(pivot))]
@@ -171,11 +179,23 @@ class Sorter:
                     run.extend()
             runs = [run for run in runs if len(run.block)]
             if parts:
-                yield self._joined(parts)
+                yield parts
 
-    def _joined(self, parts: list[pl.DataFrame]) -> pl.DataFrame:
+    def _joined(self, parts: Sequence[pl.DataFrame], keys: list[str] | None = None) -> pl.DataFrame:
         whole = pl.concat(parts)
-        return self._sorted(self.fold(whole) if self.fold else whole, self.keys)
+        return self._sorted(self.fold(whole) if self.fold else whole, keys or self.keys)
+
+
+def _slices(frames: list[pl.DataFrame], key: str) -> Iterator[list[pl.DataFrame]]:
+    """Of sorted frames the slices that make a window, of some `WINDOW` records, with whole groups of the key."""
+    step = max(WINDOW // 16, 1)
+    seen = pl.concat([frame[key].gather_every(step) for frame in frames]).sort() if frames else pl.Series()
+    bounds = seen.gather_every(16)[1:].unique(maintain_order=True)  # before the first of them is a window, too
+    ends = [[0, *frame[key].search_sorted(bounds, side="left").to_list(), len(frame)] for frame in frames]
+    for place in range(len(bounds) + 1 if frames else 0):
+        found = [frame[end[place] : end[place + 1]] for frame, end in zip(frames, ends, strict=True)]
+        if parts := [part for part in found if len(part)]:
+            yield parts
 
 
 class _Run:
