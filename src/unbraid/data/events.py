@@ -157,7 +157,7 @@ class _Cut:
             found[history.name] = slices(keep, history.length)
             if history.where:
                 views[history.name] = np.flatnonzero(keep[event])
-        return _Window(int(event.sum()), window["row"][is_row], users[at] == 0, events, found, views)
+        return _Window(int(event.sum()), window["row"][is_row], events, found, views)
 
     def write(self, window: _Window) -> dict[str, np.ndarray]:
         """Append its events.  Returns ``row``, and ``start.NAME``, ``end.NAME`` of each history."""
@@ -167,7 +167,7 @@ class _Cut:
         for name, slices in window.slices.items():
             before = self.done[name if name in window.views else ""]
             for end, places in zip(("start", "end"), slices, strict=True):
-                out[f"{end}.{name}"] = np.where(window.nobody, 0, places + before).astype(self.index)
+                out[f"{end}.{name}"] = (places + before).astype(self.index)
             if name in window.views:
                 self.columns.append(f"view.{name}", (window.views[name] + self.done[""]).astype(self.index))
                 self.done[name] += len(window.views[name])
@@ -180,13 +180,12 @@ class _Window:
     """What `_Cut.window` finds.
 
     Args:
-        count: of events; row: (n,) numbers of rows; nobody: (n,) whose user is none, and who have no history.
-        events: columns; slices: of each history (n,) starts and (n,) ends; views: places of the events of a filtered history.
+        count: of events; row: (n,) numbers of rows; events: columns.
+        slices: of each history (n,) starts and (n,) ends; views: places of the events of a filtered history.
     """
 
     count: int
     row: np.ndarray
-    nobody: np.ndarray
     events: dict[str, np.ndarray]
     slices: dict[str, tuple[np.ndarray, np.ndarray]]
     views: dict[str, np.ndarray]
