@@ -167,6 +167,9 @@ class Bundle:
         try:
             run, fitted = config.load(folder / "run.toml"), Fitted.load(folder)
             weights = store.load(folder / "weights.safetensors")
+            if not isinstance(weights, dict) or not all(isinstance(each, torch.Tensor) for each in weights.values()):
+                raise BundleError("weights.safetensors should hold tensors by name")
+            metrics = json.loads((folder / "metrics.json").read_text()) if (folder / "metrics.json").exists() else {}
             fixed = store.load(folder / BACKBONES) if (folder / BACKBONES).exists() else {}
             unsure = LastLayer.load(store.load(folder / UNCERTAINTY)) if (folder / UNCERTAINTY).exists() else None
             found = Calibrators.load(store.load(folder / CALIBRATION)) if (folder / CALIBRATION).exists() else None
@@ -184,7 +187,7 @@ class Bundle:
             with parallel.alone():  # tables are whole here
                 model = build_trained(run, fitted.schema, weights)
             set_constants(model, fixed)
-        except (ValueError, ImportError) as error:
+        except (ValueError, TypeError, LookupError, RuntimeError, ImportError) as error:  # whatever such parts lead to
             raise BundleError(f"{folder}: weights.safetensors does not fit run.toml: {error}") from error
         _check_weights(folder, {k: tuple(v.shape) for k, v in model.state_dict().items()}, weights)
         model.load_state_dict(weights)
@@ -194,8 +197,7 @@ class Bundle:
                 found.check(digest_of(model), fitted.schema.domains, tuple(t.name for t in fitted.schema.tasks))
             except ValueError as error:
                 raise BundleError(f"{folder / CALIBRATION}: {error}") from error
-        metrics = folder / "metrics.json"
-        return cls(run, fitted, model, json.loads(metrics.read_text()) if metrics.exists() else {}, unsure, found)
+        return cls(run, fitted, model, metrics, unsure, found)
 
 
 def constants(model: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,8 @@ A bundle is one file, the same from any number of processes: the first one write
 
 from __future__ import annotations
 
+import pickle
+import re
 import shutil
 import uuid
 import warnings
@@ -68,7 +70,10 @@ def load(path: Path) -> State:
     found = store.load(path)
     if FOLDER not in found:
         return found
-    folder, rows = path.with_name(found[FOLDER]), Rows()
+    name = str(found[FOLDER])
+    if not re.fullmatch(re.escape(path.stem) + r"\.[0-9a-f]{12}\.tables", name):
+        raise ValueError(f"{path} was not written by unbraid: its tables should lie beside it. Found {name[:100]!r}.")
+    folder, rows = path.with_name(name), Rows()
     if not (folder / ".metadata").exists():
         raise ValueError(
             f"{path} goes with {folder}, which is not there, or not whole. Continue from an earlier checkpoint."
@@ -112,7 +117,10 @@ def _filled(value: Any, rows: Rows) -> Any:
     """A state with tensors, of this process's rows and to be read, in the place of its marks."""
     if isinstance(value, Mapping) and MARK in value:
         size, *rest = value["shape"]
-        rows[value[MARK]] = torch.zeros(len(sharding.owned(size)), *rest, dtype=getattr(torch, value["dtype"])), size
+        dtype = getattr(torch, value["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"A table's rows should be of a type of torch's numbers. Found {value['dtype']!r}.")
+        rows[value[MARK]] = torch.zeros(len(sharding.owned(size)), *rest, dtype=dtype), size
         return rows[value[MARK]][0]
     if isinstance(value, Mapping):
         return {key: _filled(each, rows) for key, each in value.items()}
@@ -142,16 +150,65 @@ def _all(path: Path, what: Literal["save", "load"], folder: Path, rows: Rows) ->
     import torch.distributed.checkpoint as dcp  # takes long to import, and most trainings have no divided tables
     from torch.distributed.checkpoint.api import CheckpointException
 
-    do = dcp.save if what == "save" else dcp.load
     try:
         with parallel.told(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for
-            do(_wrapped(rows), checkpoint_id=folder, no_dist=parallel.world() == 1)
+            if what == "save":
+                dcp.save(_wrapped(rows), checkpoint_id=folder, no_dist=parallel.world() == 1)
+            else:
+                dcp.load(_wrapped(rows), storage_reader=_reader(folder), no_dist=parallel.world() == 1)
     except CheckpointException as error:  # of torch, and no Exception
         why = "; ".join(f"process {place}: {each[0]}" for place, each in error.failures.items())
         raise OSError(
             f"The tables of {path} cannot be written or read. {why}. A previous file is unchanged."
         ) from error
+
+
+def _reader(folder: Path) -> Any:
+    """What reads a folder of torch's: its own reader would run what its list of contents, a pickle, names."""
+    from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            path = folder / ".metadata"
+            try:
+                with path.open("rb") as file:
+                    found = _Contents(file).load()
+                about, places = found.state_dict_metadata, found.storage_data
+                # what is no tensor is a pickle, which torch would load whole
+                tensors = all(isinstance(one, TensorStorageMetadata) for one in about.values())
+                if not tensors or any(Path(one.relative_path).name != one.relative_path for one in places.values()):
+                    raise pickle.UnpicklingError("It names something that is no tensor, or a file elsewhere.")
+                found.storage_meta.load_id = self.load_id
+            except Exception as error:  # a pickle that was written to do harm may raise anything
+                raise ValueError(
+                    f"{path} was not written by unbraid, or is damaged ({error}). Continue from an earlier checkpoint."
+                ) from error
+            return found
+
+    return Reader(folder)
+
+
+class _Contents(pickle.Unpickler):
+    """Reads the names, sizes and places of tensors, as torch's distributed checkpoint writes them, and nothing that could run."""
+
+    allowed = {
+        "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath"},
+        "torch": {"Size"},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Raises UnpicklingError for anything else."""
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in self.allowed.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"It names {module}.{name}, which could do anything.")
 
 
 # -------------------------------------------------------------------------------------------------------------------- bundles

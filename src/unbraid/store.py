@@ -112,7 +112,9 @@ def load(path: str | Path) -> State:
         skeleton = _checked(Path(path))
         with safe_open(path, framework="pt") as file:
             return _decode(json.loads(skeleton), file.get_tensor)
-    except (SafetensorError, UnicodeDecodeError, LookupError, TypeError, ValueError, struct.error) as error:
+    except (
+        SafetensorError, UnicodeDecodeError, LookupError, TypeError, ValueError, RecursionError, struct.error,
+    ) as error:  # fmt: skip
         raise ValueError(
             f"{path} is damaged, cut short or not written by unbraid ({error}). "
             "Delete it and continue from an earlier checkpoint, or copy it again from its source."
@@ -227,6 +229,17 @@ def _checked(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- files and folders
+def within(folder: Path, name: str) -> Path:
+    """The file of a folder that another file in it names.
+
+    Raises:
+        ValueError: it is no plain name: what describes a folder points at no file elsewhere.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"{folder} should name files that lie in it. Found {str(name)[:100]!r}.")
+    return folder / name
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file whole.
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+import sklearn
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris, make_classification
@@ -22,6 +23,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from unbraid.adapters.sklearn import UnbraidClassifier, UnbraidRegressor
 from unbraid.bundle import Bundle, Predictor
+from unbraid.compat import declare_operators
 from unbraid.types import Feature
 
 EXPECTED = {
@@ -191,3 +193,38 @@ def test_wrong_input_says_so() -> None:
         UnbraidRegressor().fit(X, X["shop"])
     features = (Feature("shop"), Feature("price", kind="number"))
     assert len(UnbraidClassifier(features=features, epochs=1).fit(X, y).bundle_.run.data.features) == 2
+
+
+def shifted() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of two sites, the second without labels: X, y as skada hides it, domains."""
+    X, y = make_classification(120, n_features=4, random_state=0)
+    domain = np.where(np.arange(120) < 80, 1, -2)
+    return X + 2.0 * (domain < 0)[:, None], np.where(domain < 0, -1, y), domain
+
+
+def test_domains_are_routed_through_a_pipeline() -> None:
+    """Unasked: scikit-learn passes them to who says that it takes them."""
+    X, y, domain = shifted()
+    with sklearn.config_context(enable_metadata_routing=True):
+        pipe = make_pipeline(StandardScaler(), UnbraidClassifier(epochs=2, random_state=0))
+        pipe.fit(X, y, sample_domain=domain)
+        found = pipe.predict_proba(X, sample_domain=domain)
+        assert pipe.score(X, y, sample_domain=domain) == (pipe.predict(X, sample_domain=domain) == y).mean()
+    alone = UnbraidClassifier(epochs=2, random_state=0).fit(StandardScaler().fit_transform(X), y, sample_domain=domain)
+    assert np.array_equal(found, alone.predict_proba(StandardScaler().fit_transform(X), sample_domain=domain))
+    assert set(pipe[-1].bundle_.fitted.schema.domains) >= {"1", "-2"}
+
+
+def test_skadas_pipelines() -> None:
+    """Where it is installed; it is no dependency of anything here."""
+    declare_operators()  # skada imports torchvision, if that is there
+    skada = pytest.importorskip("skada")
+    X, y, domain = shifted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for steps in ([], [skada.CORALAdapter()]):
+            pipe = skada.make_da_pipeline(StandardScaler(), *steps, UnbraidClassifier(epochs=2, random_state=0))
+            pipe.fit(X, y, sample_domain=domain)
+            assert pipe.predict(X[80:], sample_domain=domain[80:]).shape == (40,)
+            assert set(pipe[-1].base_estimator_.bundle_.fitted.schema.domains) >= {"1", "-2"}
+            assert list(pipe[-1].base_estimator_.classes_) == [0, 1], "hidden labels are no class"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from every_member import base
 from together_kit import Losses, Trained, apart, gap, together, trained, uneven_log, with_divided
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from toylog import make_run
 
 from unbraid import parallel, sharded_files, sharding, store
@@ -97,6 +101,57 @@ def test_a_checkpoint_says_what_is_wrong_with_it(tmp_path: Path) -> None:
         sharded_files.save(path, state_of(model), {"a/b/value": 12})
     sharded_files.remove(path)
     assert not any(tmp_path.iterdir())
+
+
+class Bomb:
+    """Its unpickling leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_folder_of_pickles_that_would_run_is_refused(tmp_path: Path) -> None:
+    """torch's own reader would run them: its list of contents, and what that says is no tensor."""
+    path, mark = tmp_path / "fit-0.safetensors", tmp_path / "mark"
+    sharded_files.save(path, state_of(_made()), SIZES)
+    (folder,) = sharded_files.folders(path)
+    whole = (folder / ".metadata").read_bytes()
+    contents = pickle.loads(whole)
+    first = next(iter(contents.state_dict_metadata))
+
+    def refused(content: bytes, why: str) -> None:
+        (folder / ".metadata").write_bytes(content)
+        with pytest.raises(OSError, match=why):
+            sharded_files.load(path)
+        assert not mark.exists()
+
+    refused(pickle.dumps(Bomb(mark)), "names (posix|nt).mkdir, which could do anything")
+    refused(whole[: len(whole) // 2], "or is damaged")
+    refused(pickle.dumps(replace(contents, planner_data=Bomb(mark))), "could do anything")
+    bomb = folder / "bomb"
+    bomb.write_bytes(pickle.dumps(Bomb(mark)))
+    changed = copy.deepcopy(contents)
+    changed.state_dict_metadata[first] = BytesStorageMetadata()
+    for index, place in contents.storage_data.items():
+        if index.fqn == first:
+            changed.storage_data[MetadataIndex(first)] = replace(
+                place, relative_path="bomb", offset=0, length=bomb.stat().st_size
+            )
+    refused(pickle.dumps(changed), "BytesStorageMetadata")
+    changed = copy.deepcopy(contents)
+    for index, place in contents.storage_data.items():
+        changed.storage_data[index] = replace(place, relative_path=f"../{folder.name}/{place.relative_path}")
+    refused(pickle.dumps(changed), "a file elsewhere")
+    (folder / ".metadata").write_bytes(whole)
+    assert sharded_files.load(path)["other"][1] == "text"
+    found = store.load(path)
+    for name in ("..", f"../{folder.parent.name}/{folder.name}", "elsewhere", 5):
+        store.save(path, {**found, sharded_files.FOLDER: name})
+        with pytest.raises(ValueError, match="should lie beside it"):
+            sharded_files.load(path)
 
 
 def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from storekit import Model, Server, event
 
-from unbraid.serve.store import FORMAT_KEY, Page, Record, Store, open_store, user_hash
+from unbraid.serve.store import FORMAT_KEY, Page, Record, Store, StoreError, open_store, public, user_hash
 
 pytest.importorskip("lmdb")
 redis = pytest.importorskip("redis")
@@ -265,9 +265,43 @@ def test_a_closed_store_says_so(store: Store) -> None:
 
 
 def test_addresses_that_are_none() -> None:
-    for address in ("", "http://localhost", "postgres://x/y"):
-        with pytest.raises(ValueError, match="address should be"):
+    for address in (
+        "",
+        "http://localhost",
+        "postgres://x/y",
+        "Redis://:s3cret@h",
+        "redis:/:s3cret@h",
+        "redis:s3cret@h",
+    ):
+        with pytest.raises(ValueError, match="address should be") as error:
             open_store(address)
+        assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://somebody:s3cret@host:6379/3?client_name=s3cret", "redis://host:6379/3"),
+        ("redis://:s3cret@[::1]:6379/0", "redis://[::1]:6379/0"),
+        ("rediss://host/0?password=a@s3cret", "rediss://..."),
+        ("unix://u:s3cret@/run/redis.sock?db=1", "unix:///run/redis.sock"),
+        *((f"redis://:s3{sign}cret@host:6379/0", "redis://...") for sign in "/?#"),
+        ("redis://s3:12/cret@host:1/0", "redis://..."), ("redis://:12?s3cret@host/0", "redis://..."),
+        ("a/folder:s3", "a/folder:s3"),
+    ],
+)  # fmt: skip
+def test_an_address_is_shown_without_its_password(url: str, shown: str) -> None:
+    assert public(url) == shown
+
+
+@pytest.mark.parametrize("sign", "/?#")
+def test_a_password_that_splits_the_address_is_in_no_message(sign: str) -> None:
+    with pytest.raises((ValueError, StoreError)) as error:
+        open_store(f"redis://:s3{sign}cret@127.0.0.1:1/0")
+    told: BaseException | None = error.value
+    while told is not None:  # the log prints what it came from, too
+        assert "s3" not in str(told) and "cret" not in str(told)
+        told = told.__cause__ or (None if told.__suppress_context__ else told.__context__)
 
 
 def test_users_are_hashed_as_encoded_rows_have_them() -> None:

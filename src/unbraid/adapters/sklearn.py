@@ -77,6 +77,11 @@ class Parameters(BaseEstimator):
         random_state: seed of weights, order and validation rows.
     """
 
+    # where arguments are routed (scikit-learn's `enable_metadata_routing`, always in skada), domains are passed on unasked
+    __metadata_request__fit = {"sample_domain": True}
+    __metadata_request__predict = {"sample_domain": True}
+    __metadata_request__score = {"sample_domain": True}
+
     def __init__(
         self, *, settings: Mapping[str, Any] | None = None, features: Sequence[Feature] | None = None,
         categories: Sequence[str | int] = (), epochs: float = 30, batch_size: int = 64, lr: float = 0.01,
@@ -243,6 +248,7 @@ class UnbraidClassifier(ClassifierMixin, Parameters):
     """
 
     _metric = "logloss"
+    __metadata_request__predict_proba = {"sample_domain": True}
 
     def _target(self, name: str, values: np.ndarray, hidden: np.ndarray) -> Target:
         known = ~_unknown(values) & ~hidden

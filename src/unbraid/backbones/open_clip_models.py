@@ -80,6 +80,15 @@ def _model(name: str, weights: str, download: bool, load: bool, slot: str) -> An
         require_weights("open_clip", weights, download)
     if name not in open_clip.list_models():
         raise ValueError(f"{what}: open_clip has no model `{name}`. `open_clip.list_models()` names them.")
+    # parts that open_clip asks a server for, even of a model that begins at random
+    parts = ("hf_model_name", "hf_tokenizer_name") if slot == "texts" else ("hf_model_name",)
+    about = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    fetched = [about[part] for part in parts if about.get(part)]
+    if fetched and not download:
+        raise ValueError(
+            f"{what}: open_clip fetches parts of `{name}` ({', '.join(fetched)}). Allow it with `download = true`, or take a "
+            "model that is whole in open_clip, such as `ViT-B-32`."
+        )
     if load and not download and weights not in ("", NONE):
         from pathlib import Path
 

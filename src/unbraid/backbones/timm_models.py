@@ -42,6 +42,11 @@ class Timm:
         Raises:
             ValueError: timm has no network of that name, or the weights do not fit it; ImportError: it is missing.
         """
+        if ":" in self.name:  # `hf-hub:...`: timm would ask a server how the network is made, whatever `download` says
+            raise ValueError(
+                f"model.images of kind `timm`: `name` should be one of timm's own, as `timm.list_models()` has them. Found "
+                f"`{self.name}`, which is read from elsewhere."
+            )
         if load:
             require_weights(self.kind, self.weights, self.download)
         return TimmNetwork(self, load)

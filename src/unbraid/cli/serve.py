@@ -12,7 +12,9 @@ from unbraid.cli.common import fail
 
 def serve(
     bundle: Annotated[Path, typer.Argument(help="A trained bundle.")],
-    store: Annotated[str, typer.Option(help="Where histories are: a folder (LMDB), or redis://HOST:PORT/N.")],
+    store: Annotated[
+        str, typer.Option(envvar="UNBRAID_STORE", help="Where histories are: a folder (LMDB), or redis://HOST:PORT/N.")
+    ],
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
     ] = "127.0.0.1",

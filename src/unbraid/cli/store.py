@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unbraid.cli.common import AsJson, fail
+from unbraid.serve.store import public
 
 if TYPE_CHECKING:
     from unbraid.serve.store import Store
@@ -32,11 +33,11 @@ def _opened(address: str, make: bool = False) -> Iterator[Store]:
 @contextlib.contextmanager
 def _failing(address: str, make: bool = False) -> Iterator[None]:
     """What goes wrong with a store ends the command with one message; so does a folder without one."""
-    from unbraid.serve.store import StoreError
+    from unbraid.serve.store import StoreError, folder_of
 
     try:
-        folder = Path(address.removeprefix("lmdb:"))
-        if not make and "://" not in address and not (folder / "data.mdb").exists():
+        folder = folder_of(address)
+        if folder is not None and not make and not (folder / "data.mdb").exists():
             raise ValueError(
                 f"There is no history store in {folder}. `unbraid store import BUNDLE {folder}` makes one."
             )
@@ -88,7 +89,9 @@ def import_(
     if as_json:
         print(json.dumps(found))
         return
-    print(f"{address}: {found['read']:,} events read, {found['new']:,} new, {found['no_user']:,} without a user")
+    print(
+        f"{public(address)}: {found['read']:,} events read, {found['new']:,} new, {found['no_user']:,} without a user"
+    )
     print(f"kept   {durability}")
 
 
@@ -148,7 +151,7 @@ def check(address: Address, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
     else:
-        print(f"{address}: {found.users:,} users, {found.events:,} events looked at")
+        print(f"{public(address)}: {found.users:,} users, {found.events:,} events looked at")
         print("\n".join(f"wrong  {problem}" for problem in found.problems) or "nothing is wrong")
         print(f"and {found.more:,} more" * bool(found.more), end="\n" * bool(found.more))
     raise typer.Exit(int(bool(found.problems)))
@@ -166,7 +169,7 @@ def trim(
             raise ValueError(f"--keep should be at least 0. Found {keep}.")
         users = store.users() if user is None else iter([_user(store, user)])
         removed = [store.trim(one, keep) for one in users]
-    print(f"{address}: {sum(removed):,} events of {sum(map(bool, removed)):,} users removed")
+    print(f"{public(address)}: {sum(removed):,} events of {sum(map(bool, removed)):,} users removed")
 
 
 @store_app.command()
@@ -174,7 +177,7 @@ def delete(address: Address, user: User) -> None:
     """Remove everything of a user."""
     with _opened(address) as store:
         removed = store.delete(_user(store, user))
-    print(f"{address}: {removed:,} events of user {user} removed")
+    print(f"{public(address)}: {removed:,} events of user {user} removed")
 
 
 @store_app.command()

@@ -14,6 +14,7 @@ import polars as pl
 from unbraid.data.source import DataError
 from unbraid.data.spill import os_errors
 from unbraid.data.vocabulary import Vocabulary, stable_hash
+from unbraid.store import within
 from unbraid.types import Feature, Field, History, Schema, Task
 
 
@@ -59,16 +60,26 @@ class Fitted:
             document = json.loads((folder / "schema.json").read_text())
             vocabularies = {}
             for name, about in document["vocabularies"].items():
-                values = pl.read_parquet(folder / "vocabularies" / about["file"])["value"]
+                values = pl.read_parquet(within(folder / "vocabularies", about["file"]), glob=False)["value"]
                 if len(values) != about["values"]:
                     should = f"{about['values']:,}"
                     raise DataError(f"Vocabulary `{name}` should hold {should} values. Found {len(values):,}.")
                 vocabularies[name] = Vocabulary(values, about["buckets"])
-            return cls(_schema(document["schema"]), vocabularies)
+            schema = _schema(document["schema"])
+            _check_sizes(schema.sizes, vocabularies)
+            return cls(schema, vocabularies)
         except DataError:
             raise
         except Exception as error:
             raise DataError(f"{folder} does not hold a readable schema and vocabularies: {error}") from error
+
+
+def _check_sizes(sizes: Mapping[str, Any], vocabularies: Mapping[str, Vocabulary]) -> None:
+    """Raises DataError for sizes that are not those of the vocabularies: tables are made as large as they say."""
+    for name, size in sizes.items():
+        want = vocabularies[name].size if name in vocabularies else size
+        if not isinstance(size, int) or size != want or size < 1:
+            raise DataError(f"schema.json: the size of `{name}` should be {want}. Found {size!r}.")
 
 
 def _schema(plain: dict) -> Schema:

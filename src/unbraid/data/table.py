@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from unbraid.data.declaration import SPLITS
 from unbraid.data.events import gather
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import DataError
+from unbraid.store import within
 from unbraid.types import EXACT, Batch, Ragged, Schema, Transform
 
 Read = Callable[[np.ndarray], Batch]  # row numbers (n,) -> their batch
@@ -72,8 +74,13 @@ class Encoded:
         self.transforms: dict[str, Transform] = {}  # picture feature -> how the model's backbone sees it
 
     def _open(self, name: str, about: dict) -> np.ndarray:
-        path, shape = self.folder / about["file"], tuple(about["shape"])
-        need = int(np.prod(shape)) * np.dtype(about["dtype"]).itemsize
+        try:
+            path, shape, dtype = within(self.folder, about["file"]), tuple(about["shape"]), np.dtype(about["dtype"])
+            if dtype.hasobject or not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise ValueError(f"{dtype} of shape {shape} is no column")
+        except (LookupError, TypeError, ValueError) as error:
+            raise DataError(f"{self.folder}, column `{name}`: {error}. Delete the folder; it is made again.") from error
+        need = math.prod(shape) * dtype.itemsize
         found = path.stat().st_size if path.exists() else 0
         if found != need or not path.exists():
             raise DataError(
@@ -81,8 +88,8 @@ class Encoded:
                 "it is made again."
             )
         if not need:
-            return np.zeros(shape, dtype=about["dtype"])
-        return np.memmap(path, dtype=about["dtype"], mode="r", shape=shape)
+            return np.zeros(shape, dtype=dtype)
+        return np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
     def split(self, name: str) -> np.ndarray:
         """(n,) row numbers of a split; ``all`` for every row."""

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unbraid.serve.store import Contents, Store, StoreCorrupt, digest_of, open_store
+from unbraid.serve.store import Contents, Store, StoreCorrupt, digest_of, folder_of, open_store
 
 MOST = 100  # problems that are told; a damaged page can make thousands
 
@@ -51,7 +51,7 @@ def check(address: str | Path) -> Found:
         StoreError: it cannot be looked at; StoreCorrupt is among what is found instead.
     """
     found = Found()
-    folder = None if "://" in str(address) else Path(str(address).removeprefix("lmdb:"))
+    folder = folder_of(address)
     try:
         if folder is not None:
             from unbraid.serve.lmdb_env import pages

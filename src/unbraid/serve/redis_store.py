@@ -40,6 +40,7 @@ from unbraid.serve.store import (
     check_count,
     check_user,
     encoded,
+    public,
     time_key,
 )
 
@@ -183,8 +184,12 @@ class RedisStore:
                 retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),  # a caller that repeats an append learns what was new
             )  # fmt: skip
         except ValueError as error:
-            raise ValueError(f"{_public(url)} is not an address of Redis: {error}") from error
-        self.address = _public(url)
+            why = "" if public(url).endswith("...") else f": {error}"  # it would say parts of a password
+            raise ValueError(
+                f"{public(url)} is not an address of Redis{why}. `@`, `/`, `?` and `#` in a password are written %40, %2F, %3F "
+                "and %23."
+            ) from None
+        self.address = public(url)
         self._scripts = {name: self._client.register_script(_COMMON + text) for name, text in _SCRIPTS.items()}
         try:
             self.ready()
@@ -361,9 +366,3 @@ def library() -> Any:
 
 def _text(answer: Any) -> str:
     return answer.decode() if isinstance(answer, bytes) else str(answer)
-
-
-def _public(url: str) -> str:
-    """An address without its password."""
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"

@@ -18,9 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 FORMAT = "1"  # raise it when keys or values change their meaning
 FORMAT_KEY, USER_TYPE = "format", "user_type"  # settings: of the layout; of user ids (Int64, Float64 or String)
+REDIS = ("redis", "rediss", "unix")  # schemes of an address
 BIAS = 1 << 63
 
 
@@ -166,18 +168,42 @@ def open_store(address: str | Path) -> Store:
         StoreError: it cannot be opened: `StoreCorrupt`, `StoreDown`, `StoreFull`; ImportError: its library is missing;
         ValueError: there is no such kind of address.
     """
-    text = str(address)
-    scheme, _, rest = text.partition(":")
-    if scheme in ("redis", "rediss", "unix") and rest.startswith("//"):
+    folder = folder_of(address)
+    if folder is None:
         from unbraid.serve.redis_store import RedisStore
 
-        return RedisStore(text)
-    if "://" in text or not text:
-        kinds = "a folder, lmdb:FOLDER, redis://HOST:PORT/N, rediss://... or unix://..."
-        raise ValueError(f"A store's address should be {kinds}. Found {text!r}.")
+        return RedisStore(str(address))
     from unbraid.serve.lmdb_store import LmdbStore
 
-    return LmdbStore(Path(text.removeprefix("lmdb:")))
+    return LmdbStore(folder)
+
+
+def folder_of(address: str | Path) -> Path | None:
+    """The folder that an address means; None: it is one of Redis.  Raises ValueError: there is no such kind of address."""
+    text = str(address)
+    scheme, colon, rest = text.partition(":")
+    if scheme in REDIS and rest.startswith("//"):
+        return None
+    if "://" in text or not text or (colon and scheme in REDIS):  # `redis:host` is no folder, but a slip
+        kinds = "a folder, lmdb:FOLDER, redis://HOST:PORT/N, rediss://... or unix://..."
+        raise ValueError(f"A store's address should be {kinds}. Found {scheme + ':...' if colon else text!r}.")
+    return Path(text.removeprefix("lmdb:"))
+
+
+def public(url: str) -> str:
+    """An address to be shown: without name, password and options; of a URL that cannot be told apart, its scheme alone."""
+    if "://" not in url:
+        return url
+    hidden = f"{url.partition(':')[0]}://..."
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port is not None else ""
+    except ValueError:  # part of a password that was read as a port
+        return hidden
+    if "@" in parts.path + parts.query + parts.fragment or not (parts.hostname or parts.scheme == "unix"):
+        return hidden  # an unwritten `@`, `/`, `?` or `#` in a password: what was read as a host may be part of it
+    host = parts.hostname or ""
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{parts.path}"
 
 
 def user_hash(user: object, kind: str) -> int:
