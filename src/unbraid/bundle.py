@@ -30,6 +30,7 @@ from unbraid.backbones.frozen import Frozen, fill
 from unbraid.calibration.kept import Calibrators
 from unbraid.class_head import Classes, ClassHead
 from unbraid.data.declaration import Data
+from unbraid.data.dictionary import pieces
 from unbraid.data.encode import encode, encode_query
 from unbraid.data.features import attach
 from unbraid.data.fitted import Fitted
@@ -39,7 +40,7 @@ from unbraid.layers import task_key
 from unbraid.mc_dropout import McDropout
 from unbraid.model import Model
 from unbraid.train import predict
-from unbraid.types import Schema, Scores
+from unbraid.types import FIRST_VALUE, Schema, Scores
 from unbraid.uncertainty.explore import Belief, Exploration, requests, sigmoid
 from unbraid.uncertainty.last_layer import FITS, LastLayer, UncertaintyError, digest_of, fit
 
@@ -364,7 +365,7 @@ def given_rows(rows: Table | str | Path, data: Data, fitted: Fitted, tables: Tab
         rows = scan_given(rows, data, lambda: known_types(data, values, Path(), tables))
     with tempfile.TemporaryDirectory(prefix="unbraid-") as place:
         encode_query(data, lazy(rows, "The rows to predict"), fitted, Path(place), tables=tables)
-        yield Encoded(Path(place))
+        yield Encoded(Path(place), fitted)
 
 
 def as_frame(scores: Scores, schema: Schema) -> pl.DataFrame:
@@ -511,17 +512,18 @@ def warm_start(model: Model, fitted: Fitted, old: Bundle) -> dict[str, int]:
             elif key.startswith("embeddings."):
                 vocabulary, part = key.split("/")[1], apart.get(key)
                 size = part.rows if part is not None else len(table)
-                here, there = _matching_rows(fitted, old.fitted, vocabulary, size)
                 if table.shape[1] != theirs[source].shape[1]:
                     raise BundleError(
                         f"{key} is {table.shape[1]} wide; in the bundle to start from {theirs[source].shape[1]}."
                     )
-                counts["rows copied"] += len(here)
-                counts["rows new"] += size - len(here)
-                if part is not None:
-                    mine = (here >= part.start) & (here < part.start + len(part))
-                    here, there = here[mine] - part.start, there[mine]
-                table[here] = theirs[source][there]
+                counts["rows new"] += size
+                for here, there in _matching_rows(fitted, old.fitted, vocabulary, size):
+                    counts["rows copied"] += len(here)
+                    counts["rows new"] -= len(here)
+                    if part is not None:
+                        mine = (here >= part.start) & (here < part.start + len(part))
+                        here, there = here[mine] - part.start, there[mine]
+                    table[here] = theirs[source][there]
             elif key in digits and table.shape[1] == theirs[source].shape[1]:
                 digits[key].take(theirs[source])
                 counts["tensors copied"] += 1
@@ -559,23 +561,28 @@ def _same_place(key: str, new: Schema, old: Schema) -> str:
     return f"{head}{parts}{old.domains.index(name)}.{part}" if name in old.domains else ""
 
 
-def _matching_rows(new: Fitted, old: Fitted, vocabulary: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the new table and of the old one that mean the same value."""
+def _matching_rows(
+    new: Fitted, old: Fitted, vocabulary: str, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Rows of the new table and of the old one that mean the same value, some at a time."""
     if vocabulary not in new.vocabularies:  # a fixed table, such as time gaps
         both = torch.arange(min(size, old.schema.sizes.get(vocabulary, 0)))
-        return both, both
+        yield both, both
+        return
     if vocabulary not in old.vocabularies:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        return
     ours, theirs = new.vocabularies[vocabulary], old.vocabularies[vocabulary]
     if ours.values.dtype != theirs.values.dtype:
         raise BundleError(
             f"Vocabulary `{vocabulary}` holds {ours.values.dtype}; in the bundle to start from {theirs.values.dtype}."
         )
-    codes = ours.encode(theirs.values).astype(np.int64)
-    known = codes >= 2
-    here = np.concatenate([[0, 1], codes[known]])
-    there = np.concatenate([[0, 1], np.flatnonzero(known) + 2])
+    yield torch.arange(FIRST_VALUE), torch.arange(FIRST_VALUE)
+    code = FIRST_VALUE
+    for piece in pieces(theirs.values):
+        codes = torch.from_numpy(ours.encode(piece).astype(np.int64))
+        known = codes >= FIRST_VALUE
+        yield codes[known], known.nonzero()[:, 0] + code
+        code += len(piece)
     if ours.buckets and ours.buckets == theirs.buckets:
-        here = np.concatenate([here, ours.size - ours.buckets + np.arange(ours.buckets)])
-        there = np.concatenate([there, theirs.size - theirs.buckets + np.arange(theirs.buckets)])
-    return torch.from_numpy(here), torch.from_numpy(there)
+        each = torch.arange(ours.buckets)
+        yield ours.size - ours.buckets + each, theirs.size - theirs.buckets + each

@@ -190,7 +190,7 @@ def test_rows_to_predict_bring_pictures_of_their_own(tmp_path: Path, rows: pl.Da
     for n, (query, want) in enumerate(zip(queries, wants, strict=True)):
         (tmp_path / f"q{n}").mkdir()
         encode_query(data, query.lazy(), trained.fitted, tmp_path / f"q{n}")
-        found = Encoded(tmp_path / f"q{n}").pictures(np.array([1]), PLAIN)[0].numpy()
+        found = Encoded(tmp_path / f"q{n}", trained.fitted).pictures(np.array([1]), PLAIN)[0].numpy()
         assert np.array_equal(found, pixels(opened(want.read_bytes(), "", "RGB"), PLAIN))
 
 

@@ -266,7 +266,7 @@ def test_a_query_equals_the_encoded_rows(opened, arrays, tmp_path):
     table = opened(data, **tables)
     rows = np.random.default_rng(0).permutation(table.rows)[:40]
     encode_query(data, tables["log"][rows].lazy(), table.fitted, tmp_path, tables=tables)
-    query = Encoded(tmp_path)
+    query = Encoded(tmp_path, table.fitted)
     one, two = arrays(table.batch(rows)), arrays(query.batch(np.arange(40)))
     assert one.pop("row").tolist() == rows.tolist() and two.pop("row").tolist() == list(range(40))
     same(one, two)
@@ -279,7 +279,7 @@ def test_a_query_needs_neither_labels_nor_roles(labels, opened, arrays, tmp_path
     table = opened(data, **tables)
     drop = {"click", "buy", "size", "spend", "weight", "request", "part"} - set(labels)
     encode_query(data, tables["log"].drop(drop).lazy(), table.fitted, tmp_path, tables=tables)
-    one, two = arrays(batch(table)), arrays(batch(Encoded(tmp_path)))
+    one, two = arrays(batch(table)), arrays(batch(Encoded(tmp_path, table.fitted)))
     for name in two:
         if name.startswith(("features.", "domain")):
             assert np.array_equal(one[name], two[name])
@@ -294,7 +294,7 @@ def test_a_query_without_users_where_no_history_needs_them(opened, tmp_path):
     fitted = opened(data, **tables).fitted
     query = tables["log"].select("site", "item", "code", "flag", "price", "tags", "words", "vector")
     encode_query(data, query.lazy(), fitted, tmp_path, tables=tables)
-    assert len(batch(Encoded(tmp_path))) == 90
+    assert len(batch(Encoded(tmp_path, fitted))) == 90
 
 
 @pytest.mark.parametrize("column", ["item", "code", "price", "tags", "words", "vector", "site", "user", "time"])
@@ -332,7 +332,7 @@ def test_a_query_of_nulls_is_missing_everywhere(opened, tmp_path):
     columns = ["item", "code", "flag", "price", "site", "user"]
     nulls = tables["log"].with_columns(pl.lit(None).alias(c) for c in columns if c not in ("item", "user"))
     encode_query(data, nulls.lazy(), fitted, tmp_path, tables=tables)
-    got = batch(Encoded(tmp_path))
+    got = batch(Encoded(tmp_path, fitted))
     assert set(got.features["code"].tolist()) == {1} and set(got.domain.tolist()) == {1}
     assert got.features["price"].tolist() == [[0, 1]] * 90
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 from test_encode import everything, same
@@ -20,8 +19,8 @@ from test_events import DATA as EVENTS
 from test_events import make
 
 from unbraid import store
+from unbraid.data import dictionary, events, spill
 from unbraid.data import encode as encoding
-from unbraid.data import events, spill
 from unbraid.data.counting import Counted
 from unbraid.data.declaration import Data, Negatives
 from unbraid.data.encode import encode
@@ -32,7 +31,7 @@ from unbraid.store import Journal, resumable_folder
 PLACES: dict[str, tuple[Any, str]] = {  # where it stops: what is called there
     "counting": (Counted, "add"), "rows": (encoding, "write_rows"), "exposure": (encoding, "earlier"),
     "events": (events, "encode_events"), "merging": (events._Cut, "window"), "spilling": (spill.Sorter, "_write"),
-    "naming": (store, "_publish"),
+    "naming": (store, "_publish"), "listing": (dictionary, "_scatter"), "copying": (dictionary, "copy"),
 }  # fmt: skip
 
 
@@ -79,6 +78,8 @@ def test_an_interrupted_encode_is_continued(
     data, tables = declared(name)
     data = replace(data, memory_mb=64)
     small_steps(monkeypatch)
+    if place in ("listing", "copying"):  # vocabularies on disk
+        monkeypatch.setattr(dictionary, "LARGE", 2)
     with monkeypatch.context() as patch:
         calls = watched(patch, place)
         whole = Encoded(encode(replace(data, cache=str(tmp_path / "whole")), tables=tables))
@@ -178,6 +179,7 @@ import test_resume_encode as here
 data, tables = here.declared("everything")
 patch = here.pytest.MonkeyPatch()
 here.small_steps(patch)
+here.dictionary.LARGE = 2
 where, name = here.PLACES[sys.argv[2]]
 real, left = getattr(where, name), [int(sys.argv[3])]
 def dying(*args, **options):
@@ -192,16 +194,19 @@ encode(here.replace(data, cache=sys.argv[1], memory_mb=64), tables=tables)
 
 @pytest.mark.slow
 def test_a_killed_encode_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """kill -9 in each of its stages, one after the other."""
+    """kill -9 in each of its stages, one after the other, with vocabularies on disk; the table is as with those in memory."""
     code = KILLED.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    for place, call in (("counting", 9), ("rows", 4), ("events", 3), ("merging", 3), ("naming", 1)):
+    for place, call in (
+        ("counting", 9), ("listing", 2), ("copying", 2), ("rows", 4), ("events", 3), ("merging", 3), ("naming", 1),
+    ):  # fmt: skip
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path), place, str(call)], capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     data, tables = declared("everything")
     whole = Encoded(encode(replace(data, cache=str(tmp_path / "whole")), tables=tables))
-    for place in ("counting", "rows", "events", "merging"):  # it was to get its name alone
+    for place in ("counting", "listing", "copying", "rows", "events", "merging"):  # it was to get its name alone
         watched(monkeypatch, place, 1)
     small_steps(monkeypatch)
     found = Encoded(encode(replace(data, cache=str(tmp_path), memory_mb=64), tables=tables))
     same(whole.columns, found.columns)
-    assert np.array_equal(whole.fitted.vocabularies["item"].values, found.fitted.vocabularies["item"].values)
+    for name, known in whole.fitted.vocabularies.items():
+        assert pl.concat(list(dictionary.pieces(found.fitted.vocabularies[name].values))).equals(known.values), name

@@ -116,7 +116,7 @@ def test_every_role_of_an_id_is_text(tmp_path):
         values = {name: found.values.dtype for name, found in table.fitted.vocabularies.items()}
         query = scan_given(tmp_path / "one.csv", data, lambda values=values: known_types(data, values, tmp_path))
         encode_query(data, query, table.fitted, tmp_path / f"q{place}", tmp_path)
-        one = Encoded(tmp_path / f"q{place}").batch(np.arange(1))
+        one = Encoded(tmp_path / f"q{place}", table.fitted).batch(np.arange(1))
         assert one.features["colour"].item() == batch.features["colour"][place]
         assert one.domain.item() == batch.domain[place] and one.meta["user"].item() == batch.meta["user"][place]
         assert one.features["tags"].values["tags"].tolist() == [batch.features["tags"].values["tags"][place].item()]
@@ -144,7 +144,7 @@ def test_rows_to_predict_are_read_with_the_types_of_training(items, asked, codes
     (tmp_path / "query").mkdir()
     query = scan_given(tmp_path / "new.csv", data, lambda: known_types(data, values, tmp_path))
     encode_query(data, query, table.fitted, tmp_path / "query")
-    assert Encoded(tmp_path / "query").batch(np.arange(len(asked))).features["item"].tolist() == codes
+    assert Encoded(tmp_path / "query", table.fitted).batch(np.arange(len(asked))).features["item"].tolist() == codes
 
 
 def test_a_column_that_is_a_number_and_an_id(tmp_path):
@@ -164,7 +164,7 @@ def test_a_column_that_is_a_number_and_an_id(tmp_path):
             tmp_path / "new.csv", data, lambda values=values, data=data: known_types(data, values, tmp_path)
         )
         encode_query(data, query, table.fitted, place)
-        batch = Encoded(place).batch(np.arange(2))
+        batch = Encoded(place, table.fitted).batch(np.arange(2))
         assert batch.features["age.exact"].flatten().tolist() == [2.0, 7.0]
         assert batch.features["group"].tolist() == [2 + known(table, "group").index(x) for x in (2, 7)]
 
@@ -175,7 +175,7 @@ def test_integers_are_their_text_among_words(tmp_path):
     data = replace(DATA, folder=str(tmp_path))
     (tmp_path / "query").mkdir()
     encode_query(data, pl.LazyFrame({"item": [8, 9, None, 7]}), table.fitted, tmp_path / "query")
-    assert Encoded(tmp_path / "query").batch(np.arange(4)).features["item"].tolist() == [4, 0, 1, 3]
+    assert Encoded(tmp_path / "query", table.fitted).batch(np.arange(4)).features["item"].tolist() == [4, 0, 1, 3]
     lines = [f"{7 + i % 3},{i % 2},{split}" for i, split in enumerate(SPLITS)]
     (tmp_path / "next.csv").write_text("\n".join(["item,label,split", *lines]))
     grown = Encoded(encode(replace(DATA, rows="next.csv"), tmp_path, grow=table.fitted))
@@ -196,7 +196,7 @@ def test_a_joined_file_may_have_words_now(tmp_path):
     (tmp_path / "keys.csv").write_text("key,colour\n1,8\n2,red\n3,007\n")
     (tmp_path / "query").mkdir()
     encode_query(data, pl.LazyFrame({"key": [1, 2, 3, 4]}), table.fitted, tmp_path / "query")
-    assert Encoded(tmp_path / "query").batch(np.arange(4)).features["colour"].tolist() == [3, 0, 0, 1]
+    assert Encoded(tmp_path / "query", table.fitted).batch(np.arange(4)).features["colour"].tolist() == [3, 0, 0, 1]
 
 
 def test_a_bundle_predicts_one_row_of_text(tmp_path):
@@ -287,7 +287,7 @@ def test_named_text_without_its_label(tmp_path):
     assert query.collect_schema().names() == ["item", "age", "split"]
     (tmp_path / "query").mkdir()
     encode_query(data, query, table.fitted, tmp_path / "query")
-    got, want = Encoded(tmp_path / "query").batch(np.arange(3)), table.batch(np.arange(3))
+    got, want = Encoded(tmp_path / "query", table.fitted).batch(np.arange(3)), table.batch(np.arange(3))
     assert got.features["item"].tolist() == want.features["item"].tolist() and not got.observed["label"].any()
     (tmp_path / "new.txt").write_text("i0\t1\n")
     with pytest.raises(

@@ -61,7 +61,7 @@ from unbraid.data.source import (
 from unbraid.data.spill import AHEAD, Room, pieces
 from unbraid.data.text import holds_whole_numbers, whole_numbers
 from unbraid.data.vocabulary import canonical, canonical_type
-from unbraid.store import Journal, resumable_folder
+from unbraid.store import Journal, resumable_folder, sync
 from unbraid.types import Feature
 
 MEMORY_MB = 2048
@@ -171,10 +171,12 @@ def _make(
     if "fitted" in journal.noted:
         state = Fitted.load(folder)
     else:
-        state = fitted or fit(data, base, tables, grow, progress, room)
-        state.save(folder)
+        (fitted or fit(data, base, tables, grow, progress, room)).save(folder)
         if journal.worth():
+            for path in (folder / "vocabularies").iterdir():
+                sync(path)
             journal.note(fitted=True)
+        state = Fitted.load(folder)  # a dictionary of many values lay among what was counted
         shutil.rmtree(room.folder, ignore_errors=True)  # what was counted
     grows = data.appended and not tables
     if grows:
@@ -212,12 +214,12 @@ def encode_query(
 ) -> None:  # fmt: skip
     """Encode other rows for a trained model into an empty folder: every row, no split, labels where there are any.
 
-    Histories come from the declared event sources; the query's own rows are no events.
+    What the model knows is not written: `unbraid.data.table.Encoded` takes it beside the folder.  Histories come from the
+    declared event sources; the query's own rows are no events.
     """
     with reading("The rows to predict"):
         check_joins(data, base, tables)
         with room_of(data, folder) as room:
-            fitted.save(folder)
             write(data, base, tables, fitted, folder, room, query=query, progress=progress)
 
 

@@ -1,4 +1,4 @@
-"""What training data taught, in memory and on disk: ``schema.json`` and one Parquet file per vocabulary."""
+"""What training data taught, in memory and on disk: ``schema.json``, and a Parquet file or a dictionary per vocabulary."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import polars as pl
 
+from unbraid.data import dictionary
+from unbraid.data.dictionary import Dictionary, pieces
 from unbraid.data.source import DataError
 from unbraid.data.spill import os_errors
 from unbraid.data.vocabulary import Vocabulary, stable_hash
@@ -38,18 +40,21 @@ class Fitted:
         for name in sorted(self.vocabularies):
             values = self.vocabularies[name].values
             state.update(name.encode() + f"{self.vocabularies[name].buckets} {values.dtype}".encode())
-            state.update(stable_hash(values).tobytes() if len(values) else b"")
+            if isinstance(values, Dictionary):
+                state.update(values.digest.encode())
+                continue
+            for piece in pieces(values):
+                state.update(stable_hash(piece).tobytes())
         return state.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write the schema and the vocabularies into a folder."""
+        """Write the schema and the vocabularies into a folder, which then stands alone."""
         (folder / "vocabularies").mkdir(exist_ok=True)
         about = {}
         for i, (name, vocabulary) in enumerate(sorted(self.vocabularies.items())):
-            place = f"{i:03d}.parquet"  # names may hold any character
-            with os_errors():
-                pl.DataFrame({"value": vocabulary.values}).write_parquet(folder / "vocabularies" / place)
-            about[name] = {"file": place, "buckets": vocabulary.buckets, "values": len(vocabulary.values)}
+            # names may hold any character
+            said = _save(vocabulary.values, folder / "vocabularies" / f"{i:03d}")
+            about[name] = said | {"buckets": vocabulary.buckets, "values": len(vocabulary.values)}
         document = {"schema": dataclasses.asdict(self.schema), "vocabularies": about}
         (folder / "schema.json").write_text(json.dumps(document, indent=1))
 
@@ -60,7 +65,7 @@ class Fitted:
             document = json.loads((folder / "schema.json").read_text())
             vocabularies = {}
             for name, about in document["vocabularies"].items():
-                values = pl.read_parquet(within(folder / "vocabularies", about["file"]), glob=False)["value"]
+                values = _load(within(folder / "vocabularies", about["file"]), about)
                 if len(values) != about["values"]:
                     should = f"{about['values']:,}"
                     raise DataError(f"Vocabulary `{name}` should hold {should} values. Found {len(values):,}.")
@@ -80,6 +85,27 @@ def _check_sizes(sizes: Mapping[str, Any], vocabularies: Mapping[str, Vocabulary
         want = vocabularies[name].size if name in vocabularies else size
         if not isinstance(size, int) or size != want or size < 1:
             raise DataError(f"schema.json: the size of `{name}` should be {want}. Found {size!r}.")
+
+
+def _save(values: pl.Series | Dictionary, place: Path) -> dict[str, Any]:
+    """Write values as ``PLACE.parquet`` or, when they are many, as a dictionary; what `_load` needs."""
+    if isinstance(values, pl.Series) and len(values) <= dictionary.LARGE:
+        path = place.with_suffix(".parquet")
+        with os_errors():
+            pl.DataFrame({"value": values}).write_parquet(path)
+        return {"file": path.name}
+    path = place.with_suffix(".bin")
+    if isinstance(values, Dictionary):
+        dictionary.copy(values, path)
+    else:
+        dictionary.write(path, values.dtype, [values])
+    return {"file": path.name, "type": str(values.dtype)}
+
+
+def _load(path: Path, about: Mapping[str, Any]) -> pl.Series | Dictionary:
+    if path.suffix == ".parquet":
+        return pl.read_parquet(path, glob=False)["value"]
+    return Dictionary(path, {str(kind): kind for kind in (pl.Int64, pl.Float64, pl.String)}[about["type"]])
 
 
 def _schema(plain: dict) -> Schema:

@@ -30,15 +30,17 @@ class Encoded:
 
     Args:
         folder: what `unbraid.data.encode.encode` returned.  Raises DataError when it is not whole.
+        fitted: of a folder without it, of rows to predict.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fitted: Fitted | None = None) -> None:
         try:
             about = json.loads((folder / "columns.json").read_text())
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} is not an encoded table: {error}. Delete it; it is made again.") from error
         self.folder = folder
-        self._hold({name: self._open(name, c) for name, c in about["columns"].items()}, Fitted.load(folder), about)
+        columns = {name: self._open(name, c) for name, c in about["columns"].items()}
+        self._hold(columns, fitted or Fitted.load(folder), about)
 
     @classmethod
     def of(cls, columns: Mapping[str, np.ndarray], fitted: Fitted, about: Mapping[str, Any], folder: Path) -> Encoded:

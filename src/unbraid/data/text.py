@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from unbraid.data.dictionary import Dictionary, pieces
 from unbraid.data.vocabulary import stable_hash
 
 
@@ -160,9 +161,9 @@ def whole_numbers(values: pl.Series) -> pl.Series:
     return found.rename(values.name) if (values == found.cast(pl.String)).any() else values
 
 
-def holds_whole_numbers(values: pl.Series) -> bool:
+def holds_whole_numbers(values: pl.Series | Dictionary) -> bool:
     """Whether any of these is text that is a whole number: so that integers may be among them."""
-    return values.dtype == pl.String and whole_numbers(values).dtype == pl.Int64
+    return values.dtype == pl.String and any(whole_numbers(piece).dtype == pl.Int64 for piece in pieces(values))
 
 
 def _number_of(text: pl.Expr) -> pl.Expr:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from unbraid.data import dictionary
+from unbraid.data.dictionary import Dictionary, pieces
 from unbraid.data.spill import Room, highest
 from unbraid.types import FIRST_VALUE, MISSING, UNKNOWN
 
@@ -57,11 +60,11 @@ class Vocabulary:
     """Values of one id space in sorted order; value i has code ``FIRST_VALUE + i``.
 
     Args:
-        values: the known values (Int64, Float64 or String, no nulls).
+        values: the known values (Int64, Float64 or String, no nulls); many are a dictionary on disk.
         buckets: so many rows after the values, for unknown values by hash.
     """
 
-    values: pl.Series
+    values: pl.Series | Dictionary
     buckets: int = 0
 
     @property
@@ -76,7 +79,14 @@ class Vocabulary:
 
     def names(self) -> list[str]:
         """Each code in words."""
-        return ["(unknown)", "(missing)", *map(str, self.values), *(f"(bucket {i})" for i in range(self.buckets))]
+        return [self.name(code) for code in range(self.size)]
+
+    def name(self, code: int) -> str:
+        """A code in words."""
+        place = code - FIRST_VALUE
+        if place < 0:
+            return "(unknown)" if code == UNKNOWN else "(missing)"
+        return str(self.values[place]) if place < len(self.values) else f"(bucket {place - len(self.values)})"
 
     def encode(self, column: pl.Series) -> np.ndarray:
         """(n,) codes of a column in the vocabulary's type."""
@@ -92,9 +102,13 @@ class Vocabulary:
 
     @cached_property
     def _codes(self) -> dict[Any, int]:
-        return {value: FIRST_VALUE + i for i, value in enumerate(self.values.to_list())}
+        every = itertools.chain.from_iterable(piece.to_list() for piece in pieces(self.values))
+        return {value: FIRST_VALUE + i for i, value in enumerate(every)}
 
     def _known(self, column: pl.Series) -> np.ndarray:
+        if isinstance(self.values, Dictionary):
+            place = self.values.find(column)
+            return np.where(place < 0, UNKNOWN, place + FIRST_VALUE)
         if column.dtype == pl.Int64 and len(self.values):
             known, asked = self.values.to_numpy(), (column.fill_null(0) if column.null_count() else column).to_numpy()
             # in order, the search of a large vocabulary stays in the processor's cache
@@ -129,6 +143,7 @@ def fit(
         min_count: a value stays when one reader sees it so often (the largest count, not the sum: a row that is also an
             event would count twice).
         grow: an earlier model's vocabulary, whose values stay whatever their count.
+        room: where it may spill; a dictionary of many values lies in its folder, too.
     """
     windows: Iterable[pl.DataFrame] = readers[0] if readers else ()
     merged = room.sorter("readers", "value", fold=highest)
@@ -136,8 +151,23 @@ def fit(
     if len(readers) > 1 or len(old):
         for frame in (frame for reader in readers for frame in reader):
             merged.add(frame)
-        merged.add(pl.DataFrame({"value": old.cast(kind), "count": np.full(len(old), 2**62)}))
+        for piece in pieces(old):
+            merged.add(pl.DataFrame({"value": piece.cast(kind), "count": np.full(len(piece), 2**62)}))
         windows = merged.windows()
-    kept = [frame.filter(pl.col("count") >= min_count)["value"] for frame in windows]
+    values = _listed((frame.filter(pl.col("count") >= min_count)["value"] for frame in windows), kind, room)
     merged.close()
-    return Vocabulary(pl.concat([pl.Series("value", dtype=kind), *kept], rechunk=True), buckets)
+    return Vocabulary(values, buckets)
+
+
+def _listed(parts: Iterator[pl.Series], kind: Any, room: Room) -> pl.Series | Dictionary:
+    """Values that come in their order, in memory or, when they are many, on disk."""
+    held, count = [pl.Series("value", dtype=kind)], 0
+    for part in parts:
+        held.append(part)
+        count += len(part)
+        if count > dictionary.LARGE:
+            folder = room.folder / "dictionaries"
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{len(list(folder.iterdir())):03d}.bin"  # those of other vocabularies are mapped
+            return dictionary.write(path, kind, itertools.chain(held, parts))
+    return pl.concat(held, rechunk=True)

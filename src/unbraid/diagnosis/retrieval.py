@@ -215,7 +215,7 @@ def grids(case: Case, truth: Truth, least: int = LEAST) -> Grids | None:
     """
     positions = np.arange(1, min(NEWEST, truth.positions) + 1)
     fields = score_fields(case.schema, truth, None)
-    known = case.bundle.fitted.vocabularies[case.schema.field_vocabulary(truth.field)].names()
+    known = case.bundle.fitted.vocabularies[case.schema.field_vocabulary(truth.field)]
     rows, own, others, correlations, cells = list[str](), [], [], [], 0
     for a in map(int, truth.targets[:TARGETS]):
         near = truth.behaviours(a, NEWEST)[0]
@@ -231,7 +231,7 @@ def grids(case: Case, truth: Truth, least: int = LEAST) -> Grids | None:
         both = np.where(supported, both, np.nan)
         others.append(both[:, 1:])
         if supported[0].any():
-            rows.append(shortened(known[a]))
+            rows.append(shortened(known.name(a)))
             own.append(both[:, 0])
     if not others:
         return None
