@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -257,18 +257,13 @@ def write(
 
     with contextlib.closing(Columns(folder, before["columns"])) as columns:
         progress("encoding rows", done, total)
-
-        def encoded(frame: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
-            arrays = InMemory()
-            write_rows(frame, data, fitted, arrays, checks, labels, writers)
-            if shown:
-                arrays.append(KEYS, keys_of([frame[name] for name in shown]))
-            return frame, arrays.arrays
-
         # pictures and texts are numbered as they come
         several = partial(ahead, limit=room.limit // AHEAD) if not writers else map
+        encoded = partial(
+            _encoded, data=data, fitted=fitted, checks=checks, labels=labels, writers=writers, shown=shown
+        )
         for frame, arrays in () if whole else several(encoded, chunks(plan.select(**exprs), done)):
-            for name, values in arrays.items():
+            for name, values in arrays.arrays.items():
                 columns.append(name, values)
             if labels:
                 checks.count(frame)
@@ -277,10 +272,8 @@ def write(
             if journal.due() and not writers:  # what is known of pictures and texts is in memory
                 note()
         if not whole:
-            if shown:  # rows of one key are in any order and any chunk
-                keys_and_times = zip(pieces(columns.read(KEYS)), pieces(columns.read("time")), strict=True)
-                for counts in earlier(keys_and_times, room):
-                    columns.append("exposure", counts)
+            if shown:
+                _count_exposures(columns, room)
             for writer in writers.values():
                 writer.finish(progress)
             if teach:
@@ -295,6 +288,25 @@ def write(
         if shown:
             columns.drop(KEYS)
         columns.describe(rows=total, per_second=per_second, root=str(root))
+
+
+def _encoded(
+    frame: pl.DataFrame, data: Data, fitted: Fitted, checks: LabelChecks, labels: bool, writers: Mapping[str, Writer],
+    shown: Sequence[str],
+) -> tuple[pl.DataFrame, InMemory]:  # fmt: skip
+    """A chunk of rows, and its columns."""
+    arrays = InMemory()
+    write_rows(frame, data, fitted, arrays, checks, labels, writers)
+    if shown:
+        arrays.append(KEYS, keys_of([frame[name] for name in shown]))
+    return frame, arrays
+
+
+def _count_exposures(columns: Columns, room: Room) -> None:
+    """Once all keys are written: rows of one key are in any order and any chunk."""
+    keys_and_times = zip(pieces(columns.read(KEYS)), pieces(columns.read("time")), strict=True)
+    for counts in earlier(keys_and_times, room):
+        columns.append("exposure", counts)
 
 
 def _number_of_rows(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame | None) -> int:

@@ -18,7 +18,7 @@ import polars as pl
 
 from unbraid.data import source as src
 from unbraid.data.ahead import ahead
-from unbraid.data.spill import AHEAD, Room, bins, pieces
+from unbraid.data.spill import AHEAD, Room, Sorter, bins, pieces
 from unbraid.data.vocabulary import canonical, stable_hash
 from unbraid.types import FIRST_VALUE, GAP, MISSING, POSITION
 
@@ -73,11 +73,8 @@ def write_events(
         done += len(user)
     at = list(before["done"])
     for place, (source, plan) in enumerate(src.event_plans(data, base, tables, split=False)):
-        joined = src.add_joins(plan, data, base, tables)
         with src.reading(f"data.events `{source.table}`"):
-            exprs, lists = _event_columns(data, source, joined.collect_schema(), users, per_second)
-            # collect_schema, and not the frames': of no rows, too
-            asked = joined.select(**exprs).filter(pl.col("user").is_not_null())
+            asked, lists = _asked(data, source, src.add_joins(plan, data, base, tables), users, per_second)
 
             def encoded(
                 frame: pl.DataFrame, place: int = place, source: src.Events = source, lists: list[str] = lists
@@ -92,13 +89,17 @@ def write_events(
         note()
     progress("sorting events", 0, 0)
     cut = _Cut(data, columns, kinds, _index_type(sorter.records - rows))
-    slices = room.sorter("slices", "bin", "row")
+    _write_sorted(sorter, cut, room.sorter("slices", "bin", "row"), rows)
+
+
+def _write_sorted(sorter: Sorter, cut: _Cut, slices: Sorter, rows: int) -> None:
+    """Events in order of users, and each row's slices in order of rows."""
     for found in sorter.windows(lambda window: cut.window({name: window[name].to_numpy() for name in window.columns})):
         places = cut.write(found)
         slices.add(pl.DataFrame({"bin": bins(places["row"], rows), **places}))
     for window in slices.windows():
-        for name in (f"{end}.{history.name}" for history in data.histories for end in ("start", "end")):
-            columns.append(name, window[name].to_numpy())
+        for name in (f"{end}.{history.name}" for history in cut.data.histories for end in ("start", "end")):
+            cut.columns.append(name, window[name].to_numpy())
     slices.close()
 
 
@@ -215,11 +216,11 @@ def _index_type(n: int) -> type:
     return np.int32 if n < 2**31 else np.int64
 
 
-def _event_columns(
-    data: src.Data, source: src.Events, have: Mapping[str, Any], users: Any, per_second: float
-) -> tuple[dict[str, pl.Expr], list[str]]:  # fmt: skip
-    """What is read of one source, from columns of types ``have``; and which of it are lists."""
-    where = f"data.events `{source.table}`"
+def _asked(
+    data: src.Data, source: src.Events, plan: pl.LazyFrame, users: Any, per_second: float
+) -> tuple[pl.LazyFrame, list[str]]:
+    """What is read of one source, and which of its columns are lists."""
+    have, where = plan.collect_schema(), f"data.events `{source.table}`"
     exprs = {"user": src.users_of_events(data, have, users, where)}
     if source.time != "none":
         time = source.time or data.time
@@ -229,7 +230,7 @@ def _event_columns(
             units = f"{rate:g} and {per_second:g} per second"
             raise src.DataError(f"{where}: its time and `data.time` are in different units ({units}).")
     values, lists = event_expressions(source, have)
-    return exprs | values, lists
+    return plan.select(**exprs, **values).filter(pl.col("user").is_not_null()), lists
 
 
 def _encoded(
