@@ -57,6 +57,87 @@ def test_a_page_that_loads_from_another_machine_is_a_warning(hook: Any, caplog: 
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
 
 
+# ------------------------------------------------------------------------------------------------------------- equations
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+
+
+@pytest.mark.parametrize(
+    ("latex", "parts"),
+    [
+        (r"s = \sum_{i<j} r_{ij}", ["<munder><mo>∑</mo>", "<mo>&lt;</mo>", "<msub><mi>r</mi>"]),
+        (r"\begin{aligned} a &= b && \text{x} \\ c &= d \end{aligned}", ['class="aligned"', '<mtd class="right">', "<mtext>x"]),
+        (r"p_j \log p_j", ['<mspace width="0.167em" /><mi>log</mi><mspace width="0.167em" />']),
+        (r"\operatorname{softmax}(-x)", ['<mi>softmax</mi><mo stretchy="false">(</mo><mo form="prefix">−</mo>']),
+    ],
+)  # fmt: skip
+def test_an_equation_is_mathml(hook: Any, latex: str, parts: list[str]) -> None:
+    found = hook.equations.mathml(latex, display=True)
+    assert found.startswith('<div class="equation"><math display="block">') and found.endswith("</math></div>")
+    assert all(part in found for part in parts), found
+
+
+@pytest.mark.parametrize(
+    ("latex", "says"),
+    [
+        (r"\frac{a}", "a part is missing (mfrac)"), (r"\frac{a}{b", "braces"), (r"\unheard{x}", r"unknown command \unheard"),
+        (r"\begin{tikz} a \end{tikz}", "unknown environment tikz"), (r"\begin{aligned} a", "MissingEndError"),
+        ("a & b", "ParseError"), (r"a \\ b", "outside of aligned"), ("x^2^3", "DoubleSuperscripts"),
+        (r"\left( a", "MissingRight"),
+    ],
+)  # fmt: skip
+def test_what_is_no_equation_is_an_error(hook: Any, latex: str, says: str) -> None:
+    with pytest.raises(hook.equations.EquationError, match=re.escape(says)):
+        hook.equations.mathml(latex, display=True)
+    if "\\\\" not in latex:
+        with pytest.raises(hook.equations.EquationError):
+            hook.equations.mathml(latex, display=False)
+
+
+def test_inline_equations_keep_what_markdown_would_take(hook: Any) -> None:
+    with pytest.raises(hook.equations.EquationError, match="backslash"):
+        hook.equations.mathml(r"\{a\}", display=False)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_equations_of_the_pages_are_whole(hook: Any, page: Path) -> None:
+    text = page.read_text()
+    for latex in re.findall(r"^```math\n(.*?)^```$", text, re.M | re.S):
+        hook.equations.mathml(latex, display=True)
+    prose = re.sub(r"^( *)(```+).*?^\1\2$|`[^`\n]+`", "", text, flags=re.M | re.S)
+    for latex in re.findall(r"\$([^$]+)\$", prose):
+        assert "\n" not in latex, "a lone $"
+        hook.equations.mathml(latex, display=False)
+    equations = text.partition("\n## Equations\n")[2].partition("\n## ")[0]
+    assert "methods" not in page.parts or "```text" not in equations, "an equation is a fence `math`"
+
+
+def test_a_page_whose_equation_is_none_breaks_the_build(tmp_path: Path) -> None:
+    """The hook's equations alone, in a site of one page."""
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+    from mkdocs.exceptions import Abort
+
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "hook.py").write_text(
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('whole', {str(DOCS / 'site' / 'hook.py')!r})\n"
+        "whole = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(whole)\n"
+        "on_config, on_page_content = whole.on_config, whole.on_page_content\n"
+    )
+    real = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    config: dict[str, Any] = {"site_name": "one page", "hooks": ["hook.py"], "strict": True, "plugins": []}
+    config["markdown_extensions"] = [one for one in real["markdown_extensions"] if "toc" not in one]
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(config))
+    page = tmp_path / "docs" / "index.md"
+    page.write_text("Of $n_t$ rows, not `$n_t$`:\n\n```math\n\\frac{a}{b}\n```\n")
+    build(load_config(str(tmp_path / "mkdocs.yml")))
+    html = (tmp_path / "site" / "index.html").read_text()
+    assert html.count("<math") == 2 and "<mfrac><mrow><mi>a</mi></mrow>" in html and "<code>$n_t$</code>" in html
+    page.write_text("```math\n\\frac{a}\n```\n")
+    with pytest.raises(Abort, match="1 warning"):
+        build(load_config(str(tmp_path / "mkdocs.yml")))
+
+
 # -------------------------------------------------------------------------------------------------------------- evidence
 SECTIONS = re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", (DOCS / "evidence.md").read_text(), re.M | re.S)
 PAPERS = [(name, text) for name, text in SECTIONS if "| verdict |" in text and "| claim |" in text]

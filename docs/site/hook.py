@@ -14,11 +14,13 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pymdownx.arithmatex import arithmatex_fenced_format
 
 log = logging.getLogger("mkdocs.hook")  # --strict counts its warnings
 LOADS = re.compile(r'<(?:script|img|iframe)[^>]* src="https?:[^"]*|<link[^>]* rel="stylesheet"[^>]* href="https?:[^"]*')
 sys.path.append(str(Path(__file__).parent))
-import notebooks  # noqa: E402  beside this file, which is no package
+import equations  # noqa: E402  beside this file, which is no package
+import notebooks  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 DOCS, SOURCE = ROOT / "docs", ROOT / "src"
@@ -114,6 +116,13 @@ def reference() -> list[Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- hooks
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """A fence `math` is an equation; a function, which plain YAML cannot name."""
+    fence = {"name": "math", "class": "arithmatex", "format": arithmatex_fenced_format(mode="generic")}
+    config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [fence]}
+    return config
+
+
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the generated pages and put them into the navigation."""
 
@@ -171,6 +180,11 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         if uri.startswith("reference/")
         else re.sub(r"(?<!\[)`(unbraid(?:\.[a-z_0-9]+)+)`(?!\])", link, markdown)
     )
+
+
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """LaTeX becomes MathML; what cannot be converted is a warning."""
+    return equations.typeset(html, lambda said: log.warning("%s: %s", page.file.src_uri, said))
 
 
 def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:

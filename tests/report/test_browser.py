@@ -1,15 +1,12 @@
 """The page in a real Chromium, driven by Playwright: what only a browser can say.
 
-Debian's packages bring the browser: `apt-get install chromium`, done here where CI=true.  Screenshots are written to the
-test's folder, and to UNBRAID_SCREENSHOTS where that is set.
+Screenshots are written to the test's folder, and to UNBRAID_SCREENSHOTS where that is set.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,36 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browserkit import chromium
 from reportkit import HOSTILE, comparison, gaps, hostile, make_report
 
 from unbraid.report import compare_html, html
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 axe = pytest.importorskip("axe_playwright_python", reason="needs axe: pip install axe-playwright-python")
 pytest.importorskip("altair")
 pytestmark = pytest.mark.slow
 
 
-def executable() -> str:
-    """Chromium's path; skips where there is none and none may be installed."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None and os.environ.get("CI") == "true" and shutil.which("apt-get"):
-        root = [] if os.geteuid() == 0 else ["sudo", "-n"]
-        for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
-            subprocess.run([*root, "apt-get", *command], check=True, capture_output=True, timeout=600)
-        found = shutil.which("chromium")
-    if found is None:
-        pytest.skip("there is no chromium; apt-get install chromium brings it (with CI=true this test does that)")
-    return found
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=executable(), args=["--no-sandbox"])  # root has no sandbox
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
