@@ -56,11 +56,8 @@ def opened(browser: Any, path: Path, width: int = 1280, scheme: str = "light") -
 def test_search_finds_a_page_from_a_disk(browser: Any, site: Path) -> None:
     with opened(browser, site / "methods" / "stem.html") as page:
         page.locator(".md-search__input").click()
-        page.locator(".md-search__input").press_sequentially("reversal of gradients")
-        page.wait_for_selector(".md-search-result__item")
-        links = page.locator(".md-search-result__link").evaluate_all("all => all.map(one => one.href)")
-        assert any("methods/domain_adversary.html" in link for link in links), links
-        page.locator('.md-search-result__link[href*="domain_adversary"]').first.click()
+        page.locator(".md-search__input").press_sequentially("adversary")
+        page.locator('.md-search-result__link[href*="methods/domain_adversary.html"]').first.click()
         page.wait_for_url("**/domain_adversary.html*")
         assert "reversal" in page.locator("article").inner_text().lower()
 
