@@ -146,12 +146,12 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     generated = {
         "Methods": methods(),
         "Tutorials": tutorials,
-        "Commands": ["commands.md", *commands],
+        "Commands": commands,
         "Reference": reference(),
     }
     for section in config.nav or []:
         for title in generated.keys() & section.keys():
-            section[title] = generated[title]
+            section[title] += generated[title]
     return files
 
 
