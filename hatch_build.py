@@ -10,8 +10,8 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 ELSEWHERE = """## More
 
-The links of this page are left out here. The source archive has the documentation in `docs`; `make docs` builds it as a site that opens
-without a server or a network.
+The links of this page are left out here. The source archive has the documentation in `docs`; `make docs` builds it as a site
+that opens without a server or a network.
 
 """
 
