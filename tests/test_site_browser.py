@@ -73,10 +73,10 @@ def test_search_finds_a_page_from_a_disk(browser: Any, site: Path) -> None:
 )  # fmt: skip
 def test_nothing_hangs_out_of_a_page(browser: Any, site: Path, name: str, width: int, scheme: str) -> None:
     with opened(browser, site / name, width, scheme) as page:
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
         wide = page.evaluate(
             """() => [...document.querySelectorAll("article *")].filter(one => {
-                for (let box = one; box; box = box.parentElement) if (getComputedStyle(box).overflowX !== "visible") return false;
+                for (let box = one; box.tagName !== "ARTICLE"; box = box.parentElement)
+                    if (getComputedStyle(box).overflowX !== "visible") return false;
                 return one.getBoundingClientRect().right > innerWidth + 1;
             }).map(one => one.outerHTML.slice(0, 80))"""
         )
