@@ -17,7 +17,7 @@ from latex2mathml.converter import convert
 CHILDREN = {"mfrac": 2, "msub": 2, "msup": 2, "mover": 2, "munder": 2, "mroot": 2, "msubsup": 3, "munderover": 3}
 ENVIRONMENTS = {"aligned", "cases", "array", "pmatrix"}
 FOUND = re.compile(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.S)  # what arithmatex leaves
-OPENING, CLOSING = "([{⟨⌈⌊", ")]}⟩⌉⌋"
+CLOSING = frozenset(")]}⟩⌉⌋")
 PUNCTUATION = re.compile(r"\\[^A-Za-z\s]")
 SPACE = "0.167em"
 
@@ -74,12 +74,12 @@ def _polish(element: Element) -> None:
             element[at - 1] if at else None,
             element[at + 1] if at + 1 < len(element) else None,
         )
-        if one.tag == "mo" and one.text == "−" and (before is None or _binds(before, OPENING)):
+        if one.tag == "mo" and one.text == "−" and (before is None or not _spaced(before, CLOSING)):
             one.set("form", "prefix")
         if element.tag in ("mrow", "mtd", "msqrt") and _named(one):
-            if after is not None and not _binds(after, CLOSING + OPENING):
+            if after is not None and _spaced(after):
                 element.insert(at + 1, Element("mspace", width=SPACE))
-            if before is not None and not _binds(before, OPENING):
+            if before is not None and _spaced(before, CLOSING):
                 element.insert(at, Element("mspace", width=SPACE))
     for one in element:
         if one.tag == "mo" and (one.text or "").isalpha():  # an operator has wide spaces on both sides
@@ -93,15 +93,11 @@ def _named(element: Element) -> bool:
     return element.tag in ("mi", "mo") and len(element.text or "") > 1 and (element.text or "").isalpha()
 
 
-def _binds(element: Element, brackets: str) -> bool:
-    """Whether no space belongs between it and a name: an operator has its own."""
+def _spaced(element: Element, operators: frozenset[str] = frozenset()) -> bool:
+    """Whether TeX sets a thin space between it and a name: letters, other names, and these operators."""
     if element.tag == "mspace":
-        return True
-    return (
-        element.tag == "mo"
-        and (element.text or "") not in set(OPENING + CLOSING) - set(brackets)
-        and not _named(element)
-    )
+        return False
+    return element.tag != "mo" or _named(element) or element.text in operators
 
 
 def typeset(page: str, failed: Callable[[str], None]) -> str:
