@@ -36,7 +36,7 @@ from unbraid.data.features import attach
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import DataError, Tables, known_types, scan_given
 from unbraid.data.table import Encoded
-from unbraid.layers import task_key
+from unbraid.layers import device_of, task_key
 from unbraid.mc_dropout import McDropout
 from unbraid.model import Model
 from unbraid.train import predict
@@ -426,9 +426,10 @@ def with_uncertainty(
         raise UncertaintyError(
             f"Schedule `{bundle.run.schedule.kind}` makes several models, whose last layers have no uncertainty."
         )
-    predictor = Predictor(bundle, folder)
+    device = str(device_of(bundle.model))
+    predictor = Predictor(bundle, folder, device)
     encoded = Encoded(encode(predictor.data, tables=tables, fitted=bundle.fitted))
-    attach(encoded, bundle.model)
+    attach(encoded, bundle.model, device=device)
     rows = np.sort(np.concatenate([encoded.split(name) for name in trained_splits(bundle.run)]))
     batches = encoded.in_order(rows, 4 * bundle.run.training.batch_size)
     scored = (predict(bundle.model, [batch], encoded.schema, hidden=True) for batch in batches)

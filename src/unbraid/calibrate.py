@@ -21,6 +21,7 @@ from unbraid.calibration.maps import Calibration, confidence
 from unbraid.config import CalibratorChoice, RunError
 from unbraid.data.source import Tables
 from unbraid.evaluate import evaluate
+from unbraid.layers import device_of
 from unbraid.slots import Calibrator
 from unbraid.types import Schema, Scores, Task
 from unbraid.uncertainty.last_layer import digest_of
@@ -81,7 +82,8 @@ def calibrate(
     """
     schema = bundle.fitted.schema
     notes = _refuse(bundle, held_out is None, domain)
-    predictor, hidden = Predictor(bundle, folder, raw=True), method.needs_target
+    predictor = Predictor(bundle, folder, str(device_of(bundle.model)), raw=True)
+    hidden = method.needs_target
 
     def read(rows: Rows | None, split: str) -> Scores:
         if rows is None:

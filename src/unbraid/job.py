@@ -110,9 +110,10 @@ def train(
                     clear(folder)
                 raise
         report = report and not parallel.rank()
-        if report and sharding.parts(result.bundle.model):
+        if report and sharding.parts(result.bundle.model):  # of several processes, none of which may have room for all
             watcher.note(
-                "! no report: the tables are divided over processes. `unbraid diagnose` makes one from the bundle"
+                "! no report: the tables are divided over processes, and a report looks at whole ones. "
+                f"`unbraid diagnose {folder or 'BUNDLE'}` makes one, in one process, where they fit"
             )
             report = False
     return reported(result, tables, watcher) if report else result

@@ -111,3 +111,8 @@ def require_dropout(dropout: float) -> None:
     """Raise ValueError unless ``dropout`` is in [0, 1)."""
     if not 0 <= dropout < 1:
         raise ValueError(f"Parameter `dropout` should be in [0, 1). Found {dropout}.")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

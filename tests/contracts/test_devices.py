@@ -215,6 +215,12 @@ def test_averages(average: Any, shared: Path, tmp_path: Path, monkeypatch: pytes
     assert_alike(base_run(shared, average=average), tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", versions(config.SelectionChoice))
+def test_selections(selection: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_alike(base_run(shared, selection=selection), tmp_path, monkeypatch)
+
+
 def test_what_the_other_device_is() -> None:
     """It fails where a GPU would: operations on two devices, NumPy without a copy, an index from the CPU's side."""
     with Apart():

@@ -7,16 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
+import together_kit
 import torch
 from test_training import fifty, tiny
 from together_kit import Trained, all_of, apart, gap, together, trained, with_divided
 from torch import Tensor, nn
+from toylog import make_run
 
 from unbraid import parallel, sharding
-from unbraid.config import AdaTask, Run
+from unbraid.config import STEM, AdaTask, Joint, Run
 from unbraid.encoders.table import Table, Views
 from unbraid.layers import by_domain
+from unbraid.train import Training
 
 ROWS, WIDTHS = (
     11,
@@ -225,6 +229,34 @@ def test_more_processes_than_rows_of_a_batch_or_of_a_table(tmp_path: Path) -> No
     for name, one in alone.items():
         assert not first[name].refused and gap(one, first[name]) <= 1e-9 and apart(one, first[name]) <= 1e-9, name
         assert all(apart(first[name], each[name]) == 0 for each in others), name
+
+
+def rarely_labelled() -> dict[str, Run]:
+    """In many steps a task has no label: its tables are read, by the towers of all tasks, and get no gradient."""
+    run = lazy(make_run(training=Training(batch_size=48, steps=12, evaluate_every=0, patience=0, checkpoint_seconds=0)))
+    tables = replace(run.model.tables, kind="per_task", width=4)
+    run = replace(run, model=replace(run.model, tower=STEM(), tables=tables))
+    updates = {"joint": Joint(lr=0.02, table_weight_decay=0.1, clip_norm=0.3), "adatask": AdaTask(lr=0.02)}
+    return {name: replace(run, update=update) for name, update in updates.items()}
+
+
+def _rarely(divided: bool) -> dict[str, Trained]:
+    with pytest.MonkeyPatch.context() as patch:
+        plain = together_kit.uneven_log
+        rare = pl.when(pl.int_range(pl.len()) < 30).then(pl.col("buy"))
+        patch.setattr(together_kit, "uneven_log", lambda **given: plain(**given).with_columns(buy=rare))
+        runs = rarely_labelled()
+        return all_of({name: with_divided(run) for name, run in runs.items()} if divided else runs)
+
+
+@pytest.mark.slow
+def test_a_table_that_is_read_and_gets_no_gradient(tmp_path: Path) -> None:
+    alone, (first, second) = _rarely(False), together(2, tmp_path, _rarely, True)
+    for name, one in alone.items():
+        labelled = sum("buy" in step for step in one.losses)
+        assert 0 < labelled <= len(one.losses) - 4, "some steps have no label of it"
+        assert not first[name].refused and gap(one, first[name]) <= 1e-12 and apart(one, first[name]) <= 1e-12, name
+        assert apart(first[name], second[name]) == 0
 
 
 def test_a_part_of_one_row_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

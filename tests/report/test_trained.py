@@ -11,8 +11,8 @@ import pytest
 from toylog import make_log, make_run
 from typer.testing import CliRunner
 
+from unbraid import job, sharding, store
 from unbraid import report as rendered
-from unbraid import store
 from unbraid.cli.main import app
 from unbraid.config import Run, dumps
 from unbraid.diagnosis.diagnose import CHECKS
@@ -143,6 +143,30 @@ def test_a_report_that_dies_is_noted_and_the_training_is_finished(
     third, _ = reported(tmp_path / "out", resume=True)
     assert third.report is None and not (tmp_path / "out" / "report.html").exists(), "it has one"
     reported(tmp_path / "out", overwrite=True)
+
+
+def test_divided_tables_of_one_process_are_looked_at_and_of_several_it_is_said_how(
+    made: tuple[Result, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process holds all rows; of several none may have room for them."""
+    tables = replace(a_run().model.tables, lazy_rows=0, shard_mb=1e-9)
+    run = a_run(model=replace(a_run().model, tables=tables))
+    result, notes = reported(tmp_path / "one", run)
+    assert result.report is not None and not result.report.failed and not [n for n in notes if "no report" in n]
+    whole, _ = reported(tmp_path / "whole", replace(run, model=replace(run.model, tables=replace(tables, shard_mb=0))))
+    assert whole.report is not None
+    assert [(d.name, d.value) for d in result.report.diagnoses] == [(d.name, d.value) for d in whole.report.diagnoses]
+    trained_by_several = job._train
+
+    def several(*given: Any, **named: Any) -> Result:
+        found = trained_by_several(*given, **named)
+        monkeypatch.setattr(sharding, "parts", lambda model: {"a table": None})
+        return found
+
+    monkeypatch.setattr(job, "_train", several)
+    result, notes = reported(tmp_path / "two", run)
+    assert result.report is None and not (tmp_path / "two" / "report.json").exists()
+    assert [n for n in notes if f"`unbraid diagnose {tmp_path / 'two'}` makes one, in one process" in n]
 
 
 def test_without_the_extra_there_is_a_line_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ class Partition:
         for batch in batches:
             groups.append(self._groups(batch))
             known = [batch.observed[t] & (batch.labels[t] == 1) & (batch.view == 0) for t in (self.first, self.second)]
-            positives.append(np.stack([one.numpy() for one in known], 1))
+            positives.append(np.stack([one.cpu().numpy() for one in known], 1))
         if not groups:
             raise ValueError("There is no training row to count.")
         values, place = np.unique(np.concatenate(groups), return_inverse=True)
@@ -143,10 +143,10 @@ class Partition:
         if self.by == USER:
             if USER not in batch.meta:
                 raise ValueError("The data declare no user: set `data.user`, or `by` to an id feature.")
-            return batch.meta[USER].numpy()
+            return batch.meta[USER].cpu().numpy()
         value = batch.features[self.by]
         assert not isinstance(value, Ragged)
-        return value.numpy()
+        return value.cpu().numpy()
 
     def __call__(
         self, feedback: Feedback, scores: Mapping[str, Scores], schema: Schema, *, against: str, groups: Array | None = None

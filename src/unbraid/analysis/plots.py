@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from unbraid.layers import device_of as device_of
 from unbraid.render import shortened as shortened
 
 if TYPE_CHECKING:
@@ -31,11 +32,6 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequence[Any]]:

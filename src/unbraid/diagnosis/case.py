@@ -22,6 +22,7 @@ from unbraid.data.source import Tables
 from unbraid.data.table import Encoded
 from unbraid.diagnosis.diagnosis import NotApplicable
 from unbraid.evaluate import Drawn, lead_metric, lower_is_better, replicate
+from unbraid.layers import device_of
 from unbraid.preflight import bound_terms
 from unbraid.train import Local, Watcher, predict
 from unbraid.types import Batch, Schema, Scores, Task
@@ -66,7 +67,7 @@ class Case:
         if left.name != fingerprint(data, base, tables) or not (left / "columns.json").exists():
             left = encode(data, base, tables=tables, fitted=bundle.fitted, progress=watcher.stage)
         encoded = Encoded(left)
-        attach(encoded, bundle.model, progress=watcher.stage)
+        attach(encoded, bundle.model, progress=watcher.stage, device=str(device_of(bundle.model)))
         return cls(bundle, encoded, rows, steps, seed, tables, watcher=watcher, jobs=jobs)
 
     # ------------------------------------------------------------------------------------------------------- what there is
@@ -133,7 +134,8 @@ class Case:
         run = self.run
         return Local(
             self.encoded, bound_terms(run, self.schema, copy.deepcopy(self.model)), run.update, run.training,  # type: ignore[arg-type]
-            {task.name: task.weight for task in self.schema.tasks}, run.seed, augment=run.augment,
+            {task.name: task.weight for task in self.schema.tasks}, run.seed, device=str(device_of(self.model)),
+            augment=run.augment,
         )  # fmt: skip
 
     def branches(

@@ -36,6 +36,7 @@ from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remed
 from unbraid.diagnosis.interference import apart
 from unbraid.diagnosis.plots import Bars, Histogram
 from unbraid.evaluate import Drawn, Slice, lead_metric, replicate
+from unbraid.layers import device_of
 from unbraid.losses.esmm import ESMM
 from unbraid.losses.focal import Focal
 from unbraid.losses.margin import Margin
@@ -189,10 +190,11 @@ def reads_extra_head(term: Any) -> bool:
 def train_alone(case: Case, alone: Run, most: int) -> tuple[nn.Module, str]:
     """The counterpart, and what is to be said of the budgets: they differ, or are small; else ""."""
     schema = case.schema
-    model = build(replace(alone, seed=alone.seed + 1), schema)
+    device = device_of(case.model)
+    model = build(replace(alone, seed=alone.seed + 1), schema).to(device)
     session = Local(
         case.encoded, bound_terms(alone, schema, model), alone.update, alone.training, {t.name: 1.0 for t in schema.tasks},
-        alone.seed, augment=alone.augment, average=alone.average, selection=alone.selection,
+        alone.seed, device=str(device), augment=alone.augment, average=alone.average, selection=alone.selection,
     )  # fmt: skip
     total = session.total_steps()
     chooses = session.look.keep_best or alone.average is not None

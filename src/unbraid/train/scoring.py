@@ -12,17 +12,19 @@ from torch import nn
 
 from unbraid import parallel, sharding
 from unbraid.evaluate import NAMES, RANKING, lower_is_better
+from unbraid.layers import device_of
 from unbraid.types import Batch, Schema, Scores
 
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, batches: Iterable[Batch], schema: Schema, *, hidden: bool = False, device: str = "cpu"
+    model: nn.Module, batches: Iterable[Batch], schema: Schema, *, hidden: bool = False, device: str = ""
 ) -> Scores:
     """The model's logits on some batches, with what metrics need.
 
     Args:
         hidden: keep each task's (N, H) hidden vectors, too.
+        device: where the model is, if that is known; batches may lie anywhere.
     """
     was_training = model.training
     model.eval()
@@ -33,22 +35,23 @@ def predict(
 
 @torch.no_grad()
 def scores_of(
-    model: nn.Module, batches: Iterable[Batch], schema: Schema, *, hidden: bool = False, device: str = "cpu"
+    model: nn.Module, batches: Iterable[Batch], schema: Schema, *, hidden: bool = False, device: str = ""
 ) -> Scores:
     """As `predict`, of a model that is in evaluation mode: to say so again takes longer than a small batch."""
     parts: list[dict[str, Any]] = []
+    there = torch.device(device) if device else device_of(model)
     for batch, counts in sharding.in_step(batches, model):
-        output = model(batch.to(device))
+        output = model(batch.to(there))
         if not counts:
             continue
         parts.append({
             "logits": {k: v.float().cpu().numpy() for k, v in output.logits.items()},
             "hidden": {k: v.cpu().numpy() for k, v in output.hidden.items()} if hidden else {},
-            "labels": {k: v.numpy() for k, v in batch.labels.items()},
-            "observed": {k: v.numpy() for k, v in batch.observed.items()},
-            "meta": {k: v.numpy() for k, v in batch.meta.items()},
-            "domain": batch.domain.numpy(), "row": batch.row.numpy(),
-            "weight": None if batch.weight is None else batch.weight.numpy(),
+            "labels": {k: v.cpu().numpy() for k, v in batch.labels.items()},
+            "observed": {k: v.cpu().numpy() for k, v in batch.observed.items()},
+            "meta": {k: v.cpu().numpy() for k, v in batch.meta.items()},
+            "domain": batch.domain.cpu().numpy(), "row": batch.row.cpu().numpy(),
+            "weight": None if batch.weight is None else batch.weight.cpu().numpy(),
         })  # fmt: skip
     if not parts:
         raise ValueError("There are no rows to predict.")
