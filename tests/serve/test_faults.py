@@ -87,7 +87,7 @@ def test_a_full_disk_refuses_writes_alone_and_room_makes_them_work_again(tmp_pat
         # as does another command, and a larger disk
         code = "import sys; from unbraid.cli.main import main; main()"
         done = subprocess.run(
-            [sys.executable, "-c", code, "store", "trim", str(disk), "--keep", "100"], capture_output=True
+            [sys.executable, "-c", code, "store", "trim", str(disk), "--newest", "100"], capture_output=True
         )
         assert done.returncode == 0, done.stderr
         assert service.post("/rank", rank(5)).json()["events"] == 100

@@ -156,11 +156,11 @@ def test_the_commands_fill_show_and_cut_a_store(tmp_path: Path) -> None:
     assert [one["id"] for one in shown] == [f"rows:{n}" for n in mine["n"].tail(3)]
     assert shown[-1]["time"] == mine["time"][-1] and shown[-1]["values"]["item"] == mine["item"][-1]
     assert "User ids of this store are Int64" in command("show", place, "seven", code=2)
-    assert f"{len(mine) - 2:,} events of 1 users removed" in command("trim", place, "--keep", "2", "--user", "7")
+    assert f"{len(mine) - 2:,} events of 1 users removed" in command("trim", place, "--newest", "2", "--user", "7")
     assert "2 events of user 7 removed" in command("delete", place, "7")
     assert command("show", place, "7") == ""
-    assert "--keep should be at least 0" in command("trim", place, "--keep", "-1", code=2)
-    command("trim", place, "--keep", "1")
+    assert "--newest should be at least 0" in command("trim", place, "--newest", "-1", code=2)
+    command("trim", place, "--newest", "1")
     assert f"events {users - 1}" in command("stats", place)
     assert "address should be" in command("stats", "http://x", code=2)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbraid.cli import complete
 from unbraid.cli.common import AsJson, fail
 
 if TYPE_CHECKING:
@@ -21,17 +22,30 @@ TITLES = {"calibration": "calib.", "ece": "ECE", "ece_mass": "ECE, equal mass", 
 def calibrate(
     bundle: Annotated[Path, typer.Argument(help="A trained bundle; the calibrators are written into it.")],
     method: Annotated[
-        str, typer.Option(help="temperature, vector, matrix, histogram, isotonic, cpcs or transcal.")
+        str,
+        typer.Option(
+            help="temperature, vector, matrix, histogram, isotonic, cpcs or transcal.",
+            autocompletion=complete.among(complete.method_names),
+        ),
     ] = "transcal",
     target: Annotated[
         Path | None,
         typer.Option(help="Rows of the target, as predict takes them. [default: --split of the run's data]"),
     ] = None,
-    split: Annotated[str, typer.Option(help="Without --target: the split that is the target.")] = "test",
+    split: Annotated[
+        str,
+        typer.Option(
+            help="Without --target: the split that is the target.",
+            autocompletion=complete.among(lambda: ("train", "valid", "test")),
+        ),
+    ] = "test",
     domain: Annotated[
         str, typer.Option(help="The target is this domain alone; the calibrator serves its rows alone.")
     ] = "",
-    task: Annotated[list[str] | None, typer.Option(help="A task. Repeat it. [default: all that can be]")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task. Repeat it. [default: all that can be]", autocompletion=complete.tasks),
+    ] = None,
     held_out: Annotated[
         Path | None, typer.Option(help="Labelled rows that did not train the model, instead of the validation split.")
     ] = None,

@@ -9,16 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
+from unbraid.cli import complete
 from unbraid.cli.common import AsJson, Settings, fail, load_run, refuse_unread
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Run files (TOML) or names of recipes.", metavar="RUN...")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Run files (TOML) or names of recipes.", metavar="RUN...", autocompletion=complete.runs),
+    ],
     seeds: Annotated[int, typer.Option(help="Each run trains so many times: with its own seed, seed + 1, ...")] = 3,
     out: Annotated[Path, typer.Option(help="Folder of the comparison and of all bundles.")] = Path("runs/compare"),
     against: Annotated[str, typer.Option(help="The reference, or target_encoding. [default: the first run]")] = "",
     metric: Annotated[
-        str, typer.Option(help="What differences are of. [default: auc, accuracy or rmse, by the task's kind]")
+        str,
+        typer.Option(
+            help="What differences are of. [default: auc, accuracy or rmse, by the task's kind]",
+            autocompletion=complete.among(complete.metric_names),
+        ),
     ] = "",
     settings: Settings = None,
     steps: Annotated[int | None, typer.Option(help="Training steps, instead of the runs' epochs.")] = None,

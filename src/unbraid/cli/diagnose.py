@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbraid.cli import complete
 from unbraid.cli.common import AsJson, fail
 
 if TYPE_CHECKING:
@@ -20,7 +21,12 @@ def diagnose(
     docs: Annotated[str, typer.Option(help="Address of the documentation, which the page then links to.")] = "",
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json-file", help="Write JSON here.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A check, by name. Repeat it. [default: all]")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A check, by name. Repeat it. [default: all]", autocompletion=complete.among(complete.check_names)
+        ),
+    ] = None,
     thorough: Annotated[bool, typer.Option("--thorough", help="Also checks that train a whole model.")] = False,
     rows: Annotated[int, typer.Option(help="Rows of each split that a check looks at, at most.")] = 20_000,
     steps: Annotated[int, typer.Option(help="Steps of each short training.")] = 100,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from unbraid.cli import complete
 from unbraid.cli.common import Raw, fail
 
 
@@ -14,7 +15,11 @@ def export(
     bundle: Annotated[Path, typer.Argument(help="A trained bundle.")],
     out: Annotated[Path, typer.Option(help="Folder to write: new, or empty.")],
     to: Annotated[
-        str, typer.Option(help="onnx (needs the extra `onnx`), or torch: an exported PyTorch program.")
+        str,
+        typer.Option(
+            help="onnx (needs the extra `onnx`), or torch: an exported PyTorch program.",
+            autocompletion=complete.among(lambda: ("onnx", "torch")),
+        ),
     ] = "onnx",
     folder: Annotated[Path | None, typer.Option(help="Read the run's tables from this folder, for the check.")] = None,
     raw: Raw = False,

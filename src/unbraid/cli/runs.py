@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from unbraid.cli import complete
 from unbraid.cli.common import AsJson, RunFile, Settings, fail, load_run
 
 
@@ -28,10 +29,11 @@ def init(
 ) -> None:
     """Look at the columns and print a commented run file; of a folder of pictures also write the table of its rows."""
     from unbraid.data import pictures
+    from unbraid.guess.beside import has_labels
     from unbraid.guess.infer import first_run
 
     try:
-        if not label and pictures.is_tree(data):
+        if not label and pictures.is_tree(data) and not has_labels(data):
             if user or time or domain not in ("", "folder"):
                 raise ValueError(
                     f"{data} holds pictures and no columns: no --user, no --time, --domain `folder` or none."
@@ -45,7 +47,12 @@ def init(
         fail(error)
 
 
-def recipe(name: Annotated[str, typer.Argument(help="See `unbraid recipes`.")], settings: Settings = None) -> None:
+def recipe(
+    name: Annotated[
+        str, typer.Argument(help="See `unbraid recipes`.", autocompletion=complete.among(complete.recipe_names))
+    ],
+    settings: Settings = None,
+) -> None:
     """Print a recipe's run file."""
     from unbraid import config, recipes
 

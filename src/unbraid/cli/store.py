@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unbraid.cli import complete
 from unbraid.cli.common import AsJson, fail
 from unbraid.serve.store import public
 
@@ -65,7 +66,8 @@ def import_(
     keep: Annotated[
         str,
         typer.Option(
-            help="events: what histories read; rows: all that training reads. [default: events, or as before]"
+            help="events: what histories read; rows: all that training reads. [default: events, or as before]",
+            autocompletion=complete.among(lambda: ("events", "rows")),
         ),
     ] = "",
     as_json: AsJson = False,
@@ -160,15 +162,15 @@ def check(address: Address, as_json: AsJson = False) -> None:
 @store_app.command()
 def trim(
     address: Address,
-    keep: Annotated[int, typer.Option(help="The newest events of a user that stay.")],
+    newest: Annotated[int, typer.Option(help="So many events of a user stay, the newest.")],
     user: Annotated[str | None, typer.Option(help="Of this user alone. [default: of all]")] = None,
 ) -> None:
     """Remove all but the newest events of every user."""
     with _opened(address) as store:
-        if keep < 0:
-            raise ValueError(f"--keep should be at least 0. Found {keep}.")
+        if newest < 0:
+            raise ValueError(f"--newest should be at least 0. Found {newest}.")
         users = store.users() if user is None else iter([_user(store, user)])
-        removed = [store.trim(one, keep) for one in users]
+        removed = [store.trim(one, newest) for one in users]
     print(f"{public(address)}: {sum(removed):,} events of {sum(map(bool, removed)):,} users removed")
 
 

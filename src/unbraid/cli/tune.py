@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unbraid.cli import complete
 from unbraid.cli.common import AsJson, RunFile, Settings, fail, load_run, refuse_unread
 
 if TYPE_CHECKING:
@@ -25,10 +26,19 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="Folder of the search. [default: runs/NAME-tune]")] = None,
     metric: Annotated[
         str,
-        typer.Option(help="Objective on the validation split: a metric, or TASK.metric. [default: training.metric]"),
+        typer.Option(
+            help="Objective on the validation split: a metric, or TASK.metric. [default: training.metric]",
+            autocompletion=complete.among(complete.metric_names),
+        ),
     ] = "",
     seeds: Annotated[int, typer.Option(help="Trainings of each trial; the objective is their mean.")] = 1,
-    pruner: Annotated[str, typer.Option(help="When to stop a trial early: median, hyperband or none.")] = "median",
+    pruner: Annotated[
+        str,
+        typer.Option(
+            help="When to stop a trial early: median, hyperband or none.",
+            autocompletion=complete.among(lambda: ("median", "hyperband", "none")),
+        ),
+    ] = "median",
     jobs: Annotated[int, typer.Option(help="Trials at once, each in a process with one thread.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Of the draws. [default: the run's]")] = None,
     test: Annotated[
