@@ -64,7 +64,7 @@ def test_torchvision_imports() -> None:
 
 
 def test_a_missing_library_says_what_needs_it_and_how_to_install_it(tmp_path: Path, monkeypatch: Any) -> None:
-    with pytest.raises(ImportError, match=r"Reading pictures needs no_such_library. .*pip install 'unbraid\[images\]'"):
+    with pytest.raises(ImportError, match=r'Reading pictures needs no_such_library. .*pip install "unbraid\[images\]"'):
         compat.optional("no_such_library", "images", "Reading pictures")
     (tmp_path / "library_there.py").write_text("import no_such_library")
     monkeypatch.syspath_prepend(tmp_path)

@@ -296,7 +296,7 @@ def test_other_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, library: str, spec: str) -> None:
     monkeypatch.setitem(__import__("sys").modules, library, None)
-    with pytest.raises(ImportError, match=rf"needs {library}\. Install it: pip install 'unbraid\[track\]'"):
+    with pytest.raises(ImportError, match=rf'needs {library}\. Install it: pip install "unbraid\[track\]"'):
         stores_of([spec])
     result = CliRunner().invoke(app, ["train", "--track", spec, "--out", "never"])
     assert result.exit_code == 2 and "unbraid[track]" in result.output and not Path("never").exists()

@@ -37,7 +37,7 @@ def optional(name: str, extra: str, what: str) -> Any:
         if error.name is not None and error.name.partition(".")[0] != name.partition(".")[0]:
             raise  # it is there, and something that it needs is not
         raise ImportError(
-            f"{what} needs {name}. Install it: pip install 'unbraid[{extra}]'.", name=name.partition(".")[0]
+            f'{what} needs {name}. Install it: pip install "unbraid[{extra}]".', name=name.partition(".")[0]
         ) from error
 
 

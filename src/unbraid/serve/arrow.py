@@ -34,7 +34,7 @@ def library() -> Any:
         import pyarrow.compute
         import pyarrow.ipc
     except ImportError:
-        raise ApiError(415, "The service has no Arrow: it needs pip install 'unbraid[serve]'. Use JSON.") from None
+        raise ApiError(415, 'The service has no Arrow: it needs pip install "unbraid[serve]". Use JSON.') from None
     return pyarrow
 
 

@@ -26,7 +26,7 @@ def library() -> Any:
     try:
         import lmdb
     except ImportError as error:
-        raise ImportError("A history store in a folder needs LMDB: pip install 'unbraid[serve]'.") from error
+        raise ImportError('A history store in a folder needs LMDB: pip install "unbraid[serve]".') from error
     return lmdb
 
 

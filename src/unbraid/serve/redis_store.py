@@ -360,7 +360,7 @@ def library() -> Any:
         import redis.backoff
         import redis.retry
     except ImportError as error:
-        raise ImportError("A history store on Redis needs redis-py: pip install 'unbraid[serve]'.") from error
+        raise ImportError('A history store on Redis needs redis-py: pip install "unbraid[serve]".') from error
     return redis
 
 

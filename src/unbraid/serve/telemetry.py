@@ -17,7 +17,9 @@ class Telemetry:
         try:
             import prometheus_client as prometheus
         except ImportError as error:
-            raise ImportError(f"Metrics need Prometheus' client: pip install 'unbraid[serve]' ({error}).") from error
+            raise ImportError(
+                f'Metrics need the client of Prometheus: pip install "unbraid[serve]" ({error}).'
+            ) from error
         self._text = prometheus.generate_latest
         self.registry = prometheus.CollectorRegistry()
 
