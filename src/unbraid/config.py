@@ -39,7 +39,8 @@ from unbraid.calibration.scaling import Matrix, Temperature, Vector
 from unbraid.calibration.transcal import TransCal
 from unbraid.class_head import ClassFile, require_tasks
 from unbraid.data.declaration import Data
-from unbraid.data.source import bundled
+from unbraid.data.source import TABLES, bundled
+from unbraid.data.text import suffixes
 from unbraid.encoders.attention import TargetAttention
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.din import DIN
@@ -347,7 +348,7 @@ def from_dict(plain: dict[str, Any], where: str = "the run") -> Run:
 def load(path: str | Path) -> Run:
     """A run from a TOML file; its ``data.folder`` is made absolute.  Raises RunError."""
     path = Path(path)
-    if path.suffix in {".parquet", ".csv"}:
+    if suffixes(path)[0] in TABLES:
         raise RunError(
             f"{path} is data, not a run file. `unbraid init {path} --label COLUMN > run.toml` writes one for it."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import gzip
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,8 +53,15 @@ def test_parquet_csv_folders_and_globs_read_alike(tmp_path):
     for i in range(3):
         LOG[4 * i : 4 * i + 4].write_csv(tmp_path / "texts" / f"{i}.csv")
     LOG.write_parquet(tmp_path / "odd[1].parquet")
+    (tmp_path / "packed" / "deep").mkdir(parents=True)
+    LOG[:4].lazy().sink_csv(tmp_path / "packed" / "0.csv.gz", compression="gzip")
+    LOG[4:9].write_csv(tmp_path / "packed" / "1.csv")
+    LOG[9:].lazy().sink_csv(tmp_path / "packed" / "deep" / "2.csv.zst", compression="zstd")
+    LOG.write_csv(tmp_path / "log.tsv", separator="\t")
+    LOG.lazy().sink_csv(tmp_path / "log.tsv.gz", separator="\t", compression="gzip")
     want = codes(Encoded(encode(DATA, tmp_path)))
     names = ["log.csv", "parts", "texts", "texts/*.csv", "texts/[0-2].csv", "parts/**/*.parquet", "odd[1].parquet",
+             "packed", "log.tsv", "log.tsv.gz",
              str(tmp_path / "log.csv"), str(tmp_path / "texts" / "?.csv")]  # fmt: skip
     for name in names:
         assert codes(Encoded(encode(replace(DATA, rows=name), tmp_path))) == want, name
@@ -87,8 +95,31 @@ def test_missing_truncated_and_mixed_files(tmp_path):
     with pytest.raises(DataError, match="`two`.*of one kind.*csv.*parquet"):
         encode(replace(DATA, rows="two"), tmp_path)
     (tmp_path / "log.json").touch()
-    with pytest.raises(DataError, match="Parquet or CSV.*json"):
+    with pytest.raises(DataError, match=r"one kind: .parquet, .csv or .tsv.*Found \['.json'\]"):
         scan("", "log.json", tmp_path)
+
+
+@pytest.mark.parametrize(("suffix", "how"), [(".csv.gz", "gzip"), (".tsv.zst", "zstd")])
+def test_compressed_text_that_is_cut_short_or_has_no_rows(suffix, how, tmp_path):
+    mark = "\t" if "tsv" in suffix else ","
+    pl.concat([LOG] * 500).lazy().sink_csv(tmp_path / f"log{suffix}", compression=how, separator=mark)
+    LOG[:0].lazy().sink_csv(tmp_path / f"head{suffix}", compression=how, separator=mark)
+    with pytest.raises(DataError, match="a header and no rows"):
+        scan("", f"head{suffix}", tmp_path)
+    whole = (tmp_path / f"log{suffix}").read_bytes()
+    (tmp_path / f"log{suffix}").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        DataError, match=rf"log{suffix} cannot be read \({len(whole) // 2:,} bytes\).*Write the file again"
+    ):
+        encode(replace(DATA, rows=f"log{suffix}"), tmp_path)
+
+
+def test_rows_to_predict_may_be_compressed_otherwise(tmp_path):
+    (tmp_path / "log.txt").write_text(LOG.write_csv(separator="|", include_header=False))
+    text = (Text("log.txt", tuple(LOG.columns), "|"),)
+    (tmp_path / "new.txt.gz").write_bytes(gzip.compress((tmp_path / "log.txt").read_bytes()))
+    found = scan_given(tmp_path / "new.txt.gz", replace(DATA, rows="log.txt", text=text)).collect()
+    assert found.columns == LOG.columns and len(found) == N
 
 
 def test_files_and_values_that_do_not_fit_together(tmp_path):
@@ -438,7 +469,7 @@ def test_a_file_to_predict_is_read_like_the_rows(tmp_path):
     data = replace(DATA, rows="log.txt", text=(TEXT,))
     for name in ("new.txt", "new.csv"):
         assert scan_given(tmp_path / name, data).collect()["item"].to_list() == ["i0", "i1", "i2"]
-    with pytest.raises(DataError, match="Parquet or CSV.*txt"):
+    with pytest.raises(DataError, match="of one kind.*txt"):
         scan_given(tmp_path / "new.txt")
 
 
@@ -457,7 +488,7 @@ def test_text_of_other_columns_is_refused(tmp_path):
             f"{tmp_path / 'log.txt'} has {columns} columns between separators {text.separator!r}; `data.text` names "
             f"{len(text.names)}, item to {text.names[-1]}."
         )
-    with pytest.raises(DataError, match="Parquet or CSV"):
+    with pytest.raises(DataError, match="of one kind: .parquet"):
         encode(data, tmp_path)
     (tmp_path / "log.txt").write_text("")
     with pytest.raises(DataError, match=r"log.txt cannot be read as text \(0 bytes\)"):

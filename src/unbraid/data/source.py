@@ -21,10 +21,11 @@ import polars as pl
 
 from unbraid.adapters.frames import Table, lazy
 from unbraid.data.declaration import SPLITS, Data, Events, Join, Split, Text
-from unbraid.data.text import DataError, Reads, plan_text
+from unbraid.data.text import SEPARATORS, DataError, Reads, first_lines, plan_text, suffixes
 from unbraid.data.vocabulary import canonical, canonical_type, stable_hash
 from unbraid.types import Task
 
+TABLES = {".parquet", *SEPARATORS}  # files that are tables by their names
 SPLIT, ROW_KEY, WITHHELD, FILE = "__split", "__row", "__withheld", "__file"
 Tables = Mapping[str, Table]  # tables handed over in memory, by the name that the run uses
 OTHER_ROWS = re.compile(
@@ -62,7 +63,7 @@ def files_of(folder: str, table: str, base: Path) -> list[Path]:
     root = bundled(folder) or base / folder
     path = root / table
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in {".parquet", ".csv"})
+        found = sorted(p for p in path.rglob("*") if suffixes(p)[0] in TABLES)
     else:
         found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not found:
@@ -84,24 +85,28 @@ def scan(
     if tables and table in tables:
         return lazy(tables[table], f"Table `{table}`")
     files = files_of(folder, table, base)
-    kinds = {p.suffix for p in files}
+    kinds = {suffixes(p)[0] for p in files}
     if written := [one for one in text if one.table == table]:
         return _scan_text(written[0], files, reads, file=file)
-    if len(kinds) > 1 or not kinds <= {".parquet", ".csv"}:
-        raise DataError(f"Table `{table}` should be Parquet or CSV files of one kind. Found {sorted(kinds)}.")
-    plan = partial(pl.scan_parquet if kinds == {".parquet"} else _header, glob=False)  # type: ignore[call-arg]
+    if len(kinds) > 1 or not kinds <= TABLES:
+        raise DataError(
+            f"Table `{table}` should be files of one kind: .parquet, .csv or .tsv, the last two also with .gz or .zst behind it. "
+            f"Found {sorted({''.join(suffixes(p)) for p in files})}."
+        )
+    separator = SEPARATORS.get(next(iter(kinds)), "")
+    plan: Callable[..., pl.LazyFrame] = partial(_header, separator=separator) if separator else pl.scan_parquet
     for path in files:  # a truncated file shows in its footer, before hours of work
         try:
-            plan(path).collect_schema()
+            plan(path, glob=False).collect_schema()
         except Exception as error:
             raise DataError(
                 f"{path} cannot be read ({path.stat().st_size:,} bytes): {error}. Write the file again."
             ) from error
-    if kinds == {".csv"} and all(map(_header_alone, files)):
+    if separator and all(map(_header_alone, files)):
         raise DataError(f"Table `{table}` has a header and no rows. Found {', '.join(p.name for p in files[:5])}.")
-    if kinds == {".parquet"}:
-        return plan(files, include_file_paths=file or None)
-    return plan_text(files, reads, file=file)
+    if not separator:
+        return pl.scan_parquet(files, glob=False, include_file_paths=file or None)
+    return plan_text(files, reads, separator=separator, file=file)
 
 
 def _header(path: Path, **options: Any) -> pl.LazyFrame:
@@ -139,7 +144,7 @@ def scan_given(
             text.  Files without the declared labels are read, too.
     """
     path = Path(rows).resolve()
-    like = [t for t in data.text if t.table == data.rows and Path(t.table).suffix == path.suffix] if data else []
+    like = [t for t in data.text if t.table == data.rows and suffixes(t.table)[0] == suffixes(path)[0]] if data else []
     reads = data.reads if data else Reads()
     if known is not None and any(file.suffix != ".parquet" for file in files_of("", str(path), Path("/"))):
         reads = reads.given(known())
@@ -192,9 +197,7 @@ def scan_join(data: Data, join: Join, base: Path, tables: Tables | None) -> pl.L
 
 def _header_alone(path: Path) -> bool:
     """Whether a CSV file has no second line: all its columns would be text."""
-    with path.open("rb") as file:
-        file.readline()
-        return not file.readline().strip()
+    return not any(line.strip() for line in first_lines(path, 2)[1:])
 
 
 def expression(source: str, schema: Mapping[str, Any], where: str) -> pl.Expr:

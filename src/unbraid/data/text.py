@@ -4,6 +4,8 @@ An id column (whatever a run reads as an id, a bag, a user, a domain, a request,
 that ``12e84091``, ``007`` and numbers of any length are themselves.  It becomes whole numbers only where every value is written
 as a whole number of 64 bits is, ``7`` and not ``007``: then it has the values that a Parquet column of integers has.  Of the
 other columns those are numbers whose values all are.  Empty fields are missing, quoted or not.
+
+Files compressed by gzip or Zstandard are read as they are; Polars unpacks them piece by piece, so that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ import polars as pl
 
 from unbraid.data.dictionary import Dictionary, pieces
 from unbraid.data.vocabulary import stable_hash
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}  # what stands between columns, by what a file is called
+COMPRESSED = (".gz", ".zst")
 
 
 class DataError(ValueError):
@@ -44,6 +49,32 @@ class Reads:
         return replace(self, known=tuple(sorted(known.items(), key=lambda item: item[0])))
 
 
+def suffixes(path: str | Path) -> tuple[str, str]:
+    """What a file is and how it is compressed, by its name: ``(".csv", ".gz")`` of ``log.csv.gz``."""
+    path = Path(path)
+    if path.suffix not in COMPRESSED:
+        return path.suffix, ""
+    return Path(path.stem).suffix, path.suffix
+
+
+def stem(path: str | Path) -> str:
+    """A file's name without these: ``log`` of ``log.csv.gz``."""
+    return Path(path).name.removesuffix("".join(suffixes(path)))
+
+
+def first_lines(path: Path, count: int) -> list[str]:
+    """The first lines of a file of text, compressed or not; what is not UTF-8 is replaced.  Raises DataError: it is cut short."""
+    plan = pl.scan_csv(
+        path, glob=False, has_header=False, separator="\x01", quote_char=None, infer_schema=False, n_rows=count,
+        encoding="utf8-lossy", truncate_ragged_lines=True, raise_if_empty=False,
+    )  # fmt: skip
+    try:
+        frame = plan.collect(engine="streaming")
+    except OSError as error:
+        raise DataError(_damaged(path, error)) from error
+    return [line or "" for line in frame.to_series().to_list()] if frame.width else []
+
+
 def plan_text(
     files: Sequence[Path], reads: Reads, *, separator: str = ",", names: Sequence[str] = (), header: bool = True,
     file: str = "",
@@ -55,7 +86,7 @@ def plan_text(
 
     Raises:
         DataError: a line with more values than there are columns, a value that is no number in a column that is read as one
-            (where others are), text that is not UTF-8.
+            (where others are), text that is not UTF-8, a compressed file that is cut short.
     """
     stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     layout = separator, tuple(names), header
@@ -83,7 +114,7 @@ def _kinds(stamps: tuple[tuple[Path, int, int], ...], layout: Any, reads: Reads)
         names = plan.collect_schema().names()
         facts = plan.select(**{f"{i}.{k}": v for i, n in enumerate(names) for k, v in _facts(n).items()})
         found = facts.collect(engine="streaming").row(0, named=True)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:  # OSError: of a compressed file that is cut short
         raise DataError(_unreadable(files, layout, error)) from error
     kinds = {}
     for i, name in enumerate(names):
@@ -195,9 +226,15 @@ def _no_number(name: str, files: Sequence[Path], layout: Any, count: int, wrong:
     )
 
 
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path} cannot be read ({path.stat().st_size:,} bytes): {error}. Write the file again."
+
+
 def _unreadable(files: Sequence[Path], layout: Any, error: Exception) -> str:
     """Which file cannot be read as text, and why."""
     path = next((path for path in files if not _reads(path, layout)), None)
+    if path is not None and isinstance(error, OSError):
+        return _damaged(path, error)
     if path is None:
         names = "; ".join(f"{p.name}: {', '.join(_plain([p], layout).collect_schema().names()[:8])}" for p in files[:3])
         return f"Text files of one table cannot be read as declared: their columns differ ({names})."
@@ -215,6 +252,6 @@ def _unreadable(files: Sequence[Path], layout: Any, error: Exception) -> str:
 def _reads(path: Path, layout: Any) -> bool:
     try:
         _plain([path], layout).select(pl.all().count()).collect(engine="streaming")
-    except pl.exceptions.PolarsError:
+    except (pl.exceptions.PolarsError, OSError):
         return False
     return True
