@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
 from unbraid import config
+from unbraid.cli.main import app
 from unbraid.data.encode import encode
 from unbraid.data.source import DataError, rows_plan
 from unbraid.data.table import Encoded
@@ -109,6 +111,26 @@ def test_other_separators_train(tmp_path: Path) -> None:
     run = config.load(tmp_path / "run.toml")
     assert run.data.text[0].separator == ";"
     assert Encoded(encode(run.data, tmp_path)).rows == 400
+
+
+@pytest.mark.parametrize("suffix", [".csv.gz", ".tsv.gz", ".csv.zst", ".tsv"])
+def test_compressed_tables_train_as_they_are(suffix: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "log").mkdir()
+    user = rng.integers(0, 60, 400)
+    frame = pl.DataFrame({"user_id": user, "a": rng.normal(size=400), "bought": (user + rng.integers(0, 3, 400)) % 2})
+    users = pl.DataFrame({"id": range(60), "land": [f"l{n % 5}" for n in range(60)]})
+    usual, how = "\t" if ".tsv" in suffix else ",", "gzip" if ".gz" in suffix else "zstd" if ".zst" in suffix else None
+    for name, table, mark in (("rows", frame, usual), ("users", users, ";")):  # one as its name says, one otherwise
+        table.lazy().sink_csv(folder / f"{name}{suffix}", compression=how or "uncompressed", separator=mark)
+    text = infer(folder)
+    assert f'rows = "rows{suffix}"' in text and f'{{table = "users{suffix}", on = "user_id", key = "id"}}' in text
+    assert f'text = [{{table = "users{suffix}", separator = ";"}}]' in text
+    assert 'name = "log"' in text and 'name = "rows"' in infer(folder / f"rows{suffix}")
+    (tmp_path / "run.toml").write_text(text)
+    done = CliRunner().invoke(
+        app, ["train", str(tmp_path / "run.toml"), "--steps", "5", "--out", str(tmp_path / "out"), "--json"]
+    )
+    assert done.exit_code == 0, done.output
 
 
 def test_files_called_train_and_test(tmp_path: Path) -> None:

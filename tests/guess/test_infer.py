@@ -264,7 +264,7 @@ def test_a_folder_with_joins_and_an_event_table(tmp_path: Path) -> None:
         ("makers.parquet", "maker_id"),
     ]
     assert {"maker_id", "land"} <= set(features)
-    assert '# {table = "views.csv"' in text and "may hold events" in text
+    assert '# {table = "views.csv"' in text and "not used: it has no time" in text
     assert '# {table = "unrelated.csv"' in text and "no column of the rows" in text
     train(text, tmp_path)
 

@@ -15,13 +15,15 @@ from typing import Any
 import polars as pl
 from polars.exceptions import PolarsError
 
+from unbraid.data.text import stem
 from unbraid.guess.columns import Guess, of_column
 from unbraid.guess.labels import NEGATIVES, Label
 from unbraid.guess.look import Look
 from unbraid.guess.times import calendar, unit_of
-from unbraid.guess.words import DOMAINS, safe
+from unbraid.guess.words import DOMAINS, safe, sql_text
 
-LENGTH = 50  # of the history
+LENGTH = 50  # of the histories
+SOURCE = "from_table"  # says which table an event is of
 STEPS, MOST_EPOCHS = 1_000, 20  # a table that is too small for so many steps in three epochs is read more often
 Lines = Sequence[tuple[bool, dict[str, Any], str]]  # (commented out?, inline table, comment)
 
@@ -59,6 +61,8 @@ def _found(look: Look) -> Iterable[str]:
     """What a terminal shows of it."""
     joined = f", joined with {', '.join(dict.fromkeys(join.table for join, _ in look.joins))}" if look.joins else ""
     yield f"{look.total:,} rows of {look.table}{joined}"
+    if look.logs:
+        yield f"histories of {', '.join(log.table for log in look.logs)}"
     yield f"user {look.user or '-'}, time {look.time or '-'}, item {look.item.column.name if look.item else '-'}"
     how = "given" if look.given else "guessed; the run file says why, and what else they could be"
     yield f"tasks {', '.join(f'{t.name} ({t.kind})' for t in look.labels.tasks)}: {how}"
@@ -66,11 +70,13 @@ def _found(look: Look) -> Iterable[str]:
     yield f"features {len(look.features) - len(out)}" + (
         f"; left out, with the reason in the run file: {', '.join(out)}" if out else ""
     )
+    if look.pictures:
+        yield from (f"pictures in {look.pictures.rows:,} rows", *look.pictures.notes)
 
 
 def _lines(look: Look) -> Iterable[str]:
     """The run file."""
-    name = re.sub(r"\W+", "_", look.path.resolve().stem).strip("_") or "run"
+    name = re.sub(r"\W+", "_", stem(look.path.resolve())).strip("_") or "run"
     seen = f"all {look.total:,} rows" if look.step == 1 else f"one in {look.step} of {look.total:,} rows"
     yield _comment(f"Written by `unbraid init` from a look at {seen} of {look.table}. Comments say why.")
     yield "# Check what was left out below, then: unbraid data describe THIS_FILE; unbraid train THIS_FILE"
@@ -125,6 +131,8 @@ def _data(look: Look) -> Iterable[str]:
         yield f"time = {inline(look.time_sql)}  {_comment(look.time_why)}"
         if look.time_is_number:
             yield f"time_unit = {inline(look.time_unit)}"
+        elif any(log.unit for log in look.logs):
+            yield 'time_unit = "us"  # of the events below whose times are no dates, as dates are read'
     else:
         yield '# time = ""  # no column looks like a time'
     yield from _domain(look)
@@ -149,8 +157,10 @@ def _user(look: Look) -> str:
 
 def _domain(look: Look) -> Iterable[str]:
     given = look.roles["domain"]
-    if given:
-        yield f"domain = {inline(given)}  # given: metrics are printed for each of its values"
+    named = next((c.name for c in look.columns.values() if c.words == ["domain"] and 2 <= c.distinct <= 50), "")
+    if found := given or (named if named not in look.taken else ""):
+        why = "given" if given else "called so"
+        yield f"domain = {inline(found)}  # {why}: metrics are printed for each of its values"
         return
     for c in look.columns.values():
         free = c.name not in (*look.taken, look.user, look.time) and not c.nested
@@ -201,35 +211,48 @@ def _features(look: Look) -> Lines:
 
 
 def _histories(look: Look) -> Iterable[str]:
-    """One history of the user's earlier rows with a positive first label."""
-    if look.user and look.time and look.item:
-        yield from _history(look, look.item)
-    else:
+    """Histories of the user's earlier rows with a positive first label, and of the tables of events."""
+    item = look.item if look.user and look.time else None
+    if item is None and not look.logs:
         need = [what for what, have in (("user", look.user), ("time", look.time), ("item id", look.item)) if not have]
         yield f"# no histories: they need a user, a time and an item id; there is no {' and no '.join(need)}"
+        return
+    fields: list[tuple[bool, dict[str, Any], str]] = []
+    events: list[tuple[bool, dict[str, Any], str]] = []
+    histories: list[tuple[bool, dict[str, Any], str]] = []
+    if item is not None:
+        _of_rows(look, item, fields, events, histories)
+    for log in look.logs:
+        known = {table["name"] for _, table, _ in fields}
+        fields += [(False, table, why) for table, _, why in log.fields if table["name"] not in known]
+        columns = {table["name"]: column for table, column, _ in log.fields} | {SOURCE: sql_text(log.name)}
+        source = {"table": log.table, "columns": columns} | ({} if log.time == look.time_sql else {"time": log.time})
+        events.append((False, source, f"events of the rows' users; time is {log.why}"))
+        read = {"fields": [table["name"] for table, _, _ in log.fields], "where": f"{SOURCE} = {sql_text(log.name)}"}
+        why = f"the user's last {LENGTH} events of {log.table}, strictly before the row's time"
+        histories.append((False, {"name": log.name, **read, "length": LENGTH}, why))
+    for key, members in (("fields", fields), ("events", events), ("histories", histories)):
+        yield from _array(key, members)
 
 
-def _history(look: Look, item: Guess) -> Iterable[str]:
+def _of_rows(look: Look, item: Guess, fields: list[Any], events: list[Any], histories: list[Any]) -> None:
+    """Add what the rows themselves are as events."""
     first, name = look.labels.tasks[0], item.feature["name"]
     columns, where = {name: item.column.name}, {}
     if first.kind == "binary" and not look.labels.negatives:
         columns["positive"] = first.source
         where = {"where": "positive" if first.values(look.frame).dtype == pl.Boolean else "positive = 1"}
+    elif look.logs:  # others are events, too
+        columns[SOURCE] = "'rows'"
+        where = {"where": f"{SOURCE} = 'rows'"}
     title = "earlier"
     while title in {g.feature["name"] for g in look.features}:
         title += "_rows"
-    what = f" with `{first.name}` = 1" if where else ""
-    about = (
-        ("fields", {"name": name, **item.least}, f"same name as the feature: both read one table of `{name}`"),
-        ("events", {"table": "rows", "columns": columns}, "the rows themselves are events for later rows"),
-        (
-            "histories",
-            {"name": title, "fields": [name], **where, "length": LENGTH},
-            f"the user's last {LENGTH} rows{what}, strictly before the row's time",
-        ),
-    )
-    for key, table, why in about:
-        yield from _array(key, [(False, table, why)])
+    what = f" with `{first.name}` = 1" if "positive" in columns else ""
+    fields.append((False, {"name": name, **item.least}, f"same name as the feature: both read one table of `{name}`"))
+    events.append((False, {"table": "rows", "columns": columns}, "the rows themselves are events for later rows"))
+    why = f"the user's last {LENGTH} rows{what}, strictly before the row's time"
+    histories.append((False, {"name": title, "fields": [name], **where, "length": LENGTH}, why))
 
 
 def _when(look: Look, value: Any) -> str:
@@ -245,9 +268,15 @@ def _model(look: Look) -> Iterable[str]:
     tower = '"mmoe"  # several tasks: experts, mixed for each' if len(look.labels.tasks) > 1 else '"shared_bottom"'
     yield '[model.tower]  # shared_bottom, mmoe and stem are a good start; stem wants `model.tables.kind = "per_task"`'
     yield f"kind = {tower}"
-    if look.item and look.user and look.time:
+    if look.logs or (look.item and look.user and look.time):
         yield from ("", "[model.history]", 'kind = "mean"  # target_attention weighs events by what is predicted')
-    batch = 1024 if look.total >= 50_000 else 256 if look.total >= 4_000 else 64
+    if look.pictures:
+        from unbraid.config import to_dict
+
+        backbone = to_dict(look.pictures.backbone, defaults=False)  # type: ignore[arg-type]  # any part of a run
+        yield from ("", "[model.images]  # by the size of the pictures, and by what is installed")
+        yield from (f"{key} = {inline(value)}" for key, value in backbone.items())
+    batch = 32 if look.pictures else 1024 if look.total >= 50_000 else 256 if look.total >= 4_000 else 64
     epochs = min(max(-(-STEPS * batch // look.total), 3), MOST_EPOCHS)
     yield from (
         "",

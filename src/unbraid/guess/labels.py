@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
+from unbraid.data.declaration import SPLITS
+from unbraid.data.pictures import WORDS
 from unbraid.guess.columns import Column, mean
 from unbraid.guess.words import (
     ABSENT,
@@ -162,7 +164,14 @@ def guess(columns: Mapping[str, Column], user: str, item: str) -> Labels | None:
 def _can_be(c: Column) -> bool:
     return not (
         c.nested or c.dtype.is_temporal() or c.form or c.distinct < 2 or c.names_rows and not c.dtype.is_float()
-    )
+        or c.words == ["domain"] or _says_split(c)
+    )  # fmt: skip
+
+
+def _says_split(c: Column) -> bool:
+    """Does it say train, valid and test, in some words for them?"""
+    few = c.dtype == pl.String and c.distinct <= len(SPLITS)
+    return few and {str(value).strip().lower() for value in c.values.drop_nulls().unique()} <= set(WORDS)
 
 
 def _small(c: Column) -> bool:

@@ -15,9 +15,11 @@ import polars as pl
 
 from unbraid.data.source import _dtype as dtype_of
 from unbraid.data.source import expression, to_time
-from unbraid.guess.columns import EACH, Column, Guess, columns_of, inside, kind_of, mean
+from unbraid.guess.beside import pictures_beside
+from unbraid.guess.columns import EACH, Column, Guess, columns_of, inside, kind_of, mean, of_column
 from unbraid.guess.labels import Label, Labels, guess, label_of
 from unbraid.guess.leaks import SURE, SUSPECT, follows_item, rank_correlation, tells, together
+from unbraid.guess.logs import Clock, Log, log_of
 from unbraid.guess.roles import item_of, user_of
 from unbraid.guess.split import Split, split_of
 from unbraid.guess.tables import Joiner, Tables, find_tables
@@ -68,16 +70,17 @@ class Look:
     Attributes:
         frame: a sample of the rows with joined columns, every ``step``-th; total: number of rows.
         columns: name -> `Column`; labels: the tasks and what they could be; features: a `Guess` for every other column.
-        joins: (join, why); unused: (table, why).
+        joins: (join, why); logs: tables of events; unused: (table, why).
         user, time: column names, "" for none; time_sql, time_unit: how the run file reads them.
         no_user: why there is no user.
         item: the feature that names what is recommended.
         split: which rows train and test.
+        pictures: the table whose rows have pictures, if there is one.
     """
 
     def __init__(self, path: Path, labels: list[str], roles: Mapping[str, str]) -> None:
         self.path, self.given, self.roles = path, bool(labels), roles
-        self.tables = find_tables(path)
+        self.tables, self.pictures = pictures_beside(path, find_tables(path))
         rows, guessed = self._rows(labels)
         self.table, self.own, self.total, self.step = rows.table, rows.own, rows.total, rows.step
         if not self.total:
@@ -102,6 +105,7 @@ class Look:
         self._share_vocabularies()
         if self.labels.negatives:
             self._leave_items_columns()
+        self._logs(joiner)
 
     # ---------------------------------------------------------------------------------------------------------- labels
     def _rows(self, labels: list[str]) -> tuple[Rows, Labels | None]:
@@ -109,7 +113,8 @@ class Look:
 
         Raises ValueError when there is none.
         """
-        have = {t: self.tables.plan(t).collect_schema().names() for t in self.tables.names}
+        names = [self.pictures.table] if self.pictures else self.tables.names
+        have = {t: self.tables.plan(t).collect_schema().names() for t in names}
         for label in labels:
             require(label, "--label", [c for names in have.values() for c in names])
         if labels:
@@ -203,6 +208,8 @@ class Look:
 
     # -------------------------------------------------------------------------------------------------------- features
     def _feature(self, column: Column) -> Guess:
+        if self.pictures and column.name == self.pictures.column:
+            return Guess(column, of_column(column.name, "image"), self.pictures.why)
         found = self._age(column) or kind_of(column)
         found.out = self._why_out(column, found)
         return found
@@ -301,6 +308,23 @@ class Look:
                 bag.feature.pop("min_count", None)
                 bag.feature |= {"vocabulary": item.feature["name"], **item.least}
                 bag.why += f"; {share:.0%} of its values are values of `{item.column.name}`"
+
+    def _logs(self, joiner: Joiner) -> None:
+        """Take tables of events of the rows' users as histories."""
+        self.logs: list[Log] = []
+        if not (self.user and self.time):
+            return
+        unused, self.unused = self.unused, []
+        clock = Clock(self.time, self.time_unit if self.time_is_number else "us", self.time_is_number)
+        item = (self.item.column.name, self.item.feature, self.item.column.values) if self.item else None
+        for table, why in unused:
+            taken = [*(g.feature["name"] for g in self.features), "earlier", *(log.name for log in self.logs)]
+            alike = joiner.alike(table)
+            found = log_of(self.tables, table, self.user, self.frame[self.user], clock, item, taken, alike)
+            if isinstance(found, Log):
+                self.logs.append(found)
+            else:
+                self.unused.append((table, why if self.user not in joiner.plans[table].collect_schema() else found))
 
     def _leave_items_columns(self) -> None:
         """Negatives get another item, and the columns of the rows' own table stay: those of the item would tell them apart."""

@@ -12,14 +12,18 @@ import polars as pl
 
 from unbraid.data.declaration import Join, Text
 from unbraid.data.pictures import WORDS
-from unbraid.data.source import scan
+from unbraid.data.source import TABLES, scan
+from unbraid.data.text import SEPARATORS, first_lines, stem, suffixes
 from unbraid.data.vocabulary import canonical
-from unbraid.guess.words import words_of
+from unbraid.guess.words import USERS, words_of
 
-SUFFIXES = (".parquet", ".csv", ".tsv")
-SEPARATORS = ",;\t|"
+MARKS = ",;\t|"
 OVERLAP = 0.2  # of the rows' keys that a joined table should have
 KEYS = ("id", "key", "code")  # of a table, called otherwise in the rows
+
+
+class NoTables(ValueError):
+    """A folder holds no table."""
 
 
 @dataclass
@@ -46,22 +50,22 @@ def find_tables(path: Path) -> Tables:
 
     Raises ValueError when there are none.
     """
-    if path.is_file() and path.suffix in SUFFIXES:
+    if path.is_file() and suffixes(path)[0] in TABLES:
         return Tables(path.parent.resolve(), [path.name], _texts(path.parent, {path.name: [path]}))
     if not path.exists():
         raise ValueError(f"There is no file or folder {path}.")
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and not _hidden(p, path)) if path.is_dir() else []
+    files = [p for p in path.rglob("*") if suffixes(p)[0] in TABLES and not _hidden(p, path)] if path.is_dir() else []
     if not files:
-        raise ValueError(
-            f"{path} should be a Parquet or CSV file (.parquet, .csv, .tsv) or a folder of them, or a folder of pictures, "
-            f"which is read without `--label`. Found {_what_is_there(path)}."
+        raise NoTables(
+            f"{path} should be a Parquet or CSV file (.parquet, .csv, .tsv, .csv.gz, .csv.zst ...) or a folder of them, or a "
+            f"folder of pictures, which is read without `--label`. Found {_what_is_there(path)}."
         )
     units: dict[str, list[Path]] = {}
-    for file in files:  # a file, or a folder with files anywhere below
+    for file in sorted(files):  # a file, or a folder with files anywhere below
         units.setdefault(file.relative_to(path).parts[0], []).append(file)
     groups: dict[Any, list[str]] = {}
     for name, members in units.items():
-        groups.setdefault((members[0].suffix, _schema(path, members[0])), []).append(name)
+        groups.setdefault(("".join(suffixes(members[0])), _schema(path, members[0])), []).append(name)
     found = Tables(path.resolve(), [], [])
     for (suffix, _), names in groups.items():
         _add(found, path, names, suffix, whole=len(groups) == 1 and len(files) > 1, units=units)
@@ -84,7 +88,7 @@ def _schema(root: Path, file: Path) -> tuple[Any, ...]:
     table = str(file.relative_to(root))
     plan = scan(str(root.resolve()), table, Path(), text=_texts(root, {table: [file]}))
     schema = plan.collect_schema()
-    return tuple(schema.items()) if file.suffix == ".parquet" else tuple(schema)
+    return tuple(schema) if suffixes(file)[0] in SEPARATORS else tuple(schema.items())
 
 
 def _add(
@@ -148,22 +152,20 @@ def _glob_of(root: Path, mine: Sequence[Path], files: Sequence[Path]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- text
 def _texts(root: Path, tables: Mapping[str, Sequence[Path]]) -> list[Text]:
-    """How those tables of text are written that are not CSV with commas."""
+    """How those tables of text are written whose files' names say something else."""
     found = []
     for table, files in tables.items():
-        if files[0].suffix != ".parquet" and (mark := separator_of(files[0])) != ",":
+        usual = SEPARATORS.get(suffixes(files[0])[0], "")
+        if usual and (mark := separator_of(files[0], usual)) != usual:
             found.append(Text(table, separator=mark))
-        elif files[0].suffix == ".tsv":
-            found.append(Text(table, separator=","))
     return found
 
 
-def separator_of(file: Path) -> str:
+def separator_of(file: Path, usual: str = ",") -> str:
     """The character between a file's columns: the one that cuts the first lines into the most columns, alike in each."""
-    with file.open(encoding="utf-8", errors="replace", newline="") as text:
-        lines = [line for _, line in zip(range(50), text, strict=False) if line.strip()]
-    best, most = ",", 1
-    for mark in SEPARATORS:
+    lines = [line for line in first_lines(file, 50) if line.strip()]
+    best, most = usual, 1
+    for mark in MARKS:
         widths = [len(row) for row in csv.reader(lines, delimiter=mark)]
         if widths and widths[0] > most and widths.count(widths[0]) >= 0.9 * len(widths):
             best, most = mark, widths[0]
@@ -202,8 +204,8 @@ class Joiner:
         for on, key in chosen:
             columns = [c for c in plan.collect_schema() if c != key]
             clash = set(columns) & set(self.frame.columns) or len(chosen) > 1
-            stem = words_of(on)[0] if len(chosen) > 1 else Path(table).stem.rstrip("s*-_") or on
-            join = Join(table, on, key if key != on else "", f"{stem}_" if clash else "")
+            name = words_of(on)[0] if len(chosen) > 1 else stem(table).rstrip("s*-_") or on
+            join = Join(table, on, key if key != on else "", f"{name}_" if clash else "")
             right = plan.rename(join.named(plan.collect_schema().names()))
             if set(right.collect_schema()) & (set(self.frame.columns) - {on}):
                 continue
@@ -218,11 +220,13 @@ class Joiner:
         """(column of the rows, unique column of the table) with values in common: of one name, or named after the table."""
         plan = self.plans[table]
         have = plan.collect_schema()
-        names = words_of(Path(table).stem)
+        names = words_of(stem(table))
         stems = {w.rstrip("s") for w in names} | {w for w in names}
         shared = [(c, c) for c in have if c in self.frame.columns and self._unique(table, c)]
         if fitting := [pair for pair in shared if self._fits(plan, *pair)]:
             return fitting
+        if any(c in self.own and set(words_of(c)) & USERS for c in have):
+            return []  # many rows for a user are events: their own number is nobody's key
         keys = [
             c
             for c in dict.fromkeys((*(c for c in have if c.lower() in KEYS), next(iter(have))))
@@ -260,11 +264,16 @@ class Joiner:
         rows, found = keys.select(pl.len(), f=pl.col(key).is_in(values.implode()).sum()).collect().row(0)
         return found >= max(OVERLAP * min(len(values), rows), 2)
 
+    def alike(self, table: str) -> bool:
+        """Has a table the columns of the rows, but for one or two, and no others?"""
+        have = set(self.plans[table].collect_schema())
+        return have <= set(self.own) and len(set(self.own) - have) <= 2 < len(have)
+
     def _why_not(self, table: str) -> str:
         have = self.plans[table].collect_schema()
         shared = [c for c in have if c in self.frame.columns]
         missing = [c for c in self.own if c not in have]
-        if set(have) <= set(self.own) and len(missing) <= 2 and len(have) > 2:
+        if self.alike(table):
             lacks = f"it has no {' and no '.join(missing)}" if missing else "it has the same columns"
             return f"{lacks}: rows to predict, perhaps (`unbraid predict`)"
         if not shared:

@@ -6,13 +6,13 @@ import re
 
 USERS = set(
     """
-    user users uid member customer visitor client reviewer consumer buyer person account subscriber guest borrower
+    user users uid member customer visitor client reviewer consumer buyer person account subscriber guest borrower patient
     """.split()
 )
 ITEMS = set(
     """
     item items iid video product movie song track goods article news sku ad doc content book poi business
-    post photo listing game app recipe show asin
+    post photo listing game app recipe show asin offer
     """.split()
 )
 TIMES = set("time timestamp ts datetime date day hour created at dt unix".split())
@@ -49,10 +49,13 @@ AMOUNTS = set("delay price salary wage amount sales revenue demand spend spent q
 PEOPLE = set(
     "sex gender race ethnicity black white married marital age".split()
 )  # about a person, and rarely to be predicted
-PEOPLE = set(
-    "sex gender race ethnicity black white married marital age".split()
-)  # about a person, and rarely to be predicted
 ACTIONS = set("event behavior behaviour action activity interaction".split())
+EVENTS = set(
+    """
+    event action log history view visit session click play cart search impression purchase order transaction activity
+    interaction behavior behaviour watch listen read browse
+    """.split()
+)  # of a table's name, without the s of a plural
 WANTED = set(
     """
     buy purchase transaction order cart addtocart add_to_cart fav favorite like follow share click convert checkout
