@@ -106,8 +106,9 @@ def log_of(args: argparse.Namespace) -> tuple[Data, str]:
     seen = History(
         "seen", fields=("video_id", "author_id", "topic", "gap", "position"), where=data.histories[0].where, length=200
     )
+    keep = f"({data.keep}) and user_id % 5 = 0" if args.quick else data.keep
     data = replace(
-        data, domain="", histories=(seen,), cache=cache, features=(*data.features, Feature("topic", column=topic)),
+        data, domain="", histories=(seen,), cache=cache, keep=keep, features=(*data.features, Feature("topic", column=topic)),
         fields=(*data.fields, Field("topic")),
         events=(*earlier, replace(impressions, columns={**impressions.columns, "topic": topic})),
     )  # fmt: skip
@@ -177,7 +178,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--quick", action="store_true", help="a few steps, one rate: does it run")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps, one rate, a fifth of the bundled users: does it run"
+    )
     args = parser.parse_args()
     args.out = args.out.resolve()
     data, category = log_of(args)

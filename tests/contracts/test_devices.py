@@ -65,7 +65,7 @@ def fit_on(
             average=run.average,
         )  # fmt: skip
         attach(data, model, augment=run.augment, device=device)
-        rows = session.rows("valid")[:200]
+        rows = session.rows("valid")[:50]
         with contextlib.suppress(KeyboardInterrupt):
             session.fit(model, 3, rows=session.rows("train")[:512], stream=short.mix is None)
     assert session.steps == 3
@@ -129,11 +129,11 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
     return Encoded(encode(data, tables={"log": members.LOG}))
 
 
-@pytest.mark.parametrize("choice", choices())
+@pytest.mark.parametrize("choice", choices(crossed=False))
 def test_every_model_steps_and_predicts_on_another_device(choice: ModelChoice, encoded: Encoded) -> None:
     found = []
-    for device in ("cpu", DEVICE):
-        with Apart():
+    for device, where in (("cpu", contextlib.nullcontext()), (DEVICE, Apart())):
+        with where:
             run, model = model_of(choice, encoded)
             model = model.to(device)
             # gradients that are 0 but for rounding (biases below a normalisation) stay small with this eps

@@ -210,18 +210,18 @@ def test_a_full_disk_leaves_nothing_half_written(here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kill_nine_ten_times_then_resume_is_bit_equal(here: Path) -> None:
-    """Ten deaths by SIGKILL at random moments of training, each resumed: the weights are those of an undisturbed run."""
+def test_kill_nine_four_times_then_resume_is_bit_equal(here: Path) -> None:
+    """Four deaths by SIGKILL at random moments of training, each resumed: the weights are those of an undisturbed run."""
     settings = [
         "model.tower.kind=stem", "model.tower.dropout=0.2", "model.tables.kind=per_task", "model.tables.lazy_rows=0",
-        "update.table_weight_decay=0.01", "training.steps=2500", "training.evaluate_every=100", "training.checkpoint_steps=7",
+        "update.table_weight_decay=0.01", "training.steps=1200", "training.evaluate_every=100", "training.checkpoint_steps=7",
     ]  # fmt: skip
     words = [sys.executable, "-m", "unbraid", "train", str(here / "run.toml"), "--no-baseline"]
     words += [w for s in settings for w in ("--set", s)]
     env = {**ENV, "UNBRAID_CACHE": str(here / "cache3")}
     subprocess.run([*words, "--out", str(here / "whole")], env=env, check=True, capture_output=True)
     chance, kills, steps = random.Random(0), 0, []
-    while kills < 10:
+    while kills < 4:
         resume = ["--resume"] if (here / "cut" / "run.toml").exists() else []
         process = subprocess.Popen(
             [*words, "--out", str(here / "cut"), *resume], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -236,7 +236,7 @@ def test_kill_nine_ten_times_then_resume_is_bit_equal(here: Path) -> None:
         process.wait()
         kills += 1
         steps.append(store.load(checkpoint)["step"])
-    assert steps == sorted(steps) and len(set(steps)) == 10, steps
+    assert steps == sorted(steps) and len(set(steps)) == 4, steps
     subprocess.run([*words, "--out", str(here / "cut"), "--resume"], env=env, check=True, capture_output=True)
     whole, cut = (store.load(here / name / "weights.safetensors") for name in ("whole", "cut"))
     assert all((whole[k] == cut[k]).all() for k in whole) and whole.keys() == cut.keys()

@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from published import seeds
 from scipy.stats import spearmanr
 from toylog import make_data, make_log, make_run
 
@@ -564,7 +565,7 @@ def test_planted_number(single, period):
         data = Data(rows="log", features=(Feature("x", kind="number", transform=transform),), tasks=(Task("y"),),
                     split=Split(kind="column", column="part"))  # fmt: skip
         aucs = []
-        for seed in range(3):
+        for seed in seeds(1, 3):
             model = config.ModelChoice(numbers=member, tower=SharedBottom(bottom=(64,), tower=(32,)))
             run = config.Run(data=data, seed=seed, model=model, training=Training(batch_size=256, epochs=12, patience=3),
                              update=config.Joint(lr=0.005))  # fmt: skip
