@@ -137,3 +137,12 @@ def test_tables_that_are_in_the_way_are_named(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="rows.parquet is there, and is no table of pictures"):
         infer(folder)
+
+
+def test_a_name_that_two_pictures_share_is_nobodys(tmp_path: Path) -> None:
+    folder = written(tmp_path / "pets", [f"{'ab'[n % 2]}/{n if n > 3 else n // 2}.png" for n in range(N)])
+    frame = pl.DataFrame({"file": [f"{n}.png" for n in (0, 1, *range(4, N))], "label": ["x", "y", *LABELS[4:]]})
+    frame.write_csv(folder / "labels.csv")
+    run, _, shown = initiated(folder)
+    assert table_of(run)["picture"].to_list() == [f"{'ab'[n % 2]}/{n}.png" for n in range(4, N)]
+    assert "! 2 rows of labels.csv have no picture" in shown and "! 4 pictures are in no row" in shown
