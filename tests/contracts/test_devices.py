@@ -13,7 +13,7 @@ import pytest
 import test_members as members
 import torch
 from devicekit import DEVICE, Apart, Mixed, There
-from test_label_blind import LOGS, base_run, setting, updates, versions
+from test_label_blind import LOGS, base_run, known_in_validation, setting, updates, versions
 from test_members import VECTORS, choices, model_of, some
 from toylog import make_data, make_run
 
@@ -218,7 +218,7 @@ def test_averages(average: Any, shared: Path, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.slow
 @pytest.mark.parametrize("selection", versions(config.SelectionChoice))
 def test_selections(selection: Any, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_alike(base_run(shared, selection=selection), tmp_path, monkeypatch)
+    assert_alike(known_in_validation(shared, selection), tmp_path, monkeypatch)
 
 
 def test_what_the_other_device_is() -> None:

@@ -456,3 +456,18 @@ def test_a_big_history_is_read_in_pieces_of_any_size(store: Store) -> None:
     assert [r.time for r in store.last(1, 5000)] == list(range(4000, 9000))
     assert store.trim(1, 2500) == 6500
     assert [record.time for record in store.read(1).records] == list(range(6500, 9000))
+
+
+def test_the_commands_tell_no_password(tmp_path: Path) -> None:
+    """Whether it stands in the environment or in the command."""
+    from typer.testing import CliRunner
+
+    from unbraid.cli.main import app
+
+    wrong = "redis:/:s3cret@127.0.0.1:1"
+    served = CliRunner().invoke(app, ["serve", str(tmp_path), "--port", "0"], env={"UNBRAID_STORE": wrong})
+    assert served.exit_code and "address should be" in served.output
+    for address in (wrong, "redis://:s3cret@127.0.0.1:1/0", "redis://:s3/cret@127.0.0.1:1/0"):
+        for command in (["stats", address], ["check", address], ["trim", address, "--keep", "5"]):
+            found = CliRunner().invoke(app, ["store", *command])
+            assert found.exit_code and "cret" not in found.output + served.output, found.output
