@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 import tomllib
 from dataclasses import fields
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_benchmarks import run_twice
 
 from unbraid import config, store
 from unbraid.analysis.transfer import delta_m
@@ -123,11 +123,9 @@ def test_a_part_runs_and_continues(tmp_path: Path) -> None:
     source.mkdir()
     for n, (name, rows) in enumerate(zip(FILES, (2500, 600), strict=True)):
         people(source / name, rows, n)
-    command = [sys.executable, str(SCRIPT), "census", "--out", str(tmp_path / "out"), "--source", str(source), "--steps", "6",
-               "--seeds", "2", "--jobs", "1", "--only", "equal_weight", "adatask_mean", "gcs", "fork_merge"]  # fmt: skip
-    found = [subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout for _ in range(2)]
-    assert found[0] == found[1], "nothing is trained twice"
-    last = json.loads(found[0].splitlines()[-1])
+    asked = "census --steps 6 --seeds 2 --jobs 1 --only equal_weight adatask_mean gcs fork_merge".split()
+    shown = run_twice("paper_interference", *asked, "--out", str(tmp_path / "out"), "--source", str(source))
+    last = json.loads(shown.splitlines()[-1])
     names = {"single_task", "equal_weight", "adatask_mean", "gcs", "fork_merge"}
     assert last["rates"].keys() == last["delta_m"].keys() == names and last["delta_m"]["single_task"] == 0
     whole = json.loads((tmp_path / "out" / "steps-6" / "census.json").read_text())
@@ -137,4 +135,4 @@ def test_a_part_runs_and_continues(tmp_path: Path) -> None:
         "two targets, two branches"
     )
     assert whole["cost"]["gcs"]["steps"] == 12, "two targets"
-    assert "Unequal budgets" in found[0] and "fork_merge" in found[0]
+    assert "Unequal budgets" in shown and "fork_merge" in shown

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from published import seeds
 
 from unbraid.uncertainty.explore import UCB, Belief, Thompson, sigmoid
 from unbraid.uncertainty.last_layer import Logistic
@@ -113,7 +114,7 @@ def test_exploration_pays_at_the_end_of_a_short_game() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [one_hot, features])
 def test_exploration_pays(world: Callable) -> None:
-    found = play(world, 10, 5000)
+    found = play(world, len(seeds(5, 10)), 5000)
     print(world.__name__, table(found), sep="\n")
     check(found)
 
