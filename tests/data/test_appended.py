@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 from test_encode import same
 
+from unbraid.data import dictionary, events
 from unbraid.data import encode as encoding
-from unbraid.data import events
 from unbraid.data.declaration import Data, Events, Join, Split
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
@@ -80,10 +80,13 @@ def whole(log: Path) -> Encoded:
     return Encoded(encode(replace(DATA, appended=False, cache=str(log / "other"), folder=str(log))))
 
 
-@pytest.mark.parametrize("share", [pytest.param(30, marks=pytest.mark.slow), 1 << 20])
-def test_two_days_more_are_read_alone(share: int, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one bound everything is in runs, with the other in memory until it is kept."""
+@pytest.mark.parametrize(
+    ("share", "large"), [pytest.param(30, 1 << 20, marks=pytest.mark.slow), (1 << 20, 1 << 20), (1 << 20, 2)]
+)
+def test_two_days_more_are_read_alone(share: int, large: int, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one bound everything is in runs, with the other in memory until it is kept; vocabularies in memory, or on disk."""
     monkeypatch.setattr(encoding, "SHARE", share)
+    monkeypatch.setattr(dictionary, "LARGE", large)
     first, rows, found = made(log, monkeypatch)
     same(first.columns, whole(log).columns)
     assert rows == 400 and found == 800
