@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -28,6 +29,7 @@ from unbraid.train import Local, Watcher
 from unbraid.types import Batch
 
 
+@functools.cache
 def uneven_log(rows: int = 600, pictures: bool = False) -> pl.DataFrame:
     """The toy log, with labels of ``buy`` on few rows; with a small picture on each, if asked."""
     hidden = np.random.default_rng(7).random(rows) < 0.6
