@@ -35,7 +35,7 @@ import numpy as np
 
 from unbraid import config, recipes, store
 from unbraid.augmentations.tabular import Change, Tabular
-from unbraid.bundle import Bundle, Predictor
+from unbraid.bundle import Bundle
 from unbraid.calibrate import calibrate
 from unbraid.calibration.binning import Histogram, Isotonic
 from unbraid.calibration.cpcs import CPCS
@@ -62,6 +62,7 @@ from unbraid.losses.supervised import Supervised
 from unbraid.optim.beta_average import BetaAverage
 from unbraid.optim.ema import EMA
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor
 from unbraid.render import markdown, render_comparison
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training

@@ -3,10 +3,10 @@
 import numpy as np
 import polars as pl
 
-from unbraid.bundle import Predictor, with_uncertainty
 from unbraid.config import Run
 from unbraid.data.declaration import Data, Split
 from unbraid.job import train
+from unbraid.predictor import Predictor, with_uncertainty
 from unbraid.train import Training
 from unbraid.types import Feature, Task
 from unbraid.uncertainty.explore import UCB, Thompson

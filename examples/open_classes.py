@@ -5,13 +5,14 @@ import polars as pl
 import torch
 
 from unbraid.analysis.open_classes import in_the_wild
-from unbraid.bundle import Predictor, with_classes
+from unbraid.bundle import with_classes
 from unbraid.class_head import ClassFile, write_vectors
 from unbraid.config import ModelChoice, Run
 from unbraid.data.declaration import Data, Split
 from unbraid.job import train
 from unbraid.losses.margin import Margin
 from unbraid.optim.beta_average import BetaAverage
+from unbraid.predictor import Predictor
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training
 from unbraid.types import Feature, Task

@@ -3,12 +3,12 @@
 import numpy as np
 import pandas as pd
 
-from unbraid.bundle import Predictor
 from unbraid.config import ModelChoice, Run
 from unbraid.data.declaration import Data, Events, Split
 from unbraid.encoders.table import Views
 from unbraid.job import train
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor
 from unbraid.towers.stem import STEM
 from unbraid.train import Training
 from unbraid.types import Feature, Field, History, Task

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from toylog import make_data, make_run
 
 from unbraid import config
-from unbraid.bundle import Bundle, BundleError, Predictor, build, with_classes
+from unbraid.bundle import Bundle, BundleError, build, with_classes
 from unbraid.class_head import Classes, ClassFile, read_vectors
 from unbraid.config import ModelChoice, RunError
 from unbraid.data.declaration import Split
@@ -26,6 +26,7 @@ from unbraid.job import train
 from unbraid.losses.margin import Margin
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor
 from unbraid.schedules.individual import Individual
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training

@@ -16,10 +16,11 @@ from toylog import make_data, make_log, make_run
 from typer.testing import CliRunner
 
 from unbraid import config
+from unbraid.bootstrap import Drawn
 from unbraid.cli.main import app
 from unbraid.compare import MEAN, budget_of, check, compare, difference, holm, same_rows, tabulate, with_means
 from unbraid.data.declaration import Split
-from unbraid.evaluate import Drawn, Slice, evaluate, replicate
+from unbraid.evaluate import Slice, evaluate, replicate
 from unbraid.job import JobError
 from unbraid.render import budget, comparison_cells, render_comparison
 from unbraid.schedules.online import Online

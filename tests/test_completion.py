@@ -52,7 +52,7 @@ def test_the_names_are_those_that_there_are() -> None:
     from unbraid import recipes
     from unbraid.calibrate import CalibratorChoice
     from unbraid.diagnosis.diagnose import CHECKS, THOROUGH
-    from unbraid.evaluate import NAMES
+    from unbraid.measures import NAMES
 
     assert complete.recipe_names() == list(recipes.RECIPES)
     assert complete.metric_names() == sorted({name for names in NAMES.values() for name in names})

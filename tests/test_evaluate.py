@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
-from unbraid import evaluate as module
+from unbraid import bootstrap
 from unbraid.evaluate import auc, evaluate, summary, user_means
 from unbraid.render import render_markdown, render_table
 from unbraid.types import Schema, Scores, Task
@@ -365,24 +365,13 @@ def test_user_means_are_over_rows_and_their_draws_over_users():
     assert "no replicates" in user_means(columns, user, replicates=0)["x"]["why"]
 
 
-def test_poisson_draws():
-    """Mean and variance of the table are 1; the draws of a user do not depend on how many users there are."""
-    table = module._POISSON.astype(float)
-    assert len(table) == 65536
-    assert table.mean() == pytest.approx(1, abs=1e-4) and table.var() == pytest.approx(1, abs=3e-4)
-    few, many = module._draws(1, 0, 7, 30), module._draws(1, 0, 1000, 30)
-    assert (few == many[:7]).all() and (module._draws(2, 0, 7, 30) != few).any()
-    assert abs(many.mean() - 1) < 4 / math.sqrt(30_000)
-    assert abs(np.corrcoef(many[:-1].ravel(), many[1:].ravel())[0, 1]) < 4 / math.sqrt(30_000)
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_a_replicate_is_the_metric_of_the_drawn_users(seed):
     """With one replicate both ends of the interval are its value; each draw of a user is a user of its own."""
     scores = noisy(seed, rows=900, users=60)
     found = evaluate(scores, schema(), replicates=1, seed=seed, at=(1, 2))["t"]
     users, code = np.unique(scores.group, return_inverse=True)
-    draws = module._draws(seed, 0, len(users), 1)[:, 0].astype(int)
+    draws = bootstrap._draws(seed, 0, len(users), 1)[:, 0].astype(int)
     rows = np.repeat(np.arange(900), draws[code])
     copy = np.concatenate([np.arange(n) for n in draws[code]])
     drawn = pick(scores, rows)
@@ -402,7 +391,7 @@ def test_a_replicate_of_other_tasks(kind):
     y = rng.integers(0, 3, 300) if kind == "multiclass" else rng.normal(size=300)
     scores = scored(z, y, rng.integers(0, 30, 300))
     found = evaluate(scores, schema(kind), replicates=1)["t"]
-    draws = module._draws(0, 0, 30, 1)[:, 0].astype(int)
+    draws = bootstrap._draws(0, 0, 30, 1)[:, 0].astype(int)
     expected = evaluate(pick(scores, np.repeat(np.arange(300), draws[scores.group])), schema(kind), replicates=0)["t"]
     for name, value in values(expected).items():
         assert found[name]["low"] == pytest.approx(value, rel=1e-5) and found[name]["low"] != found[name]["value"]
@@ -432,7 +421,7 @@ def test_linearised_auc_interval_agrees_with_an_exact_bootstrap():
 
     found = evaluate(scored(z, y, user), schema(), replicates=replicates)["t"]["auc"]
     ours = np.array([found["low"], found["high"]])
-    same, deviation = ends(module._draws(0, 0, users, replicates).T.astype(float))
+    same, deviation = ends(bootstrap._draws(0, 0, users, replicates).T.astype(float))
     assert np.abs(ours - same).max() < 0.06 * deviation
     other, _ = ends(rng.poisson(1, (replicates, users)).astype(float))
     assert np.abs(ours - other).max() < (4 * math.sqrt(2) * 2.67 / math.sqrt(replicates) + 0.06) * deviation
@@ -475,7 +464,7 @@ def test_seed_confidence_and_blocks(monkeypatch):
     narrow = evaluate(scores, schema(), confidence=0.5)["t"]["auc"]
     wide = base["t"]["auc"]
     assert wide["low"] < narrow["low"] < narrow["value"] < narrow["high"] < wide["high"]
-    monkeypatch.setattr(module, "BLOCK", 16)  # users of a slice then lie in several blocks, some with gaps
+    monkeypatch.setattr(bootstrap, "BLOCK", 16)  # users of a slice then lie in several blocks, some with gaps
     apart = evaluate(scores, schema(), replicates=4000, at=(1,))["t"]["domains"]["home"]
     monkeypatch.undo()
     together = evaluate(scores, schema(), replicates=4000, at=(1,))["t"]["domains"]["home"]

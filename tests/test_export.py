@@ -20,7 +20,7 @@ from toylog import make_data, make_log, make_run, views_for
 from typer.testing import CliRunner
 
 from unbraid import config, export
-from unbraid.bundle import Bundle, Predictor, build
+from unbraid.bundle import Bundle, build
 from unbraid.calibration.kept import Calibrators, Kept
 from unbraid.calibration.maps import Affine, Calibration, Curves, Linear
 from unbraid.class_head import Classes
@@ -34,6 +34,7 @@ from unbraid.encoders.table import Views
 from unbraid.graph import PREDICTED, Graph, drawn, inputs_of, mapped, taken_apart
 from unbraid.heads import Heads
 from unbraid.model import Model
+from unbraid.predictor import Predictor
 from unbraid.types import Feature, Field, History, Task
 from unbraid.uncertainty.last_layer import digest_of
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from toylog import make_log, make_run
 
-from unbraid.bundle import Bundle, Predictor
+from unbraid.bundle import Bundle
 from unbraid.config import ModelChoice
 from unbraid.job import train
 from unbraid.mc_dropout import McDropout
+from unbraid.predictor import Predictor
 from unbraid.towers.mlp import SharedBottom
 from unbraid.types import Batch, Output, Schema, Task
 

@@ -20,7 +20,7 @@ from unbraid import config
 from unbraid.backbones.efficientnet_lite0 import EfficientNetLite0
 from unbraid.backbones.minilm import MiniLM
 from unbraid.backbones.small_conv import SmallConv
-from unbraid.bundle import BACKBONES, Bundle, BundleError, Predictor, build, with_uncertainty
+from unbraid.bundle import BACKBONES, Bundle, BundleError, build
 from unbraid.cli.main import app
 from unbraid.config import ModelChoice, Run, RunError
 from unbraid.data.describe import describe
@@ -30,6 +30,7 @@ from unbraid.data.features import attach
 from unbraid.data.table import Encoded
 from unbraid.job import evaluate_bundle, train
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor, with_uncertainty
 from unbraid.types import Feature, Task
 
 pytest.importorskip("PIL", reason="Pillow is not installed")

@@ -26,11 +26,12 @@ from toylog import make_log, make_run
 from unbraid import config, store
 from unbraid.backbones.frozen import read_weights
 from unbraid.backbones.timm_models import Timm
-from unbraid.bundle import Bundle, BundleError, Predictor
+from unbraid.bundle import Bundle, BundleError
 from unbraid.data.encode import encode
 from unbraid.data.source import DataError, expression
 from unbraid.data.table import Encoded
 from unbraid.job import train
+from unbraid.predictor import Predictor
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "unbraid"

@@ -91,7 +91,7 @@ def test_a_part_is_taken_out_by_one_line(line: str, table: Encoded, whole: Any) 
     assert config.to_dict(run) != config.to_dict(recipes.tencent())
     model = bundle.build(run, table.schema)
     batch = table.batch(table.split("train")[:64])
-    output = model(batch, 0)
+    output = model(batch)
     losses = [loss for term in bound_terms(run, table.schema, model) for loss in term(output, batch, 0).values()]
     assert all(output.logits[task.name].isfinite().all() for task in table.schema.tasks)
     total = torch.stack(losses).sum()

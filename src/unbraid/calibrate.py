@@ -15,13 +15,14 @@ from pydantic import TypeAdapter, ValidationError
 from scipy.special import expit
 
 from unbraid import store
-from unbraid.bundle import CALIBRATION, Bundle, BundleError, Predictor, trained_splits
+from unbraid.bundle import CALIBRATION, Bundle, BundleError, trained_splits
 from unbraid.calibration.kept import Calibrators, Kept
 from unbraid.calibration.maps import Calibration, confidence
 from unbraid.config import CalibratorChoice, RunError
 from unbraid.data.source import Tables
 from unbraid.evaluate import evaluate
 from unbraid.layers import device_of
+from unbraid.predictor import Predictor
 from unbraid.slots import Calibrator
 from unbraid.types import Schema, Scores, Task
 from unbraid.uncertainty.last_layer import digest_of

@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import polars as pl
@@ -67,21 +67,6 @@ class Classes:
     def __post_init__(self) -> None:
         require_scale(self.scale)
         object.__setattr__(self, "vectors", unit(self.vectors).float())
-
-
-class ClassSource(Protocol):
-    """Config of where vectors of classes come from."""
-
-    @property
-    def scale(self) -> float:
-        """Factor of the cosine between a row and a class."""
-
-    @property
-    def projection(self) -> Projection:
-        """What makes a row's hidden vector comparable with the classes' vectors."""
-
-    def of(self, names: Sequence[str]) -> Classes:
-        """Vectors of the classes with these names, in order; ValueError: one has none."""
 
 
 @dataclass(frozen=True)

@@ -46,18 +46,19 @@ import numpy as np
 
 from unbraid import config, store
 from unbraid.adapters.frames import in_polars
+from unbraid.bootstrap import Drawn
 from unbraid.bundle import BundleError, build
 from unbraid.data.declaration import Data
 from unbraid.data.encode import encode, fingerprint
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import Tables
 from unbraid.data.table import Encoded
-from unbraid.evaluate import Array, Drawn, Slice, lead_metric, lower_is_better, replicate
+from unbraid.evaluate import Slice, lead_metric, lower_is_better, replicate
 from unbraid.job import baseline_scores, default_baseline, train
 from unbraid.preflight import JobError, bound_terms, check_labels
 from unbraid.render import render_comparison
 from unbraid.train import Watcher
-from unbraid.types import Scores, Task
+from unbraid.types import Array, Scores, Task
 
 BASELINE = "target_encoding"
 MEAN = "mean of tasks"

@@ -2,7 +2,7 @@
 
 The folder holds ``model.onnx`` (any ONNX runtime) or ``model.pt2`` (`torch.export.load`), ``export.json``, and, as a bundle does,
 ``run.toml``, ``schema.json`` and ``vocabularies/``.  A runtime of another language needs the graph, ``export.json`` and the
-vocabularies; `Exported` reads all of it and predicts raw rows as `unbraid.bundle.Predictor` does.
+vocabularies; `Exported` reads all of it and predicts raw rows as `unbraid.predictor.Predictor` does.
 
 Before anything is written the graph predicts rows of the run's validation split beside the bundle, as well as rows without
 events and a single row, since a graph is traced from one batch and may have kept something of its sizes.  A module that no
@@ -32,13 +32,14 @@ from torch.overrides import TorchFunctionMode
 
 from unbraid import config, store
 from unbraid.adapters.frames import Table
-from unbraid.bundle import Bundle, environment, given_rows, predictions
+from unbraid.bundle import Bundle, environment
 from unbraid.data.declaration import Data
 from unbraid.data.encode import encode
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import Tables
 from unbraid.data.table import Encoded
 from unbraid.graph import PREDICTED, Graph, Input, drawn, inputs_of, taken_apart
+from unbraid.predictor import given_rows, predictions
 from unbraid.train import predict as scores_of
 from unbraid.types import Batch, Ragged, Schema
 from unbraid.uncertainty.last_layer import digest_of
@@ -335,7 +336,7 @@ def loaded(path: Path, inputs: Sequence[Input], threads: int = 0) -> Run:
 
 
 class Exported:
-    """An exported folder: raw rows in, probabilities out, as `unbraid.bundle.Predictor`.
+    """An exported folder: raw rows in, probabilities out, as `unbraid.predictor.Predictor`.
 
     Args:
         place: the folder; folder: where joined tables and events are read from now, the run's own folder by default.

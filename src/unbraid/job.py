@@ -18,7 +18,7 @@ from torch import nn
 from unbraid import config, parallel, sharded_files, sharding, store
 from unbraid.adapters.frames import in_polars, lazy
 from unbraid.baseline import TargetEncoding
-from unbraid.bundle import EVALUATION_ROWS, Bundle, build, warm_start
+from unbraid.bundle import EVALUATION_ROWS, Bundle, build
 from unbraid.data.declaration import Data
 from unbraid.data.encode import encode
 from unbraid.data.events import warnings_of
@@ -28,6 +28,7 @@ from unbraid.data.table import Encoded
 from unbraid.encoders.table import Table
 from unbraid.evaluate import evaluate
 from unbraid.model import Model
+from unbraid.predictor import Predictor
 from unbraid.preflight import (
     ORACLE,
     JobError,
@@ -45,6 +46,7 @@ from unbraid.train import Local, Watcher, predict
 from unbraid.train.dense import check_dense
 from unbraid.train.scoring import shared_scores
 from unbraid.types import FIRST_VALUE, UNKNOWN, Schema, Scores
+from unbraid.warm_start import warm_start
 
 if TYPE_CHECKING:
     from unbraid.diagnosis.diagnosis import Report
@@ -185,7 +187,7 @@ def learn(
     Returns:
         The encoded data, the trained model on the session's device, and the session, whose processes have ended.
     """
-    old = Bundle.load(run.init) if run.init else None
+    old = Bundle.load(run.init, mapped=True) if run.init else None
     grow = old.fitted if old else None
     encoded = Encoded(parallel.one_by_one(lambda: encode(run.data, tables=tables, grow=grow, progress=watcher.stage)))
     parallel.require_same("data (encoded folder, rows)", (encoded.folder.name, encoded.rows))
@@ -193,6 +195,7 @@ def learn(
     for warning in warnings_of(run.data, tables=tables):
         watcher.note(f"! {warning}")
     model, session = prepared(run, encoded, device, old=old, folder=folder, resume=resume, watcher=watcher)
+    old = grow = None  # a training does not carry along what it began with
     with contextlib.closing(session):
         trained = run.schedule(session, model, session.total_steps())
     return encoded, cast(Model, trained), session
@@ -343,13 +346,11 @@ def evaluate_bundle(
     """Metrics of a bundle on a split of its data (in ``folder`` now, if given) or on labelled rows of a file or frame.
 
     Args:
-        raw, mc_dropout: as of `unbraid.bundle.Predictor`.
+        raw, mc_dropout: as of `unbraid.predictor.Predictor`.
 
     Raises:
         JobError: no row has a label of any task.
     """
-    from unbraid.bundle import Predictor
-
     predictor = Predictor(bundle, folder, raw=raw, mc_dropout=mc_dropout)
     if rows is not None:
         scores = predictor.scores(rows, tables)

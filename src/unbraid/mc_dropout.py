@@ -61,11 +61,11 @@ class McDropout(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, batch: Batch, step: int | None = None) -> Output:
+    def forward(self, batch: Batch) -> Output:
         """The mean of the passes; the random state outside is left as it was."""
         with torch.random.fork_rng():
             torch.manual_seed(int(np.random.SeedSequence([self.seed, self.batches]).generate_state(1)[0]))
-            outputs = [self.model(batch, step) for _ in range(self.passes)]
+            outputs = [self.model(batch) for _ in range(self.passes)]
         self.batches += 1
         logits = {name: self._mean(name, torch.stack([o.logits[name] for o in outputs])) for name in outputs[0].logits}
         return replace(outputs[0], logits=logits, hidden={}, extras={})

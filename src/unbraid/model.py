@@ -87,31 +87,12 @@ class Model(nn.Module):
                     self.interactions[view_key(name)] = chosen.build(fields)
         self.experts = {name: view for name, (view, _) in plan.items()}
         self.tower = self._tower(tower, tasks, owners, config.by)
-        self.second = nn.ModuleDict()
-        hidden = getattr(encoder, "auxiliary", ())
-        if hidden and config.by == "domain":
-            raise ValueError("Second heads of tasks would write the tables of all domains. Leave `auxiliary` empty.")
-        for task in schema.tasks if hidden else ():
-            width = sum(sum(module.second.values()) for _, module in self._second_of(task.name))
-            self.second[task_key(task.name)] = SecondHead(task.name, width, hidden, schema.outputs(task))
-        head = heads or Heads()
-        self.heads_by = head.by
-        domains = len(schema.domains) if head.by == "domain" else 1
-        self.heads = nn.ModuleDict(
-            {f"task/{t.name}": TaskHead(self.tower.widths[t.name], schema.outputs(t), domains,
-                                     f"heads.two.{t.name}" if head.two and t.kind == "binary" else "", head)
-             for t in schema.tasks}
-        )  # fmt: skip
-        self._give_classes(classes or {}, head)
+        self._build_second(getattr(encoder, "auxiliary", ()), config.by)
+        self._build_heads(heads or Heads(), classes or {})
         initialise(self)
-        self.backbones = nn.ModuleDict(
-            dict(backbones or {})
-        )  # after what draws all weights anew: these bring their own
-        self.extra_heads = nn.ModuleDict()
-        if extra_heads:  # after all else is drawn, which is then what it is without them
-            trunk = self._trunk_width()
-            hidden = {t.name: cast(TaskHead, self.heads[task_key(t.name)]).width for t in schema.tasks}
-            self.extra_heads.update({e.kind: initialise(e.build(schema, trunk, hidden)) for e in extra_heads})
+        # After what draws all weights anew: these bring their own.
+        self.backbones = nn.ModuleDict(dict(backbones or {}))
+        self._build_extra_heads(extra_heads)  # after all else is drawn, which is then what it is without them
 
     # ---------------------------------------------------------------------------------------------------------- building
     def _wire(self, roles: Mapping[str, Role]) -> None:
@@ -189,6 +170,34 @@ class Model(nn.Module):
             return tower.build(tasks, names, widths)
         return tower.build(tasks, names, widths, [task.name for task in self.schema.tasks if task.role == "target"])
 
+    def _build_second(self, hidden: tuple[int, ...], by: str) -> None:
+        """Make the second heads; ``hidden``: widths of their layers, none where the history encoder has no second heads."""
+        self.second = nn.ModuleDict()
+        if hidden and by == "domain":
+            raise ValueError("Second heads of tasks would write the tables of all domains. Leave `auxiliary` empty.")
+        for task in self.schema.tasks if hidden else ():
+            width = sum(sum(module.second.values()) for _, module in self._second_of(task.name))
+            self.second[task_key(task.name)] = SecondHead(task.name, width, hidden, self.schema.outputs(task))
+
+    def _build_heads(self, config: Heads, classes: Mapping[str, Classes]) -> None:
+        """Make each task's head, or its heads of all domains."""
+        self.heads_by = config.by
+        domains = len(self.schema.domains) if config.by == "domain" else 1
+        self.heads = nn.ModuleDict()
+        for task in self.schema.tasks:
+            two = f"heads.two.{task.name}" if config.two and task.kind == "binary" else ""
+            head = TaskHead(self.tower.widths[task.name], self.schema.outputs(task), domains, two, config)
+            self.heads[task_key(task.name)] = head
+        self._give_classes(classes, config)
+
+    def _build_extra_heads(self, configs: Sequence[ExtraHead]) -> None:
+        """Make what only losses read."""
+        self.extra_heads = nn.ModuleDict()
+        if configs:
+            trunk = self._trunk_width()
+            hidden = {t.name: cast(TaskHead, self.heads[task_key(t.name)]).width for t in self.schema.tasks}
+            self.extra_heads.update({e.kind: initialise(e.build(self.schema, trunk, hidden)) for e in configs})
+
     def _give_classes(self, classes: Mapping[str, Classes], config: Heads) -> None:
         """Put heads with given vectors of classes in the place of those tasks' own."""
         require_tasks(self.schema.tasks, classes)
@@ -243,8 +252,8 @@ class Model(nn.Module):
         return frozenset(name for head in self.heads.values() for name in getattr(head, "constants", ()))
 
     # ----------------------------------------------------------------------------------------------------------- forward
-    def forward(self, batch: Batch, step: int | None = None) -> Output:
-        """What the model says about a batch.  ``step`` is for members whose behaviour depends on training time."""
+    def forward(self, batch: Batch) -> Output:
+        """What the model says about a batch."""
         out, lookups = self.trunk(batch)
         logits, hidden, two = {}, {}, dict[str, Tensor]()
         for task in self.schema.tasks:

@@ -101,8 +101,12 @@ def save(path: str | Path, state: State) -> None:
     _write(Path(path), size, write)
 
 
-def load(path: str | Path) -> State:
+def load(path: str | Path, *, mapped: bool = False) -> State:
     """Read a state that `save` wrote.
+
+    Args:
+        mapped: tensors are views of the file, which take memory only for what is read of them.  It is for one who reads some
+            and lets go: `save` replaces the file safely, but whoever writes into it changes them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -111,7 +115,7 @@ def load(path: str | Path) -> State:
     try:
         skeleton = _checked(Path(path))
         with safe_open(path, framework="pt") as file:
-            return _decode(json.loads(skeleton), file.get_tensor)
+            return _decode(json.loads(skeleton), file.get_tensor, mapped)
     except (
         SafetensorError, UnicodeDecodeError, LookupError, TypeError, ValueError, RecursionError, struct.error,
     ) as error:  # fmt: skip
@@ -174,19 +178,19 @@ def _plain(tensor: Tensor, key: str) -> Tensor:
     return tensor.detach()
 
 
-def _decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+def _decode(value: Any, tensor: Callable[[str], Tensor], mapped: bool) -> Any:
     if not isinstance(value, dict):
         return value
     ((tag, payload),) = value.items()
     if tag == "dict":
-        return {_decode(k, tensor): _decode(v, tensor) for k, v in payload}
+        return {_decode(k, tensor, mapped): _decode(v, tensor, mapped) for k, v in payload}
     if tag in ("list", "tuple"):
-        parts = [_decode(v, tensor) for v in payload]
+        parts = [_decode(v, tensor, mapped) for v in payload]
         return parts if tag == "list" else tuple(parts)
     if tag == "float":
         return float.fromhex(payload)
-    # a copy: the reader's tensor is a view of the file, which may be replaced or deleted
-    found = tensor(payload).clone()
+    # usually a copy: the reader's tensor is a view of the file, which stays on the disk as long as the view is there
+    found = tensor(payload) if mapped else tensor(payload).clone()
     return found.numpy() if tag == "array" else found
 
 

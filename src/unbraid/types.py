@@ -1,8 +1,8 @@
 """The nouns of the library: a schema, a batch of rows and what a model says about it.
 
-Everything else imports from here and this file imports only torch; what acts on the nouns is in `unbraid.slots`.  Shapes use
-these letters: B rows, N packed values (events or bag members of all rows end to end), T tasks, K classes, D vector width, H
-hidden width, U distinct ids.
+Everything else imports from here and this file imports only NumPy and torch; what acts on the nouns is in `unbraid.slots`.
+Shapes use these letters: B rows, N packed values (events or bag members of all rows end to end), T tasks, K classes, D vector
+width, H hidden width, U distinct ids.
 
 Ids: every vocabulary reserves row 0 for *unknown* (never seen in training, or below ``min_count``) and row 1 for
 *missing* (null); known values start at 2.  The same holds for domains.
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ GAP = "gap"  # an event field that needs no column: bucketed seconds between an 
 POSITION = "position"  # another: 1 for the newest event of a history, 2 for the one before it, ...
 BUILT_IN = (GAP, POSITION)
 EXACT = ".exact"  # suffix of a number's unrounded value among a batch's features; no feature's name has a dot
+Array = np.ndarray  # of any type and shape; docstrings give both
 # Nested dicts, lists, tuples of tensors, arrays, numbers, text and None: what `unbraid.store` writes.
 State = dict[str, Any]
 Losses = Mapping[str, Tensor]  # objective (a task, a domain, or "task@domain") -> scalar

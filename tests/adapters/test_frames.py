@@ -15,11 +15,11 @@ from polars.testing import assert_frame_equal
 from toylog import make_data, make_log, make_run
 
 from unbraid.adapters.frames import in_polars, lazy
-from unbraid.bundle import Predictor
 from unbraid.data.encode import encode, fingerprint
 from unbraid.data.source import DataError
 from unbraid.data.table import Encoded
 from unbraid.job import train
+from unbraid.predictor import Predictor
 
 pd = pytest.importorskip("pandas")
 pa = pytest.importorskip("pyarrow")

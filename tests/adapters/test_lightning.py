@@ -13,7 +13,7 @@ from toylog import make_data, make_log, make_run
 
 from unbraid import config
 from unbraid.augmentations.tabular import Tabular
-from unbraid.bundle import Bundle, Predictor
+from unbraid.bundle import Bundle
 from unbraid.compat import declare_operators
 from unbraid.data.encode import encode
 from unbraid.data.mix import Mix
@@ -29,6 +29,7 @@ from unbraid.optim.cagrad import CAGrad
 from unbraid.optim.ema import EMA
 from unbraid.optim.uniform_average import UniformAverage
 from unbraid.optim.uw import UW
+from unbraid.predictor import Predictor
 from unbraid.schedules.individual import Individual
 from unbraid.slots import Look
 from unbraid.towers.mlp import SharedBottom

@@ -22,8 +22,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from unbraid.adapters.sklearn import UnbraidClassifier, UnbraidRegressor
-from unbraid.bundle import Bundle, Predictor
+from unbraid.bundle import Bundle
 from unbraid.compat import declare_operators
+from unbraid.predictor import Predictor
 from unbraid.types import Feature
 
 EXPECTED = {

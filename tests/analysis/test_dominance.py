@@ -14,7 +14,8 @@ from toylog import make_data, make_log, make_run
 
 from unbraid import config
 from unbraid.analysis import dominance
-from unbraid.analysis.dominance import Dominance, Recorder, Site, relative
+from unbraid.analysis.accumulated import Recorder, Site
+from unbraid.analysis.dominance import Dominance, relative
 from unbraid.bundle import build
 from unbraid.config import Aggregated, ModelChoice, Run, Weighted
 from unbraid.data.encode import encode

@@ -104,8 +104,8 @@ def test_fifty_steps_are_those_of_one_shared_table(name: str, encoded: Encoded) 
         )
     ]  # fmt: skip
     adam, want = torch.optim.AdamW(groups), []
-    for step, batch in zip(range(50), batches_of(encoded), strict=False):
-        loss = loss_of(shared.train()(batch, step), batch)
+    for _, batch in zip(range(50), batches_of(encoded), strict=False):
+        loss = loss_of(shared.train()(batch), batch)
         adam.zero_grad()
         loss.backward()
         if update.clip_norm:
@@ -131,7 +131,7 @@ def test_each_gradient_is_on_its_own_side(encoded: Encoded, monkeypatch: pytest.
     whole, alone = {}, {}
     for into in (whole, alone):
         shared.zero_grad()
-        loss_of(shared(batch, 0), batch).backward()
+        loss_of(shared(batch), batch).backward()
         into.update({key: table.weight.grad.clone() for key, table in shared.tables.items() if key.endswith("value")})
         plain = searched.segment_softmax
         monkeypatch.setattr(

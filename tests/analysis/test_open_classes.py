@@ -17,7 +17,7 @@ from torch import nn
 from toylog import make_data, make_run
 
 from unbraid.analysis.open_classes import domain_shift, harmonic, in_the_wild, open_class
-from unbraid.bundle import Predictor, with_classes
+from unbraid.bundle import with_classes
 from unbraid.class_head import ClassFile, name_vectors, read_vectors, write_vectors
 from unbraid.config import ModelChoice
 from unbraid.data.declaration import Split
@@ -26,6 +26,7 @@ from unbraid.job import train
 from unbraid.losses.margin import Margin
 from unbraid.optim.beta_average import BetaAverage
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training
 from unbraid.types import Feature, Schema, Scores, Task

@@ -15,13 +15,14 @@ from toylog import make_log, make_run
 from typer.testing import CliRunner
 
 from unbraid import store
-from unbraid.bundle import CALIBRATION, Bundle, BundleError, Predictor, with_uncertainty
+from unbraid.bundle import CALIBRATION, Bundle, BundleError
 from unbraid.calibrate import calibrate, method_of, remove_from
 from unbraid.calibration.scaling import Temperature
 from unbraid.calibration.transcal import TransCal
 from unbraid.cli.main import app
 from unbraid.config import RunError
 from unbraid.job import evaluate_bundle, train
+from unbraid.predictor import Predictor, with_uncertainty
 from unbraid.selection.entropy import TargetEntropy
 from unbraid.types import Task
 from unbraid.uncertainty.ensemble import Ensemble

@@ -18,7 +18,7 @@ from test_members import VECTORS, choices, model_of, some
 from toylog import make_data, make_run
 
 from unbraid import config, parallel, recipes, store
-from unbraid.bundle import Bundle, Predictor, build
+from unbraid.bundle import Bundle, build
 from unbraid.class_head import write_vectors
 from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
@@ -26,6 +26,7 @@ from unbraid.data.features import attach
 from unbraid.data.table import Encoded
 from unbraid.heads import Heads
 from unbraid.job import train
+from unbraid.predictor import Predictor
 from unbraid.preflight import bound_terms
 from unbraid.train import Local, Training, Watcher, losses_of, predict
 from unbraid.types import Task

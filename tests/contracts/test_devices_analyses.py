@@ -29,7 +29,7 @@ from unbraid.analysis.feedback import Partition
 from unbraid.analysis.gradients import GradientProbe
 from unbraid.analysis.retrieval import Retrieval
 from unbraid.analysis.worst_head import WorstHead
-from unbraid.bundle import Bundle, Predictor, build, with_uncertainty
+from unbraid.bundle import Bundle, build
 from unbraid.calibrate import calibrate, method_of
 from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
@@ -40,6 +40,7 @@ from unbraid.evaluate import evaluate
 from unbraid.export import export
 from unbraid.job import train
 from unbraid.mc_dropout import McDropout
+from unbraid.predictor import Predictor, with_uncertainty
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training, predict
 from unbraid.types import Batch, Task

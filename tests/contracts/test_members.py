@@ -153,7 +153,7 @@ def test_every_pattern_of_missing_labels_is_finite(choice: ModelChoice, encoded:
     update = run.update.build(model, steps=20, weights={})
     for hidden in itertools.chain.from_iterable(itertools.combinations(tasks, n) for n in range(len(tasks) + 1)):
         batch = hide(some(encoded), list(hidden))
-        output = model(batch, 0)
+        output = model(batch)
         losses = {k: v for term in terms for k, v in term(output, batch, 0).items()}
         assert set(losses) == set(tasks) - set(hidden), "an objective without an observed row is absent"
         assert all(torch.isfinite(v) and v.shape == () for v in losses.values())
@@ -201,7 +201,7 @@ def test_bfloat16_is_near_float32_and_reaches_the_same(choice: ModelChoice, enco
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
         with dense(model, Training(precision=precision)):  # type: ignore[arg-type]
-            output = model(some(encoded), 0)
+            output = model(some(encoded))
             losses = term(output, some(encoded), 0)
             grads = torch.autograd.grad(sum(losses.values()), list(names.values()), allow_unused=True)
         found.append((output, losses, grads))
@@ -224,7 +224,7 @@ def own_parameters(model: Model, run: Run, batch: Batch, task: str) -> set[str]:
     (term,) = bound_terms(run, model.schema, model)
     names = dict(model.named_parameters())
     for objective in [t.name for t in model.schema.tasks]:
-        output = model(batch, 0)
+        output = model(batch)
         leaves = dict(names) | {
             f"embeddings.tables.{x.table}.weight": x.vectors for x in output.lookups if x.vectors.is_leaf
         }
@@ -262,7 +262,7 @@ def test_an_absent_task_does_not_move(choice: ModelChoice, decay: str, update: A
     terms = bound_terms(run, encoded.schema, model)
 
     def go(batch: Batch, at: int) -> None:
-        output = model(batch, at)
+        output = model(batch)
         step({k: v for term in terms for k, v in term(output, batch, at).items()}, output)
 
     for at in range(20):  # mixed steps fill the moments
@@ -287,7 +287,7 @@ def test_an_absent_domain_does_not_move_its_heads(decay: str, encoded: Encoded) 
     (term,) = bound_terms(run, encoded.schema, model)
     for at in range(20):
         batch = some(encoded, start=10 * at)
-        output = model(batch, at)
+        output = model(batch)
         step(term(output, batch, at), output)
     domain = 3
     for hidden in (hide(some(encoded), ["click"], domain), some(encoded).select(some(encoded).domain != domain)):
@@ -324,7 +324,7 @@ def trained(
     terms, tasks = bound_terms(run, encoded.schema, model), [t.name for t in encoded.schema.tasks]
     for at in steps:
         batch = _double(hide(some(encoded, start=10 * at), tasks[: at % len(tasks)]))
-        output = model(batch, at)
+        output = model(batch)
         losses = {k: v for term in terms for k, v in term(output, batch, at).items()}
         step(dict(reversed(losses.items())) if backwards else losses, output)
     return model, step
@@ -413,7 +413,7 @@ def test_every_term_is_finite_on_every_pattern_of_missing_labels(term: Any, chai
     update = run.update.build(model, steps=20, weights={})
     for hidden in itertools.chain.from_iterable(itertools.combinations(tasks, n) for n in range(len(tasks) + 1)):
         batch = hide_chain(some(chained), list(hidden))
-        output = model(batch, 0)
+        output = model(batch)
         losses = bound(output, batch, 0)
         seen = {task for task in tasks if batch.observed[task].any()}
         seen &= set(getattr(bound, "objectives", tasks))
@@ -433,7 +433,7 @@ def test_a_term_moves_no_task_whose_chain_is_absent(term: Any, chained: Encoded)
     step = Joint(weight_decay=0.1, table_weight_decay=0.1).build(model, steps=100, weights={})
 
     def go(batch: Batch) -> None:
-        output = model(batch, 0)
+        output = model(batch)
         step(bound(output, batch, 0), output)
 
     for at in range(20):
@@ -461,7 +461,7 @@ def test_a_term_of_rows_without_labels_is_absent_where_all_are_known(term: Any, 
     bound, batch = term().bind(chained.schema), some(chained)
     if getattr(bound, "unlabelled", ()):
         known = {task: torch.ones_like(seen) for task, seen in batch.observed.items()}
-        assert bound(model(batch, 0), dataclasses.replace(batch, observed=known), 0) == {}
+        assert bound(model(batch), dataclasses.replace(batch, observed=known), 0) == {}
 
 
 # ----------------------------------------------------------------------------------------------------------------- config

@@ -11,13 +11,15 @@ import polars as pl
 import pytest
 from toylog import make_data, make_log, make_run
 
-from unbraid.bundle import Bundle, BundleError, Predictor, build, warm_start
+from unbraid.bundle import Bundle, BundleError, build
 from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
 from unbraid.data.source import DataError
 from unbraid.data.table import Encoded
 from unbraid.job import train
+from unbraid.predictor import Predictor
 from unbraid.types import Task
+from unbraid.warm_start import warm_start
 
 FROM, VALID, TEST = 500 * 10**6, 700 * 10**6, 850 * 10**6
 

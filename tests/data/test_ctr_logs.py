@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from unbraid import config
-from unbraid.bundle import Bundle, Predictor
+from unbraid.bundle import Bundle
 from unbraid.data.describe import describe
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.job import train, write_predictions
+from unbraid.predictor import Predictor
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data-sets.md").read_text()
 HASHES = [f"{value:08x}" for value in np.random.default_rng(1).integers(0, 2**32, 12)]

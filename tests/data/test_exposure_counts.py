@@ -11,7 +11,6 @@ import pytest
 import torch
 from toylog import make_data, make_log, make_run
 
-from unbraid.bundle import Predictor
 from unbraid.data import encode as encoding
 from unbraid.data.declaration import Negatives, Split
 from unbraid.data.encode import encode
@@ -20,6 +19,7 @@ from unbraid.data.source import DataError
 from unbraid.data.spill import Room
 from unbraid.data.table import Encoded
 from unbraid.job import train
+from unbraid.predictor import Predictor
 
 
 def counted(log: pl.DataFrame, columns: list[str]) -> list[int]:

@@ -19,9 +19,10 @@ from unbraid.data import arrays, pictures
 from unbraid.data.arrays import cifar, npz, rows_of, svmlight
 from unbraid.data.encode import encode
 from unbraid.data.images import opened
-from unbraid.data.pictures import counted, first_run, is_tree, lists, prepare, tree, with_splits
+from unbraid.data.pictures import counted, is_tree, lists, prepare, tree, with_splits
 from unbraid.data.source import DataError
 from unbraid.data.table import Encoded
+from unbraid.guess.pictures import first_run
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
 

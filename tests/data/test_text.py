@@ -10,12 +10,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from unbraid.bundle import Predictor
 from unbraid.data.declaration import Data, Events, Join, Split, Text
 from unbraid.data.encode import encode, encode_query
 from unbraid.data.source import DataError, known_types, scan, scan_given
 from unbraid.data.table import Encoded
 from unbraid.data.text import Reads
+from unbraid.predictor import Predictor
 from unbraid.types import Feature, Field, History, Task
 
 DATA = Data(

@@ -13,13 +13,13 @@ from healthkit import make_case, make_run, make_table
 from unbraid import report
 from unbraid.analysis.conflict import Conflict
 from unbraid.analysis.dominance import Dominance
+from unbraid.bootstrap import Drawn
 from unbraid.config import Run
 from unbraid.diagnosis.case import Case, paired
 from unbraid.diagnosis.diagnosis import Diagnosis, Report
 from unbraid.diagnosis.interference import MOST_SITES, Interference, apart_by_depth, largest, needing_task, without
 from unbraid.diagnosis.plots import Heat
 from unbraid.encoders.table import Views
-from unbraid.evaluate import Drawn
 from unbraid.losses.mcc import MCC
 from unbraid.losses.supervised import Supervised
 from unbraid.towers.single_task import SingleTask

@@ -18,11 +18,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from toylog import make_run
 
 from unbraid import parallel, sharded_files, sharding, store
-from unbraid.bundle import Bundle, build, warm_start
+from unbraid.bundle import Bundle, build
 from unbraid.config import EMA, AdaTask, ForkMerge, ModelChoice, Run
 from unbraid.data.encode import encode
 from unbraid.data.fitted import Fitted
 from unbraid.encoders.table import Table, Views
+from unbraid.warm_start import warm_start
 
 SIZES = {"a/b/value": 11, "c/d/value": 2}  # of 11 rows 4 processes have 3, 3, 3, 2, and of 2 rows two of them none
 

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from toylog import make_data, make_log, make_run
 
 from unbraid import config
-from unbraid.bundle import Bundle, BundleError, Predictor, build, warm_start
+from unbraid.bundle import Bundle, BundleError, build
 from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
@@ -30,9 +30,11 @@ from unbraid.encoders.quantile import Quantile
 from unbraid.encoders.table import Views
 from unbraid.job import train
 from unbraid.model import Model
+from unbraid.predictor import Predictor
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training
 from unbraid.types import EXACT, Feature, Task
+from unbraid.warm_start import warm_start
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 SPREAD = Spread("price", 2.0, 3.0, tuple(float(x) for x in range(0, 9)))  # 0, 1, .., 8

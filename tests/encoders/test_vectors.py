@@ -14,7 +14,7 @@ from published import seeds
 from toylog import make_data, make_log, make_run
 
 from unbraid import config
-from unbraid.bundle import Bundle, Predictor, build, warm_start
+from unbraid.bundle import Bundle, build
 from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
@@ -25,9 +25,11 @@ from unbraid.encoders.table import Views
 from unbraid.encoders.vectors import Projected, Raw
 from unbraid.job import train
 from unbraid.model import Model
+from unbraid.predictor import Predictor
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training
 from unbraid.types import Feature, Task
+from unbraid.warm_start import warm_start
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 WIDTHS = {"user": 5, "item": 5, "text": 3}

@@ -35,6 +35,7 @@ from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.star import STAR
 from unbraid.towers.stem import STEM
 from unbraid.types import Batch, Feature, Output, Schema, Task
+from unbraid.warm_start import warm_start
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 SCHEMA = Schema((), (Task("click"),), domains=("(unknown)", "(missing)", "feed", "search", "mail"))
@@ -242,7 +243,7 @@ def test_a_batch_without_known_domains_leaves_the_classifier_alone(encoded: Enco
     terms = bound_terms(run, encoded.schema, model)
 
     def go(batch: Batch) -> None:
-        output = model(batch, 0)
+        output = model(batch)
         step({k: v for term in terms for k, v in term(output, batch, 0).items()}, output)
 
     for at in range(5):
@@ -296,11 +297,11 @@ def test_trains_and_comes_back(tmp_path: Path) -> None:
     loaded = bundle.Bundle.load(tmp_path / "saved")
     for name, value in result.bundle.model.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name])
-    counts = bundle.warm_start(loaded.model, loaded.fitted, result.bundle)  # type: ignore[arg-type]
+    counts = warm_start(loaded.model, loaded.fitted, result.bundle)  # type: ignore[arg-type]
     assert counts["tensors new"] == counts["rows new"] == 0
     schema = replace(loaded.fitted.schema, domains=("(unknown)", "(missing)", "mail", "home", "x"))
     with pytest.raises(bundle.BundleError, match="same domains in the same order"):
-        bundle.warm_start(loaded.model, replace(loaded.fitted, schema=schema), result.bundle)  # type: ignore[arg-type]
+        warm_start(loaded.model, replace(loaded.fitted, schema=schema), result.bundle)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------- planted data

@@ -329,7 +329,7 @@ def test_an_absent_task_leaves_its_heads_alone() -> None:
         strong = replace(batch.select(torch.arange(20)).unlabelled(), view=torch.ones(20, dtype=torch.int8))
         whole = Batch.join([batch, strong])
         whole.pair[:20], whole.pair[40:] = torch.arange(40, 60), torch.arange(20)
-        output = model(whole, 0)
+        output = model(whole)
         step({k: v for term in terms for k, v in term(output, whole, 500).items()}, output)
 
     for _ in range(5):

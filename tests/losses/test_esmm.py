@@ -13,7 +13,6 @@ import torch
 from toylog import make_data, make_log, make_run
 
 from unbraid import config
-from unbraid.bundle import Predictor
 from unbraid.citations import citations
 from unbraid.config import ModelChoice, Run
 from unbraid.data.declaration import Data, Split
@@ -24,6 +23,7 @@ from unbraid.job import JobError, train
 from unbraid.losses.esmm import ESMM
 from unbraid.losses.supervised import Supervised
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor
 from unbraid.slots import Term
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Training

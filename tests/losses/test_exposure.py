@@ -181,7 +181,7 @@ def per_bucket(exposure: Exposure) -> list[float]:
     """Mean prediction over mean label of each number of exposures, in the training rows."""
     log = repeats()
     bundle = train(run_on(exposure), tables={"log": log}, baseline=False).bundle
-    from unbraid.bundle import Predictor
+    from unbraid.predictor import Predictor
 
     rows = log.filter(pl.col("split") == "train")
     p = Predictor(bundle).predict(rows, tables={"log": log})["click"]

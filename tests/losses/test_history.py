@@ -152,7 +152,7 @@ def test_an_absent_task_moves_nothing_of_its_second_head(encoded: Encoded, kind:
     step = Joint(weight_decay=0.1, table_weight_decay=0.1).build(model, steps=100, weights={})
 
     def go(batch: Batch) -> None:
-        output = model(batch, 0)
+        output = model(batch)
         step(term(output, batch, 0), output)
 
     for at in range(10):

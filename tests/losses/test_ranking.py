@@ -373,7 +373,7 @@ def test_with_two_logits_an_absent_task_does_not_move(encoded: Encoded, by: Any)
     step = Joint(weight_decay=0.1, table_weight_decay=0.1).build(model, steps=100, weights={})
 
     def go(batch: Batch) -> None:
-        output = model(batch, 0)
+        output = model(batch)
         first, second = (dict(term(output, batch, 0)) for term in terms)
         step({name: loss + second.get(name, 0) for name, loss in first.items()}, output)
 

@@ -14,7 +14,7 @@ import torch
 from toylog import make_data, make_log, make_run
 
 from unbraid import config
-from unbraid.bundle import Bundle, BundleError, Predictor, build, with_uncertainty
+from unbraid.bundle import Bundle, BundleError, build
 from unbraid.compare import budget_of, check
 from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
@@ -25,6 +25,7 @@ from unbraid.job import JobError, train
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor, with_uncertainty
 from unbraid.preflight import bound_terms
 from unbraid.schedules.copies import Copies, Fits
 from unbraid.schedules.individual import Individual

@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from toylog import make_data, make_log, make_run
 
 from unbraid import config
-from unbraid.bundle import Bundle, Predictor, build
+from unbraid.bundle import Bundle, build
 from unbraid.compare import budget_of, check
 from unbraid.config import ModelChoice
 from unbraid.data.encode import encode
@@ -31,6 +31,7 @@ from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor
 from unbraid.preflight import bound_terms
 from unbraid.schedules import d_train
 from unbraid.schedules.d_train import DTrain, FrozenHead, Tuning, hidden_of
@@ -172,7 +173,7 @@ def test_every_row_trains_the_one_head_of_phase_1(data: Encoded) -> None:
     (term,) = bound_terms(run, data.schema, tied)
     batch = data.batch(np.arange(64))
     for model in (tied, apart):
-        sum(term(model(batch, 0), batch, 0).values()).backward()
+        sum(term(model(batch), batch, 0).values()).backward()
     for task in ("click", "buy"):
         one = tied.heads[f"task/{task}"].linears[0].weight.grad
         each = [linear.weight.grad for linear in apart.heads[f"task/{task}"].linears]
@@ -327,7 +328,7 @@ def test_in_phase_2_the_head_of_an_absent_domain_rests(head: Heads, data: Encode
     (term,) = bound_terms(run, data.schema, trial.model)
 
     def go(batch: Batch) -> Weights:
-        output = trial.model(batch, 0)
+        output = trial.model(batch)
         update(term(output, batch, 0), output)
         return copies(trial.model)
 
@@ -627,7 +628,7 @@ def test_weights_of_domains_are_by_rows_or_equal_whatever_the_objectives(
     start, want = copies(trial.model), build(run, data.schema)
     trial.go()
     batch = data.batch(rows)
-    output = want(batch, 0)
+    output = want(batch)
     total = torch.zeros(())
     counts = np.bincount(batch.domain.numpy(), minlength=5)
     for task in tasks:

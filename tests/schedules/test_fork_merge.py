@@ -29,8 +29,10 @@ from unbraid.job import JobError, train
 from unbraid.losses.supervised import Supervised
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
-from unbraid.schedules.fork_merge import Branch, ForkMerge, greedy_search, grid_search, plan, plot, simplex
+from unbraid.schedules.fork_merge import Branch, ForkMerge, plan
+from unbraid.schedules.mixtures import greedy_search, grid_search, simplex
 from unbraid.schedules.one_stage import OneStage
+from unbraid.schedules.rounds import plot
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.multi_embedding import MultiEmbedding
 from unbraid.towers.stem import STEM
@@ -261,7 +263,7 @@ def test_one_step_apart_is_one_step_on_the_weighted_sum(data: Encoded, update: A
         found = spy.go(dataclasses.replace(TWO, grid=(weight,), rounds=1, batches="shared"))
         seed = step.local._seed((0,), 0)
         batch = data.batch(next(order(step.local.rows("train"), TRAINING.batch_size, seed)))
-        losses = step.terms[0](step.model(batch, 0), batch, 0)
+        losses = step.terms[0](step.model(batch), batch, 0)
         total = losses["click"] + weight * (losses["buy"] + losses["spend"])
         names = [name for name, _ in step.model.named_parameters()]
         grads = torch.autograd.grad(total, list(step.model.parameters()), allow_unused=True)

@@ -18,9 +18,9 @@ from starlette.testclient import TestClient  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from unbraid import recipes  # noqa: E402
-from unbraid.bundle import Predictor  # noqa: E402
 from unbraid.cli.main import app  # noqa: E402
 from unbraid.data.source import bundled  # noqa: E402
+from unbraid.predictor import Predictor  # noqa: E402
 from unbraid.serve import together  # noqa: E402
 from unbraid.serve.ranker import Ranked, Request  # noqa: E402
 from unbraid.serve.server import build  # noqa: E402

@@ -16,9 +16,10 @@ from toylog import make_data, make_log, make_run
 from typer.testing import CliRunner
 
 from unbraid import config
-from unbraid.bundle import Bundle, Predictor
+from unbraid.bundle import Bundle
 from unbraid.cli.main import app
 from unbraid.data.declaration import Split
+from unbraid.predictor import Predictor
 from unbraid.serve.ranker import Ranker
 from unbraid.serve.store import open_store
 

@@ -26,10 +26,10 @@ from starlette.testclient import TestClient  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from unbraid import recipes  # noqa: E402
-from unbraid.bundle import Predictor  # noqa: E402
 from unbraid.calibration.kept import Calibrators, Kept  # noqa: E402
 from unbraid.calibration.maps import Affine, Calibration  # noqa: E402
 from unbraid.cli.main import app  # noqa: E402
+from unbraid.predictor import Predictor  # noqa: E402
 from unbraid.serve import arrow  # noqa: E402
 from unbraid.serve.importer import import_events  # noqa: E402
 from unbraid.serve.ranker import Ranked, Ranker, Request  # noqa: E402

@@ -15,9 +15,10 @@ from devicekit import DEVICE, Apart
 from rankerkit import Memory, kuairand_rows, untrained
 
 from unbraid import recipes
-from unbraid.bundle import Bundle, Predictor
+from unbraid.bundle import Bundle
 from unbraid.calibration.kept import Calibrators, Kept
 from unbraid.calibration.maps import Affine, Calibration
+from unbraid.predictor import Predictor
 from unbraid.serve.importer import import_events
 from unbraid.serve.ranker import Ranker, Request, RequestError
 from unbraid.serve.store import Record, StoreDown, open_store

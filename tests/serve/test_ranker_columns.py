@@ -14,11 +14,12 @@ import pytest
 from rankerkit import Memory, untrained
 from toylog import make_data, make_log, make_run
 
-from unbraid.bundle import Bundle, Predictor
+from unbraid.bundle import Bundle
 from unbraid.data.declaration import Data, Events, Join, Split
 from unbraid.data.source import DataError
 from unbraid.data.vocabulary import FEW_VALUES, Vocabulary
 from unbraid.encoders.dare import DARE
+from unbraid.predictor import Predictor
 from unbraid.serve.importer import import_events
 from unbraid.serve.ranker import Ranker, Request, RequestError
 from unbraid.serve.rows import Joined, as_type, each, series

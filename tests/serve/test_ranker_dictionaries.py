@@ -11,12 +11,13 @@ import pytest
 from rankerkit import Memory
 from toylog import make_data, make_log, make_run
 
-from unbraid.bundle import Bundle, Predictor
+from unbraid.bundle import Bundle
 from unbraid.data import dictionary
 from unbraid.data.declaration import Data
 from unbraid.data.dictionary import Dictionary
 from unbraid.export import Exported, export
 from unbraid.job import evaluate_bundle, train
+from unbraid.predictor import Predictor
 from unbraid.serve.importer import import_events
 from unbraid.serve.ranker import Ranker, Request
 from unbraid.types import Feature, Field, History

@@ -35,6 +35,7 @@ from unbraid.towers.single_task import SingleTask
 from unbraid.towers.stem import STEM
 from unbraid.towers.stem_al import STEMAL
 from unbraid.types import Schema
+from unbraid.warm_start import warm_start
 
 LAYERED = {"expert": (9, 6), "tower": (5,)}
 TOWERS = [
@@ -288,7 +289,7 @@ def test_an_absent_domain_does_not_move(encoded, config, kind, lazy_rows, how):
     (term,) = bound_terms(make_run(), encoded.schema, model)
 
     def go(batch):
-        output = model(batch, 0)
+        output = model(batch)
         update(term(output, batch, 0), output)
 
     for at in range(10):
@@ -343,13 +344,13 @@ def test_trains_and_comes_back(config, kind, tmp_path):
     with torch.no_grad():
         one, other = result.bundle.model.eval()(batch), loaded.model.eval()(batch)
     assert all(torch.equal(one.logits[t], other.logits[t]) for t in TASKS)
-    counts = bundle.warm_start(loaded.model, loaded.fitted, result.bundle)
+    counts = warm_start(loaded.model, loaded.fitted, result.bundle)
     assert counts["tensors new"] == counts["rows new"] == 0
     schema = dataclasses.replace(loaded.fitted.schema, domains=("(unknown)", "(missing)", "mail", "home", "search"))
     if schema.domains == loaded.fitted.schema.domains:
         schema = dataclasses.replace(schema, domains=schema.domains[::-1])
     with pytest.raises(bundle.BundleError, match="same domains in the same order"):
-        bundle.warm_start(loaded.model, dataclasses.replace(loaded.fitted, schema=schema), result.bundle)
+        warm_start(loaded.model, dataclasses.replace(loaded.fitted, schema=schema), result.bundle)
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors

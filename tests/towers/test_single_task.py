@@ -111,7 +111,7 @@ def trained(model, encoded, update):
     term = Supervised().bind(model.schema)
     step = update.build(model, steps=20, weights={task.name: task.weight for task in model.schema.tasks})
     for at, batch in enumerate(batches(encoded)):
-        output = model(batch, at)
+        output = model(batch)
         step(term(output, batch, at), output)
     step.settle()
     with torch.no_grad():

@@ -25,6 +25,7 @@ from unbraid.preflight import bound_terms
 from unbraid.schedules.d_train import DTrain
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.star import STAR
+from unbraid.warm_start import warm_start
 
 TASKS = ("click", "buy")
 KNOWN = (2, 3, 4)  # codes of home, mail and search
@@ -272,7 +273,7 @@ def test_an_absent_domain_moves_nothing_of_its_own(encoded, member, update, how)
     (term,) = bound_terms(make_run(), encoded.schema, model)
 
     def go(batch):
-        output = model(batch, 0)
+        output = model(batch)
         step(term(output, batch, 0), output)
 
     for at in range(10):
@@ -346,11 +347,11 @@ def test_trains_and_comes_back(member, tmp_path):
     assert all(torch.equal(one.logits[t], other.logits[t]) for t in TASKS)
     state = loaded.model.state_dict()
     assert (f"tower.own.0.{'mean' if member.norm == 'partitioned' else 'factors.0'}") in state
-    counts = bundle.warm_start(loaded.model, loaded.fitted, result.bundle)
+    counts = warm_start(loaded.model, loaded.fitted, result.bundle)
     assert counts["tensors new"] == counts["rows new"] == 0
     schema = dataclasses.replace(loaded.fitted.schema, domains=("(unknown)", "(missing)", "mail", "home", "x"))
     with pytest.raises(bundle.BundleError, match="same domains in the same order"):
-        bundle.warm_start(loaded.model, dataclasses.replace(loaded.fitted, schema=schema), result.bundle)
+        warm_start(loaded.model, dataclasses.replace(loaded.fitted, schema=schema), result.bundle)
 
 
 def test_d_train_freezes_it_with_its_statistics():

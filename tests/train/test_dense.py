@@ -17,7 +17,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from toylog import make_data, make_log, make_run
 
 from unbraid import config, store
-from unbraid.bundle import Bundle, Predictor, build
+from unbraid.bundle import Bundle, build
 from unbraid.config import ModelChoice, Run
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
@@ -25,6 +25,7 @@ from unbraid.encoders.table import Views
 from unbraid.job import train
 from unbraid.optim.adatask import AdaTask
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor
 from unbraid.preflight import bound_terms
 from unbraid.towers.mlp import SharedBottom
 from unbraid.train import Local, Training, Watcher, losses_of

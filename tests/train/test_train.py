@@ -14,13 +14,14 @@ import torch
 from toylog import make_data, make_log, make_run
 
 from unbraid import config, store
-from unbraid.bundle import Bundle, BundleError, Predictor
+from unbraid.bundle import Bundle, BundleError
 from unbraid.config import ModelChoice
 from unbraid.data.table import Encoded, prefetch
 from unbraid.encoders.table import Views
 from unbraid.heads import Heads
 from unbraid.job import JobError, evaluate_bundle, train
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.stem import STEM
 from unbraid.train import Local, Training, Watcher

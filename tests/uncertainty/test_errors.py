@@ -15,11 +15,11 @@ import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
-from unbraid.bundle import Predictor, with_uncertainty
 from unbraid.config import Run
 from unbraid.data.declaration import Data, Split
 from unbraid.job import train
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor, with_uncertainty
 from unbraid.train import Training
 from unbraid.types import Feature, Task
 from unbraid.uncertainty.ensemble import Ensemble

@@ -13,10 +13,11 @@ from toylog import make_data, make_log, make_run
 from typer.testing import CliRunner
 
 from unbraid import config
-from unbraid.bundle import Bundle, Predictor, with_uncertainty
+from unbraid.bundle import Bundle
 from unbraid.cli.main import app
 from unbraid.heads import Heads
 from unbraid.job import train
+from unbraid.predictor import Predictor, with_uncertainty
 from unbraid.train import Training
 from unbraid.types import Scores, Task
 from unbraid.uncertainty.ensemble import Ensemble

@@ -11,13 +11,14 @@ import torch
 from toylog import make_data, make_log, make_run
 
 from unbraid import store
-from unbraid.bundle import Bundle, BundleError, Predictor, build, trained_splits, with_uncertainty
+from unbraid.bundle import Bundle, BundleError, build, trained_splits
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.heads import Heads
 from unbraid.job import train
 from unbraid.losses.ranking import Ranking
 from unbraid.losses.supervised import Supervised
+from unbraid.predictor import Predictor, with_uncertainty
 from unbraid.run_folder import clear
 from unbraid.schedules.online import Online
 from unbraid.train import Training, predict

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from unbraid import config
-from unbraid.bundle import EVALUATION_ROWS, Bundle, predictions
+from unbraid.bundle import EVALUATION_ROWS, Bundle
 from unbraid.compat import declare_operators, optional
 from unbraid.data.encode import encode
 from unbraid.data.source import Tables
 from unbraid.data.table import Encoded, steps_per_epoch
 from unbraid.evaluate import evaluate
 from unbraid.job import JobError, prepared
+from unbraid.predictor import predictions
 from unbraid.slots import Look
 from unbraid.train import losses_of
 from unbraid.train.checkpoints import random_state, set_random_state
@@ -60,7 +61,7 @@ class UnbraidData(LightningDataModule):
 
     def __init__(self, run: config.Run, tables: Tables | None = None, base: Path = Path()) -> None:
         super().__init__()
-        self.old = Bundle.load(run.init) if run.init else None
+        self.old = Bundle.load(run.init, mapped=True) if run.init else None
         self.run = run
         self.encoded = Encoded(encode(run.data, base, tables=tables, grow=self.old.fitted if self.old else None))
         self.batches: Callable[[int], Iterator[Batch]] | None = None  # of training, from a step on: the module knows

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -30,12 +31,13 @@ from sklearn.utils.validation import _check_sample_weight, check_consistent_leng
 
 from unbraid import config, parallel
 from unbraid.adapters.frames import lazy
-from unbraid.bundle import Bundle, Predictor
+from unbraid.bundle import Bundle
 from unbraid.data.declaration import Data, Split
 from unbraid.data.encode import encode
 from unbraid.data.table import Encoded
 from unbraid.job import prepared
 from unbraid.optim.joint import Joint
+from unbraid.predictor import Predictor
 from unbraid.slots import Look
 from unbraid.train import Training
 from unbraid.types import Feature, Task
@@ -64,7 +66,7 @@ class Target:
         return "real" if self.classes is None else "binary" if len(self.classes) == 2 else "multiclass"
 
 
-class Parameters(BaseEstimator):
+class Parameters(BaseEstimator, ABC):
     """What both estimators do and are set by.
 
     Args:
@@ -173,8 +175,9 @@ class Parameters(BaseEstimator):
         return tuple(Feature(taken[name], kind=kind, column=name) for name, kind in kinds.items())
 
     # ---------------------------------------------------------------------------------------------------------- training
+    @abstractmethod
     def _target(self, name: str, values: np.ndarray, hidden: np.ndarray) -> Target:
-        raise NotImplementedError
+        """A column of y; labels of ``hidden`` rows are not read.  Raises ValueError for what the estimator cannot learn."""
 
     _metric: str
 

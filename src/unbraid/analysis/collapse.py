@@ -34,11 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.analysis.plots import INK, figure, finish
-from unbraid.evaluate import Array
 from unbraid.interactions.cross import CrossModule
 from unbraid.layers import require_positive
 from unbraid.model import Model, view_key
-from unbraid.types import FIRST_VALUE, Batch, Finding, Ragged, Schema
+from unbraid.types import FIRST_VALUE, Array, Batch, Finding, Ragged, Schema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

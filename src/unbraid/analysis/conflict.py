@@ -37,14 +37,14 @@ from unbraid.analysis.dominance import depths
 from unbraid.analysis.plots import INK, device_of, figure, finish
 from unbraid.analysis.transfer import REFERENCE
 from unbraid.config import Run
-from unbraid.evaluate import Array, evaluate, lead_metric, lower_is_better
+from unbraid.evaluate import evaluate, lead_metric, lower_is_better
 from unbraid.layers import require_positive
 from unbraid.model import Model
 from unbraid.optim.joint import Joint
 from unbraid.optim.per_task import Gradients, PerTask
 from unbraid.preflight import bound_terms
 from unbraid.train import predict
-from unbraid.types import Batch, Finding, Schema
+from unbraid.types import Array, Batch, Finding, Schema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +73,7 @@ class Probed:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             batch = batch.to(self.device)
-            output, losses = self.model(batch, 0), cast(dict[str, Tensor], {})
+            output, losses = self.model(batch), cast(dict[str, Tensor], {})
             for term in self.terms:
                 for objective, loss in term(output, batch, 0).items():
                     losses[objective] = losses[objective] + loss if objective in losses else loss

@@ -35,9 +35,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from unbraid.analysis.plots import at_rest, device_of, figure, finish, shortened
-from unbraid.evaluate import Array
 from unbraid.layers import require_positive
-from unbraid.types import FIRST_VALUE, MISSING, POSITION, Batch, Finding, Ragged, Schema
+from unbraid.types import FIRST_VALUE, MISSING, POSITION, Array, Batch, Finding, Ragged, Schema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

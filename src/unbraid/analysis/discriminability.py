@@ -32,9 +32,8 @@ from torch import nn
 
 from unbraid.analysis.correlation import information, labelled
 from unbraid.analysis.plots import INK, at_rest, device_of, figure, finish
-from unbraid.evaluate import Array
 from unbraid.layers import require_positive
-from unbraid.types import Batch, Finding, Schema
+from unbraid.types import Array, Batch, Finding, Schema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

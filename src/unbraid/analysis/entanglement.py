@@ -40,10 +40,9 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from unbraid.analysis.plots import INK, figure, finish
-from unbraid.evaluate import Array
 from unbraid.layers import require_positive
 from unbraid.model import Model
-from unbraid.types import FIRST_VALUE, Batch, Feature, Finding, Schema
+from unbraid.types import FIRST_VALUE, Array, Batch, Feature, Finding, Schema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -28,8 +28,8 @@ import numpy as np
 
 from unbraid.analysis.plots import INK, figure, finish
 from unbraid.analysis.transfer import paired_gain, require_same_rows
-from unbraid.evaluate import Array, Slice, lead_metric, replicate
-from unbraid.types import FIRST_VALUE, Batch, Finding, Ragged, Schema, Scores
+from unbraid.evaluate import Slice, lead_metric, replicate
+from unbraid.types import FIRST_VALUE, Array, Batch, Finding, Ragged, Schema, Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

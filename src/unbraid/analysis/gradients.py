@@ -39,13 +39,12 @@ from unbraid.config import Run
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.searched import Searching
 from unbraid.encoders.table import Table
-from unbraid.evaluate import Array
 from unbraid.layers import require_positive
 from unbraid.model import Model
 from unbraid.optim.joint import Joint, JointUpdate, clip
 from unbraid.preflight import bound_terms
 from unbraid.train import fit
-from unbraid.types import FIRST_VALUE, Batch, Finding, Output, Schema
+from unbraid.types import FIRST_VALUE, Array, Batch, Finding, Output, Schema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from unbraid.analysis.correlation import Truth, ranks, score_fields
 from unbraid.analysis.plots import INK, at_rest, device_of, figure, finish
-from unbraid.evaluate import Array, user_means
+from unbraid.evaluate import user_means
 from unbraid.layers import require_positive
-from unbraid.types import Batch, Finding, Ragged, Schema
+from unbraid.types import Array, Batch, Finding, Ragged, Schema
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -33,8 +33,9 @@ import numpy as np
 from scipy.special import expit, softmax
 
 from unbraid.analysis.plots import INK, figure, finish
-from unbraid.evaluate import Array, Drawn, lead_metric, lower_is_better, replicate
-from unbraid.types import Finding, Schema, Scores
+from unbraid.bootstrap import Drawn
+from unbraid.evaluate import lead_metric, lower_is_better, replicate
+from unbraid.types import Array, Finding, Schema, Scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -25,6 +26,19 @@ def fail(error: Exception, process: int = 0) -> NoReturn:
     """Print one clear message, of a process other than the first with its number, and end with 2."""
     typer.secho(f"unbraid{f' (process {process})' if process else ''}: {error}", fg="red", err=True)
     raise typer.Exit(2)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Around a command that ``--resume`` continues: mistakes and interruptions are one message each, and end with 2."""
+    from unbraid.preflight import JobError
+
+    try:
+        yield
+    except (ValueError, JobError, OSError, ImportError, FloatingPointError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail(RuntimeError("interrupted; continue with the same command and --resume"))
 
 
 def load_run(

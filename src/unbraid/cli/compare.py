@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from unbraid.cli import complete
-from unbraid.cli.common import AsJson, Settings, fail, load_run, refuse_unread
+from unbraid.cli.common import AsJson, Settings, load_run, refuse_unread, resumable
 
 
 def compare(
@@ -43,10 +43,9 @@ def compare(
     """
     from unbraid import config, recipes
     from unbraid.compare import compare as job
-    from unbraid.preflight import JobError
     from unbraid.progress import Console
 
-    try:
+    with resumable():
         for name in runs:
             if name not in recipes.RECIPES and not Path(name).suffix and not Path(name).exists():
                 raise config.RunError(
@@ -59,10 +58,6 @@ def compare(
                 chosen, out, seeds=seeds, against=against, metric=metric, any_budget=any_budget, resume=resume,
                 overwrite=overwrite, watcher=watcher,
             )  # fmt: skip
-    except (config.RunError, JobError, ValueError, OSError, FloatingPointError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail(RuntimeError("interrupted; continue with the same command and --resume"))
     if as_json:
         print(json.dumps(found))
         return

@@ -70,8 +70,8 @@ def predict(
     mc_dropout: Passes = 0,
 ) -> None:
     """Predict rows: Parquet in, Parquet out.  Histories come from the run's event tables, strictly before each row."""
-    from unbraid.bundle import Predictor
     from unbraid.job import write_predictions
+    from unbraid.predictor import Predictor
     from unbraid.preflight import JobError
     from unbraid.uncertainty.ensemble import Ensemble
 
@@ -119,7 +119,8 @@ def uncertainty(
 ) -> None:
     """Learn how unsure the model is from its training rows, and add it to the bundle for `predict`."""
     from unbraid import store
-    from unbraid.bundle import UNCERTAINTY, Bundle, with_uncertainty
+    from unbraid.bundle import UNCERTAINTY, Bundle
+    from unbraid.predictor import with_uncertainty
 
     try:
         found = with_uncertainty(Bundle.load(bundle), folder, prior=prior).uncertainty

@@ -28,16 +28,18 @@ def init(
     ] = "",
 ) -> None:
     """Look at the columns and print a commented run file; of a folder of pictures also write the table of its rows."""
-    from unbraid.data import pictures
+    from unbraid.data.pictures import is_tree
     from unbraid.guess.beside import has_labels
     from unbraid.guess.infer import first_run
 
     try:
-        if not label and pictures.is_tree(data) and not has_labels(data):
+        if not label and is_tree(data) and not has_labels(data):
             if user or time or domain not in ("", "folder"):
                 raise ValueError(
                     f"{data} holds pictures and no columns: no --user, no --time, --domain `folder` or none."
                 )
+            from unbraid.guess import pictures  # a run with a network needs more than a table's
+
             text, found = pictures.first_run(data, domain == "folder")
         else:
             text, found = first_run(data, label or [], user=user, time=time, domain=domain)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unbraid.cli import complete
-from unbraid.cli.common import AsJson, RunFile, Settings, fail, load_run, refuse_unread
+from unbraid.cli.common import AsJson, RunFile, Settings, load_run, refuse_unread, resumable
 
 if TYPE_CHECKING:
     from unbraid.config import Run
@@ -54,11 +54,10 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Search for hyper-parameters: train candidates, judge them on the validation split, write the best as a run file."""
-    from unbraid.preflight import JobError
     from unbraid.progress import Console
     from unbraid.tune.search import tune as search
 
-    try:
+    with resumable():
         choice = load_run(run, settings, None, steps)
         refuse_unread([choice], settings, steps)
         folder = out or Path("runs") / f"{choice.name}-tune"
@@ -67,10 +66,6 @@ def tune(
                 choice, folder, trials=trials, space=_space(space or run, choice), metric=metric, seeds=seeds, pruner=pruner,
                 jobs=jobs, seed=seed, test=test, resume=resume, overwrite=overwrite, watcher=watcher,
             )  # fmt: skip
-    except (ValueError, JobError, OSError, ImportError, FloatingPointError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        fail(RuntimeError("interrupted; continue with the same command and --resume"))
     if as_json:
         print(json.dumps(found))
         return

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import polars as pl
-from polars.exceptions import PolarsError
 
 from unbraid.data.contents import SHOWN, missing_files
 from unbraid.data.declaration import SPLITS, Data, Events
@@ -25,24 +24,18 @@ from unbraid.data.fit import bag_lists, content_expression, id_values
 from unbraid.data.images import looked_at, not_pictures
 from unbraid.data.source import (
     SPLIT,
-    DataError,
     Tables,
-    _dtype,
     add_joins,
-    check_joins,
     event_plans,
     expression,
     iso,
-    kept_rows,
     plausible,
     refuse_float_time,
     root_of,
-    scan_join,
-    scan_of,
     to_time,
-    with_split,
 )
 from unbraid.data.table import Encoded
+from unbraid.data.tolerant import TolerantPlan, count_rows
 from unbraid.data.vocabulary import canonical
 from unbraid.types import Feature, Field, Task
 
@@ -53,7 +46,6 @@ UNITS = {
     "ns": "nanoseconds since 1970 (UTC)",
 }  # fmt: skip
 Found = dict[str, Any]
-T = TypeVar("T")
 
 
 def describe(data: Data, base: Path = Path(), *, tables: Tables | None = None) -> Found:
@@ -80,113 +72,21 @@ def describe(data: Data, base: Path = Path(), *, tables: Tables | None = None) -
     return found | {"warnings": look.warnings}
 
 
-class _Look:
-    """One reading of a declaration: the plan of its rows, and the warnings so far.
+class _Look(TolerantPlan):
+    """What is counted of one reading.
 
     Attributes:
-        plan: kept rows with their split (null: none) and the columns of every join that works.
         cells: one row per domain and split with the counts of every binary and real task.
     """
 
-    def __init__(self, data: Data, base: Path, tables: Tables | None) -> None:
-        self.base, self.tables, self.warnings = base, tables, list[str]()
-        whole = scan_of(data, data.rows, base, tables)
-        try:
-            self.read = _count(whole)
-        except PolarsError as error:  # a CSV whose later lines are of another type
-            raise DataError(f"Table `{data.rows}` cannot be read: {error}") from error
-        self.data = data = self._checked_keep(data, whole)
-        self.raw = kept_rows(replace(data, drop_duplicates=False), base, tables)
-        self.plan = self._with_split(kept_rows(data, base, tables))
-        if data.negatives is not None:
-            self.plan = self._with_negatives(self.plan)
-        self.joins: Found = {}
-        for join in data.joins:
-            self._join(join)
-        self.schema: Mapping[str, Any] = self.plan.collect_schema()
-        self.cells = pl.DataFrame()
-
-    # ------------------------------------------------------------------------------------------------------- the plan
-    def _try(self, what: Callable[[], T], default: T) -> T:
-        """The value, or the default and a warning that says why not."""
-        try:
-            return what()
-        except (DataError, PolarsError, ValueError, KeyError) as error:
-            text = " ".join(str(error).split("\n\n")[0].split())  # Polars adds the plan below its message
-            if text not in self.warnings:
-                self.warnings.append(text)
-            return default
-
-    def _checked_keep(self, data: Data, whole: pl.LazyFrame) -> Data:
-        """The declaration without a filter that cannot be applied."""
-
-        def apply() -> Data:
-            whole.filter(expression(data.keep, whole.collect_schema(), "data.keep")).collect_schema()
-            return data
-
-        return self._try(apply, replace(data, keep="")) if data.keep else data
-
-    def _with_split(self, plan: pl.LazyFrame) -> pl.LazyFrame:
-        def split() -> pl.LazyFrame:
-            out = with_split(plan, self.data)
-            out.select(SPLIT).head(1).collect()  # a wrong type shows only when it runs
-            return out
-
-        return self._try(split, plan.with_columns(pl.lit(None, dtype=pl.Int8).alias(SPLIT)))
-
-    def _with_negatives(self, plan: pl.LazyFrame) -> pl.LazyFrame:
-        from unbraid.data.negatives import add_negatives
-
-        negatives = self.data.negatives
-        assert negatives is not None
-        return self._try(lambda: add_negatives(plan, negatives), plan)
-
-    def _join(self, join: Any) -> None:
-        """Add one join to the plan and count the rows that find no partner."""
-        alone, plan = replace(self.data, joins=(join,)), self.plan
-
-        def unmatched() -> int:
-            check_joins(alone, self.base, self.tables)
-            have = plan.collect_schema()
-            right = scan_join(self.data, join, self.base, self.tables)
-            if join.on not in have:
-                names = ", ".join(have)
-                raise DataError(f"Join of `{join.table}`: the rows have no column `{join.on}`. Columns: {names}.")
-            self.plan = add_joins(plan, alone, self.base, self.tables)
-            sides = [p.select(canonical(pl.col(join.on), p.collect_schema()[join.on])) for p in (plan, right)]
-            return _count(sides[0].join(sides[1], on=join.on, how="anti"))
-
-        name = (
-            join.table if join.table not in self.joins else f"{join.table} ({join.prefix})"
-        )  # a table that is joined twice
-        self.joins[name] = {"on": join.on, "rows without a match": self._try(unmatched, None)}
-
-    def _read(self, source: str, where: str) -> tuple[pl.Expr, Any]:
-        """A column or SQL expression of the plan, and its type."""
-        return expression(source, self.schema, where), _dtype(source, self.schema)
-
-    def _read_part(self, part: Feature | Task) -> tuple[pl.Expr, Any] | None:
-        """The same of a feature or task, or None and a warning."""
-        where = f"{type(part).__name__} `{part.name}`"
-        return self._try(lambda: self._read(part.source, where), None)
-
-    def _one(self, exprs: Sequence[pl.Expr]) -> Found:
-        """One row of aggregates.  If one of them cannot be computed, the others are."""
-        if not exprs:
-            return {}
-        try:
-            return self.plan.select(exprs).collect(engine="streaming").row(0, named=True)
-        except PolarsError:
-            empty = pl.DataFrame({"x": [None]})
-            frames = [self._try(self.plan.select(e).collect, empty) for e in exprs]
-            return {name: value for frame in frames for name, value in frame.row(0, named=True).items()}
+    cells = pl.DataFrame()
 
     # ------------------------------------------------------------------------------------------- rows, users and times
     def rows(self) -> Found:
         """How many rows there are, at each step from the file to the splits."""
-        kept = _count(self.raw)
-        distinct = self._try(lambda: _count(self.raw.unique()), None)
-        counts: dict[int | None, int] = self._try(
+        kept = count_rows(self.raw)
+        distinct = self.attempt(lambda: count_rows(self.raw.unique()), None)
+        counts: dict[int | None, int] = self.attempt(
             lambda: dict(self.plan.group_by(SPLIT).len().collect(engine="streaming").rows()), {}
         )
         found = {
@@ -200,7 +100,7 @@ class _Look:
         """Distinct users, and the share of test rows whose user has no training row."""
         if not self.data.user:
             return None
-        counts = self._try(lambda: self._values(*self._read(self.data.user, "data.user")), None)
+        counts = self.attempt(lambda: self._values(*self.read_column(self.data.user, "data.user")), None)
         if counts is None:
             return None
         about = _id_summary(counts, 1)
@@ -214,7 +114,7 @@ class _Look:
             return None
 
         def look() -> Found:
-            column, dtype = self._read(source, "data.time")
+            column, dtype = self.read_column(source, "data.time")
             if dtype.is_float():
                 nans = self.plan.select(column.is_nan().sum()).collect(engine="streaming").item()
                 refuse_float_time(column, dtype, f"Column `{source}`", nans)
@@ -228,7 +128,7 @@ class _Look:
                 "rows without a time": missing,
             }  # fmt: skip
 
-        return self._try(look, None)
+        return self.attempt(look, None)
 
     # ---------------------------------------------------------------------------------------------- tasks and domains
     def tasks(self) -> Found:
@@ -238,7 +138,7 @@ class _Look:
         groups = [self._domain().alias("domain"), pl.col(SPLIT).alias("split")]
         exprs = [e for t in self.data.tasks if t.name in ready for e in self._cell(t, ready, observed)]
         plan = self.plan.group_by(groups).agg(pl.len().alias("rows"), *exprs)
-        self.cells = self._try(lambda: plan.collect(engine="streaming"), pl.DataFrame())
+        self.cells = self.attempt(lambda: plan.collect(engine="streaming"), pl.DataFrame())
         found: Found = {}
         for task in self.data.tasks:
             if task.name not in ready or not len(self.cells):
@@ -251,7 +151,7 @@ class _Look:
 
     def _label(self, task: Task) -> pl.Expr | None:
         """A task's label as a number (binary, real; null where it is none) or as text (multiclass)."""
-        read = self._read_part(task)
+        read = self.read_part(task)
         if read is None:
             return None
         expr, dtype = read
@@ -261,7 +161,7 @@ class _Look:
             return None
         if task.kind == "multiclass":
             nan = expr.is_nan().fill_null(False) if dtype.is_float() else pl.lit(False)
-            if count := self._one([nan.sum().alias("n")])["n"] if dtype.is_float() else 0:
+            if count := self.aggregates([nan.sum().alias("n")])["n"] if dtype.is_float() else 0:
                 self.warnings.append(
                     f"Task `{task.name}`: {count:,} labels are NaN. Write nulls where they are not known."
                 )
@@ -270,7 +170,7 @@ class _Look:
         bad = (expr.is_not_null() & number.is_null()) | number.is_nan().fill_null(False)
         if task.kind == "binary":
             bad = bad | ~number.is_in([0.0, 1.0]).fill_null(True)
-        wrong = self._one([bad.sum().alias("n")])["n"] if dtype != pl.Boolean else 0
+        wrong = self.aggregates([bad.sum().alias("n")])["n"] if dtype != pl.Boolean else 0
         if wrong:
             should = "0 or 1" if task.kind == "binary" else "numbers"
             self.warnings.append(
@@ -308,7 +208,7 @@ class _Look:
         """The domain in words."""
         if not self.data.domain:
             return pl.lit("all")
-        expr = self._try(lambda: canonical(*self._read(self.data.domain, "data.domain")), None)
+        expr = self.attempt(lambda: canonical(*self.read_column(self.data.domain, "data.domain")), None)
         return pl.lit("all") if expr is None else expr.cast(pl.String).fill_null("(missing)")
 
     def _sliced(self, task: Task, summary: Callable[[pl.DataFrame], Found]) -> Found:
@@ -326,7 +226,7 @@ class _Look:
     def _classes(self, task: Task, label: pl.Expr, known: pl.Expr, groups: Sequence[pl.Expr]) -> Found:
         """Rows of each class of a multiclass task."""
         plan = self.plan.filter(known).group_by(*groups, label.alias("label")).len("n")
-        counts = self._try(lambda: plan.collect(engine="streaming"), None)
+        counts = self.attempt(lambda: plan.collect(engine="streaming"), None)
         if counts is None:
             return {"kind": task.kind}
 
@@ -370,14 +270,14 @@ class _Look:
         found: Found = {}
         for feature in self.data.features:
             if feature.kind in ("id", "bag"):
-                counts = self._try(partial(self._id_counts, feature), None)
+                counts = self.attempt(partial(self._id_counts, feature), None)
                 if counts is not None:
                     found[feature.name] = _id_summary(counts, least[feature.vocab])
         return found
 
     def _id_counts(self, feature: Feature) -> pl.DataFrame:
         id_values(feature, self.schema)  # raises where the declared kind does not fit the column
-        read = self._read(feature.source, f"Feature `{feature.name}`")
+        read = self.read_column(feature.source, f"Feature `{feature.name}`")
         return self._values(*read, feature if feature.kind == "bag" else None)
 
     def numbers(self) -> Found:
@@ -393,11 +293,11 @@ class _Look:
 
     def _of_each(self, exprs: Mapping[str, Mapping[str, pl.Expr]]) -> Found:
         """Aggregates by feature and what they are, in one pass; None for those that cannot be computed."""
-        values = self._one([e.alias(f"{n}.{what}") for n, mine in exprs.items() for what, e in mine.items()])
+        values = self.aggregates([e.alias(f"{n}.{what}") for n, mine in exprs.items() for what, e in mine.items()])
         return {n: {what: values.get(f"{n}.{what}") for what in mine} for n, mine in exprs.items()}
 
     def _number(self, feature: Feature) -> pl.Expr | None:
-        read = self._read_part(feature)
+        read = self.read_part(feature)
         if read is None:
             return None
         expr, dtype = read
@@ -411,7 +311,7 @@ class _Look:
         """Per picture or text feature how many different ones there are, and what they look like; files that are missing."""
         found: Found = {}
         for feature in self.data.features:
-            about = self._try(partial(self._content, feature), None) if feature.has_content else None
+            about = self.attempt(partial(self._content, feature), None) if feature.has_content else None
             if about is not None:
                 found[feature.name] = about
         return found
@@ -442,7 +342,7 @@ class _Look:
         """Nulls, and NaNs of floating-point columns, per feature."""
         exprs: dict[str, dict[str, pl.Expr]] = {}
         for feature in self.data.features:
-            if read := self._read_part(feature):
+            if read := self.read_part(feature):
                 nans = {"nans": read[0].is_nan().sum()} if read[1].is_float() else {}
                 exprs[feature.name] = {"nulls": read[0].is_null().sum(), **nans}
         return {n: about for n, about in self._of_each(exprs).items() if about["nulls"] is not None}
@@ -451,7 +351,7 @@ class _Look:
         """Lengths of each history over all rows, from the encoded table (which a later training run finds ready)."""
         if not self.data.histories:
             return {}
-        encoded = self._try(lambda: Encoded(encode(self.data, self.base, tables=self.tables)), None)
+        encoded = self.attempt(lambda: Encoded(encode(self.data, self.base, tables=self.tables)), None)
         if encoded is None:
             return {}
         found: Found = {}
@@ -524,9 +424,9 @@ class _Look:
 
     def _warn_about_events(self, histories: Found) -> None:
         if self.data.histories:
-            self.warnings.extend(self._try(lambda: warnings_of(self.data, self.base, self.tables), []))
+            self.warnings.extend(self.attempt(lambda: warnings_of(self.data, self.base, self.tables), []))
         for source in [s for s in self.data.events if s.table != "rows" and self.data.histories]:
-            double = self._try(partial(self._double_events, source), 0)
+            double = self.attempt(partial(self._double_events, source), 0)
             if double:
                 self.warnings.append(
                     f"data.events `{source.table}`: {double:,} events equal another one in user, time and all that is read "
@@ -547,7 +447,7 @@ class _Look:
         times = [] if source.time == "none" else [source.time or self.data.time]
         read = [expression(column, have, where) for column in (self.data.user, *times, *source.columns.values())]
         events = joined.select(part.alias(str(place)) for place, part in enumerate(read))
-        return _count(events) - _count(events.unique())
+        return count_rows(events) - count_rows(events.unique())
 
     def _warn_about_ids(self, found: Found) -> None:
         nobody = (found["users"] or {}).get("rows without a user")
@@ -575,10 +475,6 @@ class _Look:
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
-def _count(plan: pl.LazyFrame) -> int:
-    return plan.select(pl.len()).collect(engine="streaming").item()
-
-
 def _in_order(names: pl.Series) -> list[str]:
     """Distinct words, numbers in numeric order."""
     distinct = names.drop_nulls().unique().to_list()

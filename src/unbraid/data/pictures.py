@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,35 +324,7 @@ def prepare(source: Path, root: Path | None = None, domains: bool = False) -> Pr
     )
 
 
-def first_run(folder: Path, domains: bool = False) -> tuple[str, list[str]]:
-    """Write ``rows.parquet`` into a folder of pictures.
-
-    Returns:
-        A run file that trains on it, and lines that say what was found.
-
-    Raises:
-        DataError: what `tree` says, or a ``rows.parquet`` of somebody else is there; OSError: the folder cannot be written to.
-    """
-    from unbraid import config
-    from unbraid.guess.infer import inline
-
-    made = prepared(tree(folder, domains), folder)
-    rows, out = made.tables["rows.parquet"], folder / "rows.parquet"
-    if out.exists() and not set(pl.read_parquet_schema(out)) <= {*SCHEMA}:
-        raise DataError(
-            f"{out} is there, and is no table of pictures. Move it, or use `unbraid data prepare pictures`."
-        )
-    rows.write_parquet(out)
-    name = re.sub(r"\W+", "_", folder.resolve().name).strip("_") or "pictures"
-    data = replace(made.data, folder=str(folder.resolve()))
-    plain = config.to_dict(config.Run(data, name, model=made.model, training=made.training), defaults=False)
-    lines = [f"name = {inline(name)}  # {len(rows):,} pictures in {folder.name}, by `unbraid init`"]
-    for section in ("data", "model", "training"):
-        lines += [f"[{section}]", *(f"{key} = {inline(value)}" for key, value in plain[section].items())]
-    return "\n".join(lines) + "\n", [*counted(rows), *_empty_folders(folder), f"wrote {out}"]
-
-
-def _empty_folders(root: Path) -> list[str]:
+def empty_folders(root: Path) -> list[str]:
     """A warning where folders hold no picture, not even deeper: a class that is missing, perhaps."""
     full = {parent for path in _pictures_in(root) for parent in path.relative_to(root).parents}
     below = (path.relative_to(root) for path in root.rglob("*") if path.is_dir() and not _hidden(path, root))

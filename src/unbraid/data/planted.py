@@ -110,16 +110,7 @@ def sick_log(seed: int, **strengths: float) -> tuple[dict[str, pl.DataFrame], Da
     w = _world(draws(0), draws(1))
     user, item, x, rows = w["user"], w["item"], w["x"], len(w["user"])
     segment, pull = draws(2).integers(0, 2, len(w["a"])), draws(3).standard_normal(len(w["items"]))
-    shared = w["shared"] + 4 * ill["collapse"] * (2 * segment[user] - 1) * pull[item]
-    seen = _seen(w["events"], w["category"], user, w["time"], w["category"][item])
-    shared = shared + 1.5 * ill["attention"] * (seen - seen.mean()) / seen.std()
-    turned = 0.9 - 1.4 * ill["conflict"]
-    tastes = {
-        "click": w["a"], "buy": turned * w["a"] + np.sqrt(1 - turned**2) * w["b"],
-        "hint": 0.9 * w["a"] + np.sqrt(0.19) * w["b"], "lure": w["c"],
-    }  # fmt: skip
-    strength = 1.8 / np.sqrt(RANK) * (1 - 0.5 * ill["attention"]) * (1 - 0.9 * ill["collapse"])
-    logits = {name: shared + strength * (of[user] * w["items"][item]).sum(1) for name, of in tastes.items()}
+    logits = _logits(w, ill, segment, pull)
     labels = draws(4)
     drawn = {name: _with_rate(logit, w["rates"][name], labels) for name, logit in logits.items()}
     stay = logits["click"] / logits["click"].std() + labels.standard_normal(rows)
@@ -169,6 +160,23 @@ def _world(size: np.random.Generator, random: np.random.Generator) -> dict[str, 
         "a": a, "b": b, "c": c, "items": item_factors, "category": category, "user": user, "item": item, "time": time,
         "site": site, "sites": sites, "x": x, "z": z, "others": others, "events": events, "shared": shared, "rates": rates,
     }  # fmt: skip
+
+
+def _logits(
+    w: Mapping[str, Any], ill: Mapping[str, float], segment: np.ndarray, pull: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Binary task -> (n,) logits; ``segment``: each user's, ``pull``: what an item means to a segment."""
+    user, item = w["user"], w["item"]
+    shared = w["shared"] + 4 * ill["collapse"] * (2 * segment[user] - 1) * pull[item]
+    seen = _seen(w["events"], w["category"], user, w["time"], w["category"][item])
+    shared = shared + 1.5 * ill["attention"] * (seen - seen.mean()) / seen.std()
+    turned = 0.9 - 1.4 * ill["conflict"]
+    tastes = {
+        "click": w["a"], "buy": turned * w["a"] + np.sqrt(1 - turned**2) * w["b"],
+        "hint": 0.9 * w["a"] + np.sqrt(0.19) * w["b"], "lure": w["c"],
+    }  # fmt: skip
+    strength = 1.8 / np.sqrt(RANK) * (1 - 0.5 * ill["attention"]) * (1 - 0.9 * ill["collapse"])
+    return {name: shared + strength * (of[user] * w["items"][item]).sum(1) for name, of in tastes.items()}
 
 
 def _seen(

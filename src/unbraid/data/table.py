@@ -20,7 +20,7 @@ from unbraid.data.events import gather
 from unbraid.data.fitted import Fitted
 from unbraid.data.source import DataError
 from unbraid.store import within
-from unbraid.types import EXACT, Batch, Ragged, Schema, Transform
+from unbraid.types import EXACT, FIRST_VALUE, Batch, Ragged, Schema, Transform
 
 Read = Callable[[np.ndarray], Batch]  # row numbers (n,) -> their batch
 
@@ -104,7 +104,7 @@ class Encoded:
         """The given rows ((n,) int64) as a batch; ``features``: what to give in the place of the table's."""
         columns, n = self.columns, len(rows)
         labels, observed = self.labels(rows)
-        domain = columns["domain"][rows].astype(np.int64) if "domain" in columns else np.full(n, 2)
+        domain = columns["domain"][rows].astype(np.int64) if "domain" in columns else np.full(n, FIRST_VALUE)
         meta: dict[str, Tensor] = {
             name: _tensor(columns[name][rows]) for name in ("user", "time", "request") if name in columns
         }

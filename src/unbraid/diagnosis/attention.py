@@ -24,13 +24,14 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from unbraid.analysis.correlation import Truth
+from unbraid.bootstrap import Drawn
 from unbraid.diagnosis.case import Case, paired
 from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remedy
 from unbraid.diagnosis.plots import Bars, Lines
 from unbraid.diagnosis.retrieval import Grids, Match, counted, grids, heats, matches, scored
 from unbraid.encoders.attention import TargetAttention
 from unbraid.encoders.dare import DARE
-from unbraid.evaluate import Drawn, replicate
+from unbraid.evaluate import replicate
 from unbraid.types import FIRST_VALUE, Ragged, Scores
 
 PAGE = "diagnosis.md#does-it-see-the-match"

@@ -40,7 +40,8 @@ from unbraid.calibration.scaling import logistic_fit
 from unbraid.diagnosis.case import Case, interval, unlabelled
 from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remedy
 from unbraid.diagnosis.plots import Bars, Reliability
-from unbraid.evaluate import LEAST, replicate
+from unbraid.evaluate import replicate
+from unbraid.measures import LEAST
 from unbraid.train import predict
 from unbraid.types import FIRST_VALUE, NO_DOMAIN, Scores, Task
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from unbraid.bootstrap import Drawn
 from unbraid.bundle import EVALUATION_ROWS, Bundle
 from unbraid.config import Run
 from unbraid.data.encode import cache_folder, encode, fingerprint
@@ -21,7 +22,7 @@ from unbraid.data.features import attach
 from unbraid.data.source import Tables
 from unbraid.data.table import Encoded
 from unbraid.diagnosis.diagnosis import NotApplicable
-from unbraid.evaluate import Drawn, lead_metric, lower_is_better, replicate
+from unbraid.evaluate import lead_metric, lower_is_better, replicate
 from unbraid.layers import device_of
 from unbraid.preflight import bound_terms
 from unbraid.train import Local, Watcher, predict

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from unbraid.evaluate import NAMES, lead_metric
+from unbraid.evaluate import lead_metric
+from unbraid.measures import NAMES
 
 if TYPE_CHECKING:
     from unbraid.config import Run

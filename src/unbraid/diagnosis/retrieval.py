@@ -28,8 +28,7 @@ from unbraid.diagnosis.case import Case
 from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remedy
 from unbraid.diagnosis.plots import Bars, Heat
 from unbraid.encoders.dare import DARE
-from unbraid.evaluate import Array
-from unbraid.types import POSITION, Batch, History
+from unbraid.types import POSITION, Array, Batch, History
 
 PAGE = "diagnosis.md#does-attention-put-it-first"
 PAPER = "https://arxiv.org/abs/2410.02604"

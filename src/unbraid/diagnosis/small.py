@@ -26,7 +26,8 @@ import numpy as np
 from unbraid.diagnosis.case import REPLICATES, Case
 from unbraid.diagnosis.diagnosis import Diagnosis, NotApplicable, Remedy
 from unbraid.diagnosis.plots import Bars, Heat
-from unbraid.evaluate import LEAST, Slice, lead_metric, lower_is_better, replicate
+from unbraid.evaluate import Slice, lead_metric, lower_is_better, replicate
+from unbraid.measures import LEAST
 from unbraid.render import metric_name
 from unbraid.types import FIRST_VALUE
 

@@ -29,13 +29,14 @@ from torch import nn
 from unbraid import config
 from unbraid.analysis.entanglement import Entanglement
 from unbraid.analysis.feedback import Partition
+from unbraid.bootstrap import Drawn
 from unbraid.bundle import EVALUATION_ROWS, build
 from unbraid.config import Aggregated, Run, Weighted
 from unbraid.diagnosis.case import REPLICATES, Case, paired
 from unbraid.diagnosis.diagnosis import Diagnosis, Measure, NotApplicable, Remedy
 from unbraid.diagnosis.interference import apart
 from unbraid.diagnosis.plots import Bars, Histogram
-from unbraid.evaluate import Drawn, Slice, lead_metric, replicate
+from unbraid.evaluate import Slice, lead_metric, replicate
 from unbraid.layers import device_of
 from unbraid.losses.esmm import ESMM
 from unbraid.losses.focal import Focal

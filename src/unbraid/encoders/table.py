@@ -19,7 +19,8 @@ and a second gather, unless an update says that it reads the lookups of dense ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, cast
 
@@ -28,6 +29,22 @@ from torch import Tensor, nn
 
 from unbraid import parallel, sharding
 from unbraid.types import FORBID, UNKNOWN, Lookup, Rows
+
+_drawn = True  # do new tables get random numbers?
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Until the block ends, new tables are left as they are allocated, for other weights to be put in their place.
+
+    Nothing is written to them, so that they take no memory.  Whatever is drawn after them is drawn differently.
+    """
+    global _drawn
+    before, _drawn = _drawn, False
+    try:
+        yield
+    finally:
+        _drawn = before
 
 
 class Table(nn.Module):
@@ -53,7 +70,7 @@ class Table(nn.Module):
         self.size, self.lazy, self.divided, self.wanted = size, lazy, divided, False
         self.weight: nn.Parameter = (
             sharding.draw(size, width, std) if divided and parallel.world() > 1
-            else nn.Parameter(torch.empty(size, width).normal_(0.0, std))
+            else nn.Parameter(torch.empty(size, width).normal_(0.0, std) if _drawn else torch.empty(size, width))
         )  # fmt: skip
 
     @property

@@ -7,6 +7,7 @@ value times a learned vector, and another vector where it is missing.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Pairwise:
             raise ValueError(f"Parameter `width` should not be negative. Found {self.width}.")
 
 
-class PairwiseModule(FlatModule):
+class PairwiseModule(FlatModule, ABC):
     """Base of the interactions of field pairs; a member says what becomes of the stacked fields (`interact`).
 
     Args:
@@ -85,9 +86,9 @@ class PairwiseModule(FlatModule):
         linear = cast(nn.Linear, self.maps[self.place[name]])
         return linear(x.to(linear.weight.dtype))  # lengths of histories are single precision in any model
 
+    @abstractmethod
     def interact(self, e: Tensor) -> Tensor:
         """(B, F, d) becomes (B, what the member adds to ``width``)."""
-        raise NotImplementedError
 
     def forward(self, view: Mapping[str, Tensor]) -> Tensor:
         """field -> (B, D) becomes (B, width).  Fields it was not built with are ignored; a missing one: KeyError."""

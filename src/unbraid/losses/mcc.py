@@ -53,8 +53,8 @@ import torch
 from torch import Tensor
 
 from unbraid.losses.supervised import require_weight
-from unbraid.losses.unlabelled import Of, Reads, class_logits, row_entropy
-from unbraid.types import FORBID, Batch, Losses, Output, Schema, Task
+from unbraid.losses.unlabelled import Of, OfPredictions, Reads, class_logits, row_entropy
+from unbraid.types import FORBID, Batch, Losses, Output, Schema
 
 BIBTEX = """
 @inproceedings{jin2020mcc,
@@ -183,23 +183,10 @@ def require_temperature(temperature: float) -> None:
 
 
 @dataclass(frozen=True)
-class BoundMCC:
+class BoundMCC(OfPredictions):
     """`MCC` for the tasks and domains of a schema."""
 
-    needs: ClassVar[tuple[str, ...]] = ()
-    trains: ClassVar[tuple[str, ...]] = ()  # without labels nothing says which class is which
     config: MCC
-    chosen: Reads
-
-    @property
-    def unlabelled(self) -> tuple[Task, ...]:
-        """See `unbraid.slots.Term`."""
-        return self.chosen.unlabelled
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """All that its losses may be called."""
-        return (self.config.kind,)
 
     def __call__(self, output: Output, batch: Batch, step: int) -> Losses:
         """The objective's scalar; none where no task has two such rows."""

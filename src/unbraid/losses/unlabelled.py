@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,26 @@ class Reads:
             return rows, torch.ones(len(rows), device=rows.device)
         rows = (mask & (batch.weight > 0)).nonzero().squeeze(1)
         return rows, batch.weight[rows]
+
+
+@dataclass(frozen=True)
+class OfPredictions:
+    """What bound terms have in common that look at predictions alone: one objective, named by the config's ``kind``."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    trains: ClassVar[tuple[str, ...]] = ()  # without labels nothing says which class is which
+    config: Any
+    chosen: Reads
+
+    @property
+    def unlabelled(self) -> tuple[Task, ...]:
+        """See `unbraid.slots.Term`."""
+        return self.chosen.unlabelled
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """All that its losses may be called."""
+        return (self.config.kind,)
 
 
 def class_logits(logits: Tensor) -> Tensor:

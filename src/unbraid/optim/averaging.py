@@ -24,6 +24,7 @@ How this differs from ``torch.optim.swa_utils``: shares are a function of the st
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -40,7 +41,7 @@ MEASURED = 200  # batches that running statistics are measured on, at most
 
 
 @dataclass(frozen=True)
-class Average:
+class Average(ABC):
     """What all averages have.
 
     Args:
@@ -55,9 +56,9 @@ class Average:
     looks: ClassVar[bool] = False
     precision: Literal["float64", "float32"] = "float64"
 
+    @abstractmethod
     def shares(self, steps: int) -> np.ndarray:
         """(steps + 1,) float64 in [0, 1]: how far each step's weights move the mean; the first, of the start, is 1."""
-        raise NotImplementedError
 
     def begin(self, model: nn.Module, steps: int) -> Running:
         """The mean of a training of so many steps that begins with the model's present weights."""

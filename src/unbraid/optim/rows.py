@@ -32,6 +32,7 @@ float32 for weights of half precision.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
@@ -64,7 +65,7 @@ class _CatchUp:
         return type(None), ()
 
 
-class RowOptimizer(torch.optim.Optimizer):
+class RowOptimizer(torch.optim.Optimizer, ABC):
     """An optimiser whose weights and state move only at the rows read by a batch; the module's docstring has the equations.
 
     A subclass defines `change`.
@@ -95,13 +96,13 @@ class RowOptimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, **more}
         super().__init__([{"params": list(self.tables.values())}], defaults)
 
+    @abstractmethod
     def change(self, name: str, ids: Tensor, grad: Tensor, lr: float) -> Tensor:
         """Move a table's moments at the given rows and return (U, D) what to add to the rows.
 
         Args:
             name: the table; ids: distinct (U,); grad: (U, D); lr: step size of this change.
         """
-        raise NotImplementedError
 
     def watch(self, tables: Mapping[str, LazyTable]) -> None:
         """Bring rows of these tables up to date whenever they are read, if this optimiser's decay needs it.

@@ -78,7 +78,7 @@ class Copies(nn.Module):
         each = ((key, cast(Any, model).tables) for key, model in self.models.items())
         return {f"{key}/{name}": table for key, tables in each for name, table in tables.items()}
 
-    def forward(self, batch: Batch, step: int | None = None) -> Output:
+    def forward(self, batch: Batch) -> Output:
         """Logits and hidden vectors of each row's, or each task's, own model.  There are no extras and no common trunk.
 
         Raises:

@@ -268,7 +268,7 @@ class FrozenHead(nn.Module):
         self.tables: dict[str, Any] = {}
         self.gives = frozenset(name for head in self.heads.values() for name in head.gives)
 
-    def forward(self, batch: Batch, step: int | None = None) -> Output:
+    def forward(self, batch: Batch) -> Output:
         """As the model, for rows of the domain."""
         (model,) = self.below
         tasks = [task.name for task in model.schema.tasks]

@@ -44,26 +44,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import nn
 
 from unbraid import sharding
-from unbraid.analysis.plots import figure, finish
 from unbraid.evaluate import evaluate, lower_is_better
-from unbraid.render import markdown
+from unbraid.schedules import rounds
 from unbraid.schedules.merging import Branches, combine_states
+from unbraid.schedules.mixtures import SEARCHES, Shares, simplex
 from unbraid.slots import Look, Session
 from unbraid.train.scoring import selected
 from unbraid.types import FORBID, NO_DOMAIN, State
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BIBTEX = """
 @inproceedings{jiang2023forkmerge,
@@ -77,10 +72,6 @@ BIBTEX = """
   archiveprefix = {arXiv},
 }
 """
-
-MOST = 1_000  # combinations that one search may try
-Shares = tuple[float, ...]
-Value = Callable[[Shares], float]  # shares of the branches -> how good their combination is, higher is better
 
 
 @dataclass(frozen=True)
@@ -193,79 +184,7 @@ class ForkMerge:
 
     def report(self, record: Mapping[str, Any]) -> str:
         """The record as Markdown: what was done and a line per round."""
-        lines = record["rounds"]
-        best = record["final"]
-        text = (
-            f"ForkMerge: {len(record['branches'])} branches, {len(lines)} rounds of {record['interval']:,} steps, "
-            f"{record['total_steps']:,} steps over all branches. Search: {record['search']}, {record['evaluations']:,} "
-            f"evaluations of {record['rows']:,} validation rows, {record['seconds']:.1f} s. The model is that of step "
-            f"{best['step']:,}: {record['metric']} {_cell(best['value'])} there."
-        )
-        barriers = [line["step"] for line in lines if line.get("barrier", 0) > 0]
-        if barriers:
-            text += (
-                f" After {len(barriers)} of the rounds some mixture was worse than both branches: they may have trained too long "
-                "apart (fewer steps in a round, or a smaller step size)."
-            )
-        return f"\n{text}\n\n{_table(record)}"
-
-
-# ------------------------------------------------------------------------------------------------------------- the search
-def simplex(count: int, grid: Sequence[float]) -> list[Shares]:
-    """All shares of ``count`` branches whose second and later ones are in the grid, the first getting what is left.
-
-    The shares of the grid are taken as the decimal numbers that they are written as, so that three times 0.1 and 0.7 make
-    exactly 1.  In order: those of the largest first share first, then by the second, the third .. from large to small.
-
-    Raises:
-        ValueError: there is none, or more than a thousand.
-    """
-    values = sorted({Fraction(repr(float(a))) for a in grid})
-
-    def rest(left: Fraction, places: int) -> Iterator[tuple[Fraction, ...]]:
-        if places == 0:
-            yield ()
-            return
-        for value in values:
-            if value <= left:
-                yield from ((value, *more) for more in rest(left - value, places - 1))
-
-    found: list[tuple[Fraction, ...]] = []
-    for parts in rest(Fraction(1), count - 1):
-        found.append((1 - sum(parts, Fraction(0)), *parts))
-        if len(found) > MOST:
-            raise ValueError(
-                f"A grid search over {count} branches with {len(values)} values tries more than {MOST:,} combinations in each "
-                'round. Set `search = "greedy"`, or fewer values in `grid`.'
-            )
-    if not found:
-        raise ValueError(f"No weights of {count - 1} branches in `grid` {list(grid)} add up to 1 or less. Add 0.")
-    return [tuple(map(float, shares)) for shares in sorted(found, reverse=True)]
-
-
-def grid_search(count: int, grid: Sequence[float], value: Value) -> Shares:
-    """The best of `simplex`, the first of equals."""
-    points = simplex(count, grid)
-    return max(points, key=value)
-
-
-def greedy_search(count: int, grid: Sequence[float], value: Value) -> Shares:
-    """See the module's docstring; among equals the branch that comes first, and the smallest weight."""
-    pure = [tuple(float(b == at) for b in range(count)) for at in range(count)]
-    order = sorted(range(count), key=lambda b: -value(pure[b]))
-    found = {order[0]: 1.0}
-
-    def shares(more: Mapping[int, float]) -> Shares:
-        weights = {**found, **more}
-        return tuple(weights.get(b, 0.0) / sum(weights.values()) for b in range(count))
-
-    for b in order[1:]:
-        mean = sum(found.values()) / len(found)
-        found[b] = max((a * mean for a in sorted(set(grid))), key=lambda weight: value(shares({b: weight})))
-    return shares({})
-
-
-SEARCHES = {"grid": grid_search, "greedy": greedy_search}
+        return f"\nForkMerge: {rounds.words(record)}"
 
 
 # --------------------------------------------------------------------------------------------------------------- the plan
@@ -440,7 +359,7 @@ class _Run:
         self.session.tell(
             f"merge at step {self.done:,} of {self.steps:,}: "
             + ", ".join(f"{name} {share:.2f}" for name, share in line["weights"].items())
-            + f"; {self.metric} {_cell(line['value'])}"
+            + f"; {self.metric} {rounds.cell(line['value'])}"
         )
         self._checkpoint()
 
@@ -584,59 +503,3 @@ class _Run:
         self.model.load_state_dict(state["model"])
         for name in ("done", "lines", "names", "states", "average", "best", "evaluations", "seconds", "trained"):
             setattr(self, name, state[name])
-
-
-# ------------------------------------------------------------------------------------------------------------- the record
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _table(record: Mapping[str, Any]) -> str:
-    """One line per round: the weights and the metric, of the merge and of the single branches, and the search's cost."""
-    names = list(record["branches"])
-    titles = ["step", *names, record["metric"], "best branch alone", "evaluations", "seconds"]
-    lines = []
-    for line in record["rounds"]:
-        weights = [f"{line['weights'][name]:.3f}" if name in line["weights"] else "pruned" for name in names]
-        alone = [value for value in line["branches"].values() if value is not None]
-        best = (min if lower_is_better(record["metric"].rpartition(".")[2]) else max)(alone) if alone else None
-        lines.append(
-            [
-                f"{line['step']:,}",
-                *weights,
-                _cell(line["value"]),
-                _cell(best),
-                str(line["evaluations"]),
-                f"{line['seconds']:.1f}",
-            ]
-        )
-    return markdown(titles, lines, left=1).rstrip("\n")
-
-
-def plot(record: Mapping[str, Any], path: str | Path | None = None) -> Figure:
-    """The branches' weights by round, and the metric of the merge beside that of each branch alone.
-
-    Args:
-        record: ``metrics.json``'s ``schedule``; path: where to write it, if anywhere.
-
-    Raises:
-        ImportError: there is no matplotlib.
-    """
-    drawn, (left, right) = figure(11, 3.8, panels=2)
-    steps = [line["step"] for line in record["rounds"]]
-    for place, name in enumerate(record["branches"]):
-        weights = [line["weights"].get(name, math.nan) for line in record["rounds"]]
-        alone = [line["branches"].get(name) for line in record["rounds"]]
-        left.plot(steps, weights, "o-", ms=3, color=f"C{place}", label=name)
-        right.plot(steps, [math.nan if v is None else v for v in alone], "-", lw=0.9, color=f"C{place}", label=name)
-    merged = [math.nan if line["value"] is None else line["value"] for line in record["rounds"]]
-    right.plot(steps, merged, "ko-", ms=3, label="merged")
-    right.axvline(record["final"]["step"], color="0.6", lw=0.8, ls=":", label="the final model's step")
-    left.set_title("weight in the merge")
-    left.set_ylabel("weight, of 1")
-    right.set_title(f"{record['metric']}, validation")
-    right.set_ylabel(record["metric"])
-    for axis in (left, right):
-        axis.set_xlabel("steps of each branch")
-        axis.legend(frameon=False, fontsize=8)
-    return finish(drawn, path)

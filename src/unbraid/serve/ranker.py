@@ -2,7 +2,7 @@
 
 Candidates of one request share their user and its time, and so their histories: these are read, cut and searched once
 (`unbraid.types.Shared`).  `Ranker.predict` takes rows of any users and times.  Both give the numbers of
-`unbraid.bundle.Predictor.predict` on the same rows and events.
+`unbraid.predictor.Predictor.predict` on the same rows and events.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import numpy as np
 import polars as pl
 import torch
 
-from unbraid.bundle import Bundle, as_frame, explained
+from unbraid.bundle import Bundle
 from unbraid.data import features, vocabulary
 from unbraid.data import source as src
 from unbraid.data.events import gather
 from unbraid.data.table import Encoded
+from unbraid.predictor import as_frame, explained
 from unbraid.serve.events import Table
 from unbraid.serve.history import Histories, Past
 from unbraid.serve.importer import PER_SECOND, claim
@@ -297,7 +298,7 @@ class Ranker:
 
     # ------------------------------------------------------------------------------------------------------- many users
     def predict(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """Predictions of rows of any users and times, as `unbraid.bundle.Predictor.predict` gives them.
+        """Predictions of rows of any users and times, as `unbraid.predictor.Predictor.predict` gives them.
 
         Args:
             rows: raw columns, of which those of ``rows`` are read; histories are what the store holds from before each time.

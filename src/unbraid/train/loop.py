@@ -34,7 +34,7 @@ def losses_of(
 ) -> tuple[dict[str, Tensor], Output]:  # fmt: skip
     """Losses of a batch by objective, and what the model said about it; of a batch that processes share, about the own rows."""
     parallel.note(batch)
-    output = model(batch, step)
+    output = model(batch)
     said, whole = parallel.said(output, batch, getattr(model, "constants", ()))
     losses: dict[str, Tensor] = {}
     for term in terms:

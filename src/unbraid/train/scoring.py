@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from unbraid import parallel, sharding
-from unbraid.evaluate import NAMES, RANKING, lower_is_better
+from unbraid.evaluate import lower_is_better
 from unbraid.layers import device_of
+from unbraid.measures import NAMES, RANKING
 from unbraid.types import Batch, Schema, Scores
 
 

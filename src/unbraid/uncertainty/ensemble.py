@@ -21,8 +21,9 @@ import numpy as np
 import polars as pl
 
 from unbraid.adapters.frames import Table
-from unbraid.bundle import Bundle, Predictor, explained
+from unbraid.bundle import Bundle
 from unbraid.data.source import Tables
+from unbraid.predictor import Predictor, explained
 from unbraid.types import Scores
 from unbraid.uncertainty.explore import Belief, Exploration
 from unbraid.uncertainty.last_layer import KINDS, UncertaintyError, digest_of
@@ -37,7 +38,7 @@ BIBTEX = """@inproceedings{lakshminarayanan2017simple,
 
 
 class Ensemble:
-    """Several bundles as one predictor, with the interface of `unbraid.bundle.Predictor`.
+    """Several bundles as one predictor, with the interface of `unbraid.predictor.Predictor`.
 
     Args:
         members: at least two predictors, bundles or their folders, of one set of tasks: with equal labels and ``given``.
@@ -94,6 +95,6 @@ class Ensemble:
         self, rows: Table | str | Path, tables: Tables | None = None, *,
         explore: Exploration | None = None, uncertainty: bool = False,
     ) -> pl.DataFrame:  # fmt: skip
-        """As `unbraid.bundle.Predictor.predict`; the plain prediction is that of the mean logit."""
+        """As `unbraid.predictor.Predictor.predict`; the plain prediction is that of the mean logit."""
         scores, beliefs = self.beliefs(rows, tables)
         return explained(scores, beliefs if uncertainty or explore else {}, self.schema, explore)

@@ -48,7 +48,7 @@ BIBTEX = """@inproceedings{kristiadi2020being,
 }
 """
 
-FITS = "`unbraid uncertainty BUNDLE` (in Python, `unbraid.bundle.with_uncertainty`)"
+FITS = "`unbraid uncertainty BUNDLE` (in Python, `unbraid.predictor.with_uncertainty`)"
 
 
 class UncertaintyError(ValueError):
