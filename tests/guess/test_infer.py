@@ -101,6 +101,18 @@ def test_a_csv_with_other_names(tmp_path: Path) -> None:
     assert data.histories[0].where == "positive = 1" and data.events[0].columns["positive"] == "bought"
 
 
+def test_a_rare_label_of_a_log_is_learnt_in_larger_steps(tmp_path: Path) -> None:
+    path, rare = tmp_path / "t.parquet", (pl.int_range(pl.len()) % 30 == 0).cast(pl.Int8)
+    shop().with_columns(shared=rare).write_parquet(path)
+    run, _, text = guessed(path, "bought", "shared")
+    assert (run.update.lr, run.model.tower.dropout) == (0.005, 0.2) and "`shared` is rare" in text
+    for labels in (["shared"], ["bought", "is_gift"]):  # alone, and none that is rare
+        run, _, _ = guessed(path, *labels)
+        assert (run.update.lr, run.model.tower.dropout) == (1e-3, 0.0)
+    shop().with_columns(shared=rare).drop("boughtAt").write_parquet(path)
+    assert guessed(path, "bought", "shared")[0].update.lr == 1e-3, "no log"
+
+
 def test_a_csv_trains(tmp_path: Path) -> None:
     train(infer(write_csv(shop(), tmp_path / "orders.csv"), ["bought", "kept", "stars", "paid"]), tmp_path)
 

@@ -16,7 +16,7 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from unbraid.data.text import stem
-from unbraid.guess.columns import Guess, of_column
+from unbraid.guess.columns import Guess, mean, of_column
 from unbraid.guess.labels import NEGATIVES, Label
 from unbraid.guess.look import Look
 from unbraid.guess.times import calendar, unit_of
@@ -24,6 +24,8 @@ from unbraid.guess.words import DOMAINS, safe, sql_text
 
 LENGTH = 50  # of the histories
 SOURCE = "from_table"  # says which table an event is of
+RARE = 0.05  # a label of fewer positives
+RARE_RATE, RARE_DROPOUT = 0.005, 0.2  # with one beside others: `docs/commands.md` says what they are worth
 STEPS, MOST_EPOCHS = 1_000, 20  # a table that is too small for so many steps in three epochs is read more often
 Lines = Sequence[tuple[bool, dict[str, Any], str]]  # (commented out?, inline table, comment)
 
@@ -262,14 +264,31 @@ def _when(look: Look, value: Any) -> str:
     return f"  # {calendar(value, look.moments[1]).isoformat(sep=' ', timespec='seconds')} UTC"
 
 
+def _rare(look: Look) -> str:
+    """A rare binary label of a log with others beside it, or an empty string."""
+    if not (look.user and look.time) or look.pictures or len(look.labels.tasks) < 2:
+        return ""
+    shares = {label.name: mean(yes.filter(known).cast(pl.Float64)) for label, known, yes in look.positives()
+              if label.kind == "binary"}  # fmt: skip
+    return next((name for name, share in shares.items() if share < RARE), "")
+
+
 def _model(look: Look) -> Iterable[str]:
     kinds = {label.kind for label in look.labels.tasks}
     metric = "auc" if "binary" in kinds else "accuracy" if "multiclass" in kinds else "rmse"
     tower = '"mmoe"  # several tasks: experts, mixed for each' if len(look.labels.tasks) > 1 else '"shared_bottom"'
     yield '[model.tower]  # shared_bottom, mmoe and stem are a good start; stem wants `model.tables.kind = "per_task"`'
     yield f"kind = {tower}"
+    rare = _rare(look)
+    if rare:
+        yield f"dropout = {RARE_DROPOUT}  # what is frequent is soon known by heart"
     if look.logs or (look.item and look.user and look.time):
         yield from ("", "[model.history]", 'kind = "mean"  # target_attention weighs events by what is predicted')
+    if rare:
+        why = (
+            f"five times the default: `{rare}` is rare, and should be learnt before frequent labels are known by heart"
+        )
+        yield from ("", "[update]", 'kind = "joint"', f"lr = {RARE_RATE}  # {why}")
     if look.pictures:
         from unbraid.config import to_dict
 
