@@ -294,7 +294,7 @@ def test_an_absent_domain_does_not_move_its_heads(decay: str, encoded: Encoded) 
         names = {n for n, _ in model.named_parameters() if n.startswith(f"heads.task/click.linears.{domain}.")}
         assert len(names) == 2
         before = snapshot(model, step, names)
-        output = model(hidden, 20)
+        output = model(hidden)
         step(term(output, hidden, 20), output)
         assert same(before, snapshot(model, step, names))
 

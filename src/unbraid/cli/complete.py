@@ -44,7 +44,7 @@ def recipe_names() -> list[str]:
 
 def metric_names() -> list[str]:
     """Metrics of all kinds of tasks."""
-    return sorted({name for names in ast.literal_eval(_assigned("evaluate.py", "NAMES")).values() for name in names})
+    return sorted({name for names in ast.literal_eval(_assigned("measures.py", "NAMES")).values() for name in names})
 
 
 def check_names() -> list[str]:
