@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from browserkit import chromium
 from toylog import make_log
 
 from unbraid.data.declaration import Data
@@ -40,3 +41,10 @@ def log() -> pl.DataFrame:
 def encoded_of(log: pl.DataFrame) -> Callable[[Data], Encoded]:
     """Encode a declaration of the toy log."""
     return lambda data: Encoded(encode(data, tables={"log": log}))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium, or a skip."""
+    with chromium() as started:
+        yield started

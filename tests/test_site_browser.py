@@ -14,16 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browserkit import chromium
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browserkit import chromium
 from reportkit import HOSTILE, comparison, gaps, hostile, make_report
 
 from unbraid.report import compare_html, html
@@ -22,12 +21,6 @@ from unbraid.report import compare_html, html
 axe = pytest.importorskip("axe_playwright_python", reason="needs axe: pip install axe-playwright-python")
 pytest.importorskip("altair")
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

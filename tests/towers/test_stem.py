@@ -436,13 +436,12 @@ def planted(rho, seed):
     return data
 
 
-# one seed moves a test AUC by about .02: two see what a shared table loses, not whether STEM is level with single tasks
-SEEDS = {0.0: seeds(2, 6), -0.5: seeds(5, 6)}
-WIDE_SEEDS = seeds(0, 3)
+SEEDS = range(6)  # one seed moves a test AUC by about .02, so two or three settle nothing
+WIDE_SEEDS = seeds(0, 3)  # nothing is claimed of them
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rho", SEEDS)
+@pytest.mark.parametrize("rho", [0.0, -0.5])
 def test_own_tables_remove_negative_transfer(net, rho, capsys):
     """At equal table width STEM beats Shared-Bottom and is no worse than single-task nets.
 
@@ -454,15 +453,13 @@ def test_own_tables_remove_negative_transfer(net, rho, capsys):
     narrow, wide, own = Views(width=8, **dense), Views(width=24, **dense), Views(kind="per_task", width=8, **dense)
     bottom = SharedBottom(bottom=(32, 16), tower=(16,))
     both, models = ("a", "b"), {}
-    level = len(SEEDS[rho]) > 2
-    if level:
-        models["single task, width 8"] = bottom, narrow, ("a",), ("b",)
+    models["single task, width 8"] = bottom, narrow, ("a",), ("b",)
     models["Shared-Bottom, width 8"] = bottom, narrow, both
     models["STEM, 3 tables of width 8"] = STEM(expert=(32, 16), tower=(16,)), own, both
     models["Shared-Bottom, width 24"] = bottom, wide, both
     models["MMoE, width 24"] = MMoE(experts=4, expert=(32, 16), tower=(16,)), wide, both
     found = defaultdict(list)
-    for seed in SEEDS[rho]:
+    for seed in SEEDS:
         data = planted(rho, seed)
         for name, (tower, views, *groups) in models.items():
             for tasks in groups if views is not wide or seed in WIDE_SEEDS else ():
@@ -479,4 +476,4 @@ def test_own_tables_remove_negative_transfer(net, rho, capsys):
     for task in both:
         stem = mean["STEM, 3 tables of width 8", task]
         assert stem >= mean["Shared-Bottom, width 8", task] + 0.02
-        assert not level or stem >= mean["single task, width 8", task] - 0.005
+        assert stem >= mean["single task, width 8", task] - 0.005

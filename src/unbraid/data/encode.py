@@ -237,8 +237,6 @@ def write(
     plan = rows_plan(data, base, tables, query)
     schema, labels = plan.collect_schema(), query is None
     total = _number_of_rows(data, base, tables, query)
-    if not total:
-        raise DataError("There are no rows" + (" to predict." if query is not None else f" in `{data.rows}`."))
     per_second, checks = 1.0, LabelChecks(data, fitted.schema)
     exprs = row_expressions(data, schema, labels)
     if "time" in exprs:
@@ -247,7 +245,7 @@ def write(
     root = root_of(data, base)
     journal, before = room.journal, room.journal.noted.get("rows", {"done": 0, "columns": {}, "seen": []})
     done, whole = before["done"], before.get("whole", False)
-    contents = () if whole else [(place, f) for place, f in enumerate(data.features) if f.has_content]
+    contents = [] if whole else [(place, f) for place, f in enumerate(data.features) if f.has_content]
     writers = {f.name: Writer(folder, place, f, root) for place, f in contents}
     checks.restore(before["seen"])
 
@@ -310,12 +308,15 @@ def _count_exposures(columns: Columns, room: Room) -> None:
 
 
 def _number_of_rows(data: Data, base: Path, tables: Tables | None, query: pl.LazyFrame | None) -> int:
-    """Of `rows_plan`, without joining and without drawing negatives."""
+    """Of `rows_plan`, without joining and without drawing negatives.  Raises DataError when there are none."""
     plan = kept_rows(data, base, tables) if query is None else query
     if query is None and data.split.train_from != "":
         plan = with_split(plan, data)
     copies = 1 + data.negatives.per_positive if data.negatives and query is None else 1
-    return copies * plan.select(pl.len()).collect(engine="streaming").item()
+    total = copies * plan.select(pl.len()).collect(engine="streaming").item()
+    if not total:
+        raise DataError("There are no rows" + (" to predict." if query is not None else f" in `{data.rows}`."))
+    return total
 
 
 def chunks(plan: pl.LazyFrame, start: int = 0) -> Iterator[pl.DataFrame]:
