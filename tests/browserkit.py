@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,34 @@ def chromium() -> Iterator[Any]:
     """The browser; skips where it or Playwright is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
     with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=executable(), args=["--no-sandbox"])  # root has no sandbox
+        # root has no sandbox; without a GPU frames are drawn in the browser's own processes
+        started = driver.chromium.launch(executable_path=executable(), args=["--no-sandbox", "--disable-gpu"])
         yield started
         started.close()
+
+
+@contextmanager
+def opened(
+    browser: Any, path: Path, width: int = 1280, scheme: str = "light", *, of: Path | None = None, **more: Any
+) -> Iterator[Any]:
+    """A page in a context of its own.
+
+    At the end: nothing on the console, no dialog, and no request but for the file itself, or for files in the folder `of`.
+    """
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **more)
+    said: list[str] = []
+    asked: list[str] = []
+    try:
+        page = context.new_page()
+        page.set_default_timeout(60_000)  # a machine that does other work draws no frame for seconds
+        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (said.append("a dialog"), dialog.dismiss()))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        yield page
+        page.wait_for_timeout(100)
+        assert said == []
+        assert [url for url in asked if not url.startswith(((of or path).as_uri(), "data:"))] == []
+    finally:
+        context.close()

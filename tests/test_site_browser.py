@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browserkit import opened
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -30,24 +29,8 @@ def site(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def opened(browser: Any, path: Path, width: int = 1280, scheme: str = "light") -> Iterator[Any]:
-    """The page; at the end: nothing on the console, and no request but for files."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page, said, asked = context.new_page(), [], []
-    page.set_default_timeout(20_000)
-    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: said.append(f"error: {error}"))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
-    yield page
-    assert said == []
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    context.close()
-
-
 def test_search_finds_a_page_from_a_disk(browser: Any, site: Path) -> None:
-    with opened(browser, site / "methods" / "stem.html") as page:
+    with opened(browser, site / "methods" / "stem.html", of=site) as page:
         page.locator(".md-search__input").click()
         page.locator(".md-search__input").press_sequentially("adversary")
         page.locator('.md-search-result__link[href*="methods/domain_adversary.html"]').first.click()
@@ -65,7 +48,7 @@ def test_search_finds_a_page_from_a_disk(browser: Any, site: Path) -> None:
     ],
 )  # fmt: skip
 def test_nothing_hangs_out_of_a_page(browser: Any, site: Path, name: str, width: int, scheme: str) -> None:
-    with opened(browser, site / name, width, scheme) as page:
+    with opened(browser, site / name, width, scheme, of=site) as page:
         wide = page.evaluate(
             """() => [...document.querySelectorAll("article *")].filter(one => {
                 for (let box = one; box.tagName !== "ARTICLE"; box = box.parentElement)
@@ -77,7 +60,7 @@ def test_nothing_hangs_out_of_a_page(browser: Any, site: Path, name: str, width:
 
 
 def test_equations_are_drawn(browser: Any, site: Path) -> None:
-    with opened(browser, site / "methods" / "fm.html") as page:
+    with opened(browser, site / "methods" / "fm.html", of=site) as page:
         box = page.locator(".equation mfrac").first.bounding_box()
         assert box["height"] > 20, "a fraction stands in two lines"
         half, rest = (page.locator(f".equation mfrac > :nth-child({n})").first.bounding_box() for n in (1, 2))

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browserkit import opened
 from reportkit import HOSTILE, comparison, gaps, hostile, make_report
 
 from unbraid.report import compare_html, html
@@ -40,24 +39,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in pages}
 
 
-@contextmanager
-def opened(browser: Any, path: Path, width: int = 1280, scheme: str = "light", **more: Any) -> Iterator[Any]:
-    """The page; at the end: no error on the console, and no request but for the file itself."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **more)
-    page = context.new_page()
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: said.append(f"error: {error}"))
-    page.set_default_timeout(8000)
-    page.on("dialog", lambda dialog: (said.append("a dialog"), dialog.dismiss()))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
-    yield page
-    page.wait_for_timeout(100)
-    assert said == []
-    assert {url for url in asked if not url.startswith("data:")} == {path.as_uri()}
-    context.close()
+def show(one: Any) -> None:
+    """Scroll to it at once: Playwright's own waits for frames in which it stands still."""
+    one.evaluate("it => it.scrollIntoView({block: 'center', behavior: 'instant'})")
 
 
 def draw_all(page: Any) -> int:
@@ -65,7 +49,7 @@ def draw_all(page: Any) -> int:
     page.evaluate("document.querySelectorAll('details.plots').forEach((each) => { each.open = true; })")
     plots = page.locator(".plot")
     for i in range(plots.count()):
-        plots.nth(i).scroll_into_view_if_needed()
+        show(plots.nth(i))
         page.wait_for_selector(f"#{plots.nth(i).get_attribute('id')}[data-drawn] svg")
     page.evaluate("scrollTo(0, 0)")
     return int(plots.count())
@@ -156,7 +140,7 @@ def test_plots_answer_the_mouse(browser: Any, files: dict[str, Path]) -> None:
         tip = page.locator("#vg-tooltip-element").inner_text()
         assert "click" in tip and "0.011" in tip and "difference in AUC" in tip
         losses = page.locator("#plot-6")
-        losses.scroll_into_view_if_needed()
+        show(losses)
 
         def faint() -> list[str]:
             return losses.locator(".mark-line path").evaluate_all(
@@ -167,19 +151,21 @@ def test_plots_answer_the_mouse(browser: Any, files: dict[str, Path]) -> None:
         losses.locator(".role-legend-label text", has_text="like").click()
         page.wait_for_function("document.querySelectorAll('#plot-6 .mark-line path[opacity=\"0.12\"]').length === 2")
         assert faint() == ["0.12", "1", "0.12"]
-        before = losses.locator(".role-axis-label text").all_inner_texts()
+        ticks = "[...document.querySelectorAll('#plot-6 .role-axis-label text')].map(one => one.textContent).join()"
+        before = page.evaluate(ticks)
+        at = page.evaluate("scrollY")
         box = losses.locator("svg").bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 100)
         page.mouse.wheel(0, -400)
-        assert losses.locator(".role-axis-label text").all_inner_texts() == before, "the wheel alone scrolls the page"
-        losses.scroll_into_view_if_needed()
+        page.wait_for_function("at => scrollY < at", arg=at)
+        assert page.evaluate(ticks) == before, "the wheel alone scrolls the page"
+        show(losses)
         box = losses.locator("svg").bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 100)
         page.keyboard.down("Shift")
         page.mouse.wheel(0, -400)
         page.keyboard.up("Shift")
-        page.wait_for_timeout(300)
-        assert losses.locator(".role-axis-label text").all_inner_texts() != before, "with Shift it zooms"
+        page.wait_for_function(f"before => {ticks} !== before", arg=before)  # with Shift it zooms
 
 
 def test_dark_follows_the_system_and_the_button(browser: Any, files: dict[str, Path]) -> None:
