@@ -328,7 +328,7 @@ def test_timeouts_are_503_and_give_their_place_back(make: Callable[..., Service]
 
 
 def test_more_requests_than_allowed_are_503_at_once(make: Callable[..., Service]) -> None:
-    service = make(options={"wait": 0.2}, concurrency=2, threads=2)
+    service = make(options={"wait": 1.0}, concurrency=2, threads=2)
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda i: service.post("/rank", rank(i)).status_code, range(6)))
     assert sorted(found) == [200, 200, 503, 503, 503, 503]
@@ -337,14 +337,13 @@ def test_more_requests_than_allowed_are_503_at_once(make: Callable[..., Service]
 
 
 def test_the_loop_answers_while_the_store_and_the_model_work(make: Callable[..., Service]) -> None:
-    service = make(options={"wait": 0.4}, threads=1)
-    service.store.wait = 0.4
+    service = make(options={"wait": 1.5}, threads=1)
+    service.store.wait = 1.5
     with ThreadPoolExecutor(2) as pool:
         slow = [pool.submit(service.post, "/rank", rank(1)), pool.submit(service.post, "/events", events("a"))]
-        time.sleep(0.05)
-        start = time.perf_counter()
+        time.sleep(0.1)
         assert service.client.get("/health").status_code == 200
-        assert time.perf_counter() - start < 0.2
+        assert not any(one.done() for one in slow)
         assert [one.result().status_code for one in slow] == [200, 200]
 
 
@@ -379,12 +378,12 @@ def test_full_batches_do_not_wait(make: Callable[..., Service]) -> None:
     assert service.post("/predict", rows(1, 2, 3, 4)).status_code == 200
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda i: service.post("/predict", rows(i, i + 1)), range(2)))
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 5
     assert service.engine.current.ranker.passes == [4, 4]
 
 
 def test_batches_fill_while_all_threads_are_busy(make: Callable[..., Service]) -> None:
-    service = make(options={"wait": 0.15}, batch_wait_ms=0.0, threads=1)
+    service = make(options={"wait": 0.5}, batch_wait_ms=0.0, threads=1)
     with ThreadPoolExecutor(9) as pool:
         first = pool.submit(service.post, "/predict", rows(0))
         time.sleep(0.05)
