@@ -14,8 +14,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
+# only files that have such a test are collected
 slow: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow \
+	  $$(grep -rl "mark\.slow" tests --include="test_*.py")
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
