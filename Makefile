@@ -11,12 +11,14 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/unbraid train --out runs/demo --overwrite
 
 # one thread per test process: two threads on two busy cores can be ten times slower than one
+ALONE = OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1
+
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
+	$(ALONE) $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 # only files that have such a test are collected
 slow: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow \
+	$(ALONE) $(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow \
 	  $$(grep -rl "mark\.slow" tests --include="test_*.py")
 
 lint: $(VENV)/.dev

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,3 +50,9 @@ def browser() -> Iterator[Any]:
     """A Chromium, or a skip."""
     with chromium() as started:
         yield started
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded now stays: the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()

@@ -36,7 +36,7 @@ PLACES: dict[str, tuple[Any, str]] = {  # where it stops: what is called there
 
 
 def declared(name: str) -> tuple[Data, dict[str, pl.DataFrame]]:
-    data, tables = everything(7, n=300)
+    data, tables = everything(7, n=150)
     if name == "exposure":
         return replace(data, exposure=("user", "item")), tables
     if name == "negatives":
@@ -78,6 +78,7 @@ def test_an_interrupted_encode_is_continued(
     data, tables = declared(name)
     data = replace(data, memory_mb=64)
     small_steps(monkeypatch)
+    monkeypatch.setattr(pl, "thread_pool_size", lambda: 2)  # some work is under way when it stops
     if place in ("listing", "copying"):  # vocabularies on disk
         monkeypatch.setattr(dictionary, "LARGE", 2)
     with monkeypatch.context() as patch:
