@@ -33,6 +33,15 @@ def _own_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNBRAID_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Exact things are checked in double precision, from a fixed seed."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def log() -> pl.DataFrame:
     return make_log()

@@ -36,6 +36,8 @@ from unbraid.train import Training
 from unbraid.types import EXACT, Feature, Task
 from unbraid.warm_start import warm_start
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 SPREAD = Spread("price", 2.0, 3.0, tuple(float(x) for x in range(0, 9)))  # 0, 1, .., 8
 MEMBERS = [
@@ -47,14 +49,6 @@ MEMBERS = [
     Numeral(scale="log", levels=11),
     Numeral(scale="integer"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def inputs(values: list[float | None]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,17 +31,11 @@ from unbraid.train import Training
 from unbraid.types import Feature, Task
 from unbraid.warm_start import warm_start
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 WIDTHS = {"user": 5, "item": 5, "text": 3}
 PAIRS = (("user", "item"),)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -10,17 +10,10 @@ from toylog import make_run
 from unbraid import config
 from unbraid.interactions.cross import Cross
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 FIELDS = {"user": 3, "price": 1, "item": 2}
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    """Everything here is exact, so it is checked in double precision, from a fixed seed."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def view_of(x):

@@ -18,15 +18,9 @@ from unbraid.interactions.gwpfm import GwPFM
 from unbraid.interactions.inner_product import InnerProduct
 from unbraid.interactions.pairs import common_width
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 ALL = [FM, FwFM, GwPFM, InnerProduct]
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------- the sums

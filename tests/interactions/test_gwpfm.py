@@ -13,16 +13,10 @@ from unbraid import config
 from unbraid.interactions.fm import FM
 from unbraid.interactions.gwpfm import GwPFM
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 WIDTHS = {"user": 6, "price": 2, "item": 6, "shop": 6, "hour": 6}
 GROUPS = {"who": ("user", "price"), "what": ("shop", "item")}  # and `hour`, alone in the rest
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def by_pairs(module, view):

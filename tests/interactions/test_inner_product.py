@@ -11,13 +11,7 @@ from pairs_kit import EVEN, EXACT, MIXED, brought, same, view_of
 from unbraid.interactions.fm import FM
 from unbraid.interactions.inner_product import InnerProduct
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def test_by_hand():

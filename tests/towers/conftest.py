@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toylog import make_data, make_log
 
+from unbraid.data.encode import encode
+from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.interactions.flat import Flat
 from unbraid.layers import initialise
@@ -84,3 +87,10 @@ def ids(sizes: Mapping[str, int]) -> dict[str, Tensor]:
     return {
         name: torch.cat([torch.arange(n), torch.randint(n, (64 - n,), generator=random)]) for name, n in sizes.items()
     }
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Encoded:
+    """The toy log."""
+    data = make_data(cache=str(tmp_path_factory.mktemp("cache")))
+    return Encoded(encode(data, tables={"log": make_log(rows=400)}))

@@ -14,18 +14,11 @@ from unbraid.layers import task_key
 from unbraid.towers.aitm import AITM, Transfer
 from unbraid.towers.mlp import SharedBottom
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SMALL = {"bottom": (16, 9), "tower": (5,)}
 TASKS = ("shown", "click", "buy")
 VIEWS = Views(width=3, std=1.0, lazy_rows=-1)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    """Exact things are checked in double precision, from a fixed seed."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def tower_of(tasks=TASKS, **config):

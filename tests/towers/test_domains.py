@@ -5,22 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 
-import numpy as np
+import domain_kit
 import pytest
 import torch
+from domain_kit import KNOWN, TASKS, absences, some, without
 from tower_kit import EXACT, biased, gate_of, relu_layers
-from toylog import make_data, make_log, make_run
+from toylog import make_run
 
 from unbraid import bundle
 from unbraid.config import Expert, ModelChoice
-from unbraid.data.encode import encode
-from unbraid.data.table import Encoded
 from unbraid.encoders.dare import DARE
 from unbraid.encoders.table import Views
 from unbraid.heads import Heads
 from unbraid.interactions.cross import Cross
 from unbraid.interactions.flat import Flat
-from unbraid.job import train
 from unbraid.layers import task_key
 from unbraid.optim.joint import Joint
 from unbraid.preflight import bound_terms
@@ -35,7 +33,6 @@ from unbraid.towers.single_task import SingleTask
 from unbraid.towers.stem import STEM
 from unbraid.towers.stem_al import STEMAL
 from unbraid.types import Schema
-from unbraid.warm_start import warm_start
 
 LAYERED = {"expert": (9, 6), "tower": (5,)}
 TOWERS = [
@@ -48,14 +45,6 @@ TOWERS = [
     pytest.param(AME(norm="layer", gate=(4,), **LAYERED), "several", id="ame-deep"),
     pytest.param(MMoE(experts=4, **LAYERED), "several", id="mmoe"),
 ]
-KNOWN = (2, 3, 4)  # codes of home, mail and search
-TASKS = ("click", "buy")
-
-
-@pytest.fixture(scope="module")
-def encoded(tmp_path_factory):
-    data = make_data(cache=str(tmp_path_factory.mktemp("cache")))
-    return Encoded(encode(data, tables={"log": make_log(rows=400)}))
 
 
 def views_of(kind, **keys):
@@ -68,10 +57,6 @@ def model_of(encoded, tower, kind, lazy_rows=-1, **choice):
     return bundle.build(make_run(model=ModelChoice(tower=tower, tables=views, **choice)), encoded.schema)
 
 
-def some(encoded, start=100, n=40):
-    return encoded.batch(np.arange(start, start + n))
-
-
 def hidden_of(n, views, width=4):
     return [torch.randn(n, width, requires_grad=True) for _ in range(views)]
 
@@ -79,14 +64,6 @@ def hidden_of(n, views, width=4):
 def domain_tower(tower, kind, domains=("domain0", "domain1", "domain2"), tasks=TASKS):
     names = views_of(kind).names(domains)
     return biased(DomainTower(tower, tasks, domains, names, [4] * len(names))), len(names)
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------- value
@@ -271,16 +248,7 @@ def equal(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def without(batch, code, how):
-    """The batch without rows of a domain, or with unobserved or weightless ones."""
-    if how == "no rows":
-        return batch.select(batch.domain != code)
-    if how == "weightless":
-        return dataclasses.replace(batch, weight=(batch.domain != code).float())
-    return dataclasses.replace(batch, observed={t: o & (batch.domain != code) for t, o in batch.observed.items()})
-
-
-@pytest.mark.parametrize("how", ["no rows", "unobserved", "weightless"])
+@absences
 @pytest.mark.parametrize("lazy_rows", [-1, 0])
 @pytest.mark.parametrize(("config", "kind"), TOWERS)
 def test_an_absent_domain_does_not_move(encoded, config, kind, lazy_rows, how):
@@ -310,14 +278,7 @@ def test_an_absent_domain_does_not_move(encoded, config, kind, lazy_rows, how):
 
 @pytest.mark.parametrize(("config", "kind"), TOWERS)
 def test_rows_do_not_see_each_other(encoded, config, kind):
-    model = model_of(encoded, config, kind).eval()
-    batch = some(encoded, n=12)
-    batch = dataclasses.replace(batch, domain=torch.tensor([0, 1, *KNOWN] * 2 + [0, 1]))
-    whole = model(batch)
-    for i in range(12):
-        alone = model(batch.select(torch.tensor([i])))
-        for task in TASKS:
-            torch.testing.assert_close(alone.logits[task][0], whole.logits[task][i], rtol=1e-5, atol=1e-6)
+    domain_kit.rows_do_not_see_each_other(model_of(encoded, config, kind), encoded)
 
 
 # ------------------------------------------------------------------------------------------------------------- the model
@@ -333,24 +294,7 @@ def test_views_are_named_by_known_domains(encoded):
 
 @pytest.mark.parametrize(("config", "kind"), TOWERS)
 def test_trains_and_comes_back(config, kind, tmp_path):
-    run = make_run(training=dataclasses.replace(make_run().training, steps=5))
-    views = views_of(kind, width=3)
-    run = dataclasses.replace(run, model=ModelChoice(tower=config, tables=views))
-    result = train(run, tables={"log": make_log()}, baseline=False)
-    assert result.metrics["test"]["click"]["auc"]["value"] > 0
-    result.bundle.save(tmp_path / "saved")
-    loaded = bundle.Bundle.load(tmp_path / "saved")
-    batch = Encoded(encode(make_data(), tables={"log": make_log()})).batch(np.arange(20))
-    with torch.no_grad():
-        one, other = result.bundle.model.eval()(batch), loaded.model.eval()(batch)
-    assert all(torch.equal(one.logits[t], other.logits[t]) for t in TASKS)
-    counts = warm_start(loaded.model, loaded.fitted, result.bundle)
-    assert counts["tensors new"] == counts["rows new"] == 0
-    schema = dataclasses.replace(loaded.fitted.schema, domains=("(unknown)", "(missing)", "mail", "home", "search"))
-    if schema.domains == loaded.fitted.schema.domains:
-        schema = dataclasses.replace(schema, domains=schema.domains[::-1])
-    with pytest.raises(bundle.BundleError, match="same domains in the same order"):
-        warm_start(loaded.model, dataclasses.replace(loaded.fitted, schema=schema), result.bundle)
+    domain_kit.trains_and_comes_back(config, views_of(kind, width=3), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors

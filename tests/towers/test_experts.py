@@ -12,16 +12,9 @@ from unbraid.layers import task_key
 from unbraid.towers.experts import MMoE, OMoE, mix
 from unbraid.towers.mlp import SharedBottom
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 TASKS = ("a", "b", "c")
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    """Everything here is exact, so it is checked in double precision, from a fixed seed."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 both = pytest.mark.parametrize("kind", [MMoE, OMoE])

@@ -13,16 +13,9 @@ from unbraid.towers.aitm import AITM
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.single_task import SingleTask
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    """Everything here is exact, so it is checked in double precision, from a fixed seed."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def reference(x, weights):

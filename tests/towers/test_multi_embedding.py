@@ -26,15 +26,6 @@ TASKS = ("a", "b", "c")
 SEVERAL = Views(kind="several", widths=(2, 3, 4), std=1.0, lazy_rows=-1)
 
 
-@pytest.fixture
-def float64():
-    """Exact things are checked in double precision, from a fixed seed."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 pytestmark = pytest.mark.usefixtures("float64")
 KINDS = [
     pytest.param(MultiEmbedding(**SMALL, norm=norm, combine=combine), id=f"{norm}-{combine}")

@@ -29,15 +29,6 @@ TASKS = ("a", "b", "c")
 SEPARATE = Views(kind="separate", width=3, std=1.0, lazy_rows=-1)
 
 
-@pytest.fixture
-def float64():
-    """Exact things are checked in double precision, from a fixed seed."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def tower_of(tasks=TASKS, **config):
     """A tower on one view of width 7 per task, with biases."""
     return biased(SingleTask(**{**SMALL, **config}).build(tasks, tasks, (7,) * len(tasks)))

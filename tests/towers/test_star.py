@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 
-import numpy as np
+import domain_kit
 import pytest
 import torch
+from domain_kit import KNOWN, TASKS, absences, some, without
 from tower_kit import EXACT, biased, relu_layers
 from toylog import make_data, make_log, make_run
 
 from unbraid import bundle, config
 from unbraid.config import ModelChoice
-from unbraid.data.encode import encode
-from unbraid.data.table import Encoded
 from unbraid.encoders.table import Views
 from unbraid.heads import Heads
 from unbraid.job import train
@@ -25,10 +24,7 @@ from unbraid.preflight import bound_terms
 from unbraid.schedules.d_train import DTrain
 from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.star import STAR
-from unbraid.warm_start import warm_start
 
-TASKS = ("click", "buy")
-KNOWN = (2, 3, 4)  # codes of home, mail and search
 SMALL = {"bottom": (6, 5), "tower": (4,)}
 MEMBERS = [
     pytest.param(STAR(**SMALL, auxiliary=(3,)), id="default"),
@@ -36,20 +32,6 @@ MEMBERS = [
     pytest.param(STAR(**SMALL, norm="none", auxiliary=()), id="plain"),
     pytest.param(STAR(bottom=(6,), tower=(), auxiliary=(3,)), id="no-towers"),
 ]
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(scope="module")
-def encoded(tmp_path_factory):
-    data = make_data(cache=str(tmp_path_factory.mktemp("cache")))
-    return Encoded(encode(data, tables={"log": make_log(rows=400)}))
 
 
 def scattered(member, width=7, domains=3):
@@ -227,19 +209,6 @@ def model_of(encoded, tower, lazy_rows=-1, **choice):
     return bundle.build(make_run(model=ModelChoice(tower=tower, tables=views, **choice)), encoded.schema)
 
 
-def some(encoded, start=100, n=40):
-    return encoded.batch(np.arange(start, start + n))
-
-
-def without(batch, code, how):
-    """The batch without rows of a domain, or with unobserved or weightless ones."""
-    if how == "no rows":
-        return batch.select(batch.domain != code)
-    if how == "weightless":
-        return dataclasses.replace(batch, weight=(batch.domain != code).float())
-    return dataclasses.replace(batch, observed={t: o & (batch.domain != code) for t, o in batch.observed.items()})
-
-
 def kept(model, update, at):
     """Bits of all that one domain has of its own: weights, statistics, optimiser state."""
     mark = f"tower.own.{at}."
@@ -264,7 +233,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
 
 
-@pytest.mark.parametrize("how", ["no rows", "unobserved", "weightless"])
+@absences
 @pytest.mark.parametrize("update", [Joint, AdaTask])
 @pytest.mark.parametrize("member", MEMBERS[:3])
 def test_an_absent_domain_moves_nothing_of_its_own(encoded, member, update, how):
@@ -302,14 +271,7 @@ def test_weight_decay_pulls_a_domain_to_what_is_shared():
 # ------------------------------------------------------------------------------------------------------------- the model
 @pytest.mark.parametrize("choice", [{}, {"heads": Heads(by="domain", hidden=(4,))}, {"heads": Heads(two=True)}])
 def test_rows_do_not_see_each_other(encoded, choice):
-    model = model_of(encoded, STAR(), **choice).eval()
-    batch = some(encoded, n=12)
-    batch = dataclasses.replace(batch, domain=torch.tensor([0, 1, *KNOWN] * 2 + [0, 1]))
-    whole = model(batch)
-    for i in range(12):
-        alone = model(batch.select(torch.tensor([i])))
-        for task in TASKS:
-            torch.testing.assert_close(alone.logits[task][0], whole.logits[task][i], rtol=1e-5, atol=1e-6)
+    domain_kit.rows_do_not_see_each_other(model_of(encoded, STAR(), **choice), encoded)
 
 
 def test_the_auxiliary_logit_is_added(encoded):
@@ -335,23 +297,8 @@ def test_an_empty_batch(encoded, training):
 
 @pytest.mark.parametrize("member", MEMBERS)
 def test_trains_and_comes_back(member, tmp_path):
-    run = make_run(training=dataclasses.replace(make_run().training, steps=5))
-    run = dataclasses.replace(run, model=ModelChoice(tower=member, tables=Views(width=3)))
-    result = train(run, tables={"log": make_log()}, baseline=False)
-    assert result.metrics["test"]["click"]["auc"]["value"] > 0
-    result.bundle.save(tmp_path / "saved")
-    loaded = bundle.Bundle.load(tmp_path / "saved")
-    batch = Encoded(encode(make_data(), tables={"log": make_log()})).batch(np.arange(20))
-    with torch.no_grad():
-        one, other = result.bundle.model.eval()(batch), loaded.model.eval()(batch)
-    assert all(torch.equal(one.logits[t], other.logits[t]) for t in TASKS)
-    state = loaded.model.state_dict()
+    state = domain_kit.trains_and_comes_back(member, Views(width=3), tmp_path).model.state_dict()
     assert (f"tower.own.0.{'mean' if member.norm == 'partitioned' else 'factors.0'}") in state
-    counts = warm_start(loaded.model, loaded.fitted, result.bundle)
-    assert counts["tensors new"] == counts["rows new"] == 0
-    schema = dataclasses.replace(loaded.fitted.schema, domains=("(unknown)", "(missing)", "mail", "home", "x"))
-    with pytest.raises(bundle.BundleError, match="same domains in the same order"):
-        warm_start(loaded.model, dataclasses.replace(loaded.fitted, schema=schema), result.bundle)
 
 
 def test_d_train_freezes_it_with_its_statistics():

@@ -11,7 +11,20 @@ import torch
 from published import seeds
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from tower_kit import EXACT, biased, common, force, gradients, owned, parts
+from tower_kit import (
+    EXACT,
+    NAMES,
+    PER_TASK,
+    SHARED,
+    SMALL,
+    biased,
+    common,
+    force,
+    gradients,
+    owned,
+    parts,
+    tasks_by_layers,
+)
 
 from unbraid.data.planted import opposed_tastes
 from unbraid.encoders.table import Views
@@ -21,56 +34,10 @@ from unbraid.towers.mlp import SharedBottom
 from unbraid.towers.ple import PLE
 from unbraid.towers.stem import STEM
 
-SMALL = {"expert": (16, 12), "tower": (8,)}
-PER_TASK = Views(kind="per_task", width=3, std=1.0, lazy_rows=-1)
-SHARED = Views(kind="shared", width=3, std=1.0, lazy_rows=-1)
-NAMES = ("a", "b", "c")
-tasks_by_layers = pytest.mark.parametrize(("tasks", "layers"), [(NAMES[:n], d) for n in (2, 3) for d in (1, 2, 3)])
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    """Exact things are checked in double precision, from a fixed seed."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
-@tasks_by_layers
-@pytest.mark.parametrize("config", [{}, {"task_experts": 2, "gate": (4,)}])
-def test_a_loss_writes_its_own_and_the_shared_parts_only(net, sizes, ids, tasks, layers, config):
-    model = biased(net(STEM(layers=layers, **SMALL, **config), PER_TASK, tasks, sizes))
-    for task in tasks:
-        grads = gradients(model, model.losses(ids)[task])
-        for other in set(tasks) - {task}:
-            assert all(grads[p] is None for p in owned(model, other)), f"{task} wrote {other}"
-        for name, group in parts(model, task).items():
-            assert all(grads[p] is not None and grads[p].any() for p in group), f"{task} does not reach its {name}"
-        assert all(grads[p] is not None and grads[p].any() for p in common(model))
-        assert all(grads[model.table("shared", field)].any() for field in sizes)
-
-
-@tasks_by_layers
-def test_summed_loss_gives_a_task_the_gradient_of_its_own(net, sizes, ids, tasks, layers):
-    model = biased(net(STEM(layers=layers, **SMALL), PER_TASK, tasks, sizes))
-    together = gradients(model, sum(model.losses(ids).values()))
-    for task in tasks:
-        alone = gradients(model, model.losses(ids)[task])
-        for parameter in owned(model, task):
-            torch.testing.assert_close(together[parameter], alone[parameter], **EXACT)
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-def test_lazy_tables_of_other_tasks_get_no_gradient(net, sizes, ids, layers):
-    model = net(STEM(layers=layers, **SMALL), Views(kind="per_task", width=3, std=1.0, lazy_rows=0), NAMES, sizes)
-    model.losses(ids)["b"].backward()
-    assert {lookup.table.split("/")[0] for lookup in model.lookups} == {*NAMES, "shared"}
-    for lookup in model.lookups:
-        assert (lookup.vectors.grad is not None) == (lookup.table.split("/")[0] in ("b", "shared")), lookup.table
-
-
 @pytest.mark.parametrize("layers", [1, 2])
 def test_absent_task_stays_put_under_adam_with_momentum_and_decay(net, sizes, ids, layers):
     model = net(STEM(layers=layers, **SMALL), PER_TASK, ("a", "b"), sizes)

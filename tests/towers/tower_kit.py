@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from itertools import chain
 
+import pytest
 import torch
 from torch import nn
 
+from unbraid.encoders.table import Views
 from unbraid.layers import task_key
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
+SMALL = {"expert": (16, 12), "tower": (8,)}
+PER_TASK = Views(kind="per_task", width=3, std=1.0, lazy_rows=-1)
+SHARED = Views(kind="shared", width=3, std=1.0, lazy_rows=-1)
+NAMES = ("a", "b", "c")
+tasks_by_layers = pytest.mark.parametrize(("tasks", "layers"), [(NAMES[:n], d) for n in (2, 3) for d in (1, 2, 3)])
 
 
 def biased(model):
