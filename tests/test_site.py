@@ -67,7 +67,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
         (r"s = \sum_{i<j} r_{ij}", ["<munder><mo>∑</mo>", "<mo>&lt;</mo>", "<msub><mi>r</mi>"]),
         (r"\begin{aligned} a &= b && \text{x} \\ c &= d \end{aligned}", ['class="aligned"', '<mtd class="right">', "<mtext>x"]),
         (r"p_j \log p_j", ['<mspace width="0.167em" /><mi>log</mi><mspace width="0.167em" />']),
-        (r"\operatorname{softmax}(-x)", ['<mi>softmax</mi><mo stretchy="false">(</mo><mo form="prefix">−</mo>']),
+        (r"\mathrm{softmax}(-x)", ['<mi>softmax</mi><mo stretchy="false">(</mo><mo form="prefix">−</mo>']),
     ],
 )  # fmt: skip
 def test_an_equation_is_mathml(hook: Any, latex: str, parts: list[str]) -> None:
@@ -82,7 +82,7 @@ def test_an_equation_is_mathml(hook: Any, latex: str, parts: list[str]) -> None:
         (r"\frac{a}", "a part is missing (mfrac)"), (r"\frac{a}{b", "braces"), (r"\unheard{x}", r"unknown command \unheard"),
         (r"\begin{tikz} a \end{tikz}", "unknown environment tikz"), (r"\begin{aligned} a", "MissingEndError"),
         ("a & b", "ParseError"), (r"a \\ b", "outside of aligned"), ("x^2^3", "DoubleSuperscripts"),
-        (r"\left( a", "MissingRight"),
+        (r"\left( a", "MissingRight"), (r"\operatorname{mean} x", r"does not allow \operatorname: write \mathrm{name}"),
     ],
 )  # fmt: skip
 def test_what_is_no_equation_is_an_error(hook: Any, latex: str, says: str) -> None:

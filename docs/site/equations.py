@@ -19,6 +19,7 @@ ENVIRONMENTS = {"aligned", "cases", "array", "pmatrix"}
 FOUND = re.compile(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.S)  # what arithmatex leaves
 CLOSING = frozenset(")]}⟩⌉⌋")
 PUNCTUATION = re.compile(r"\\[^A-Za-z\s]")
+NAME = re.compile(r"\\mathrm\{([A-Za-z]{2,})\}")  # of a function
 SPACE = "0.167em"
 
 
@@ -35,12 +36,15 @@ def mathml(latex: str, display: bool) -> str:
         raise EquationError(
             f"unknown environment {', '.join(sorted(unknown))}; known: {', '.join(sorted(ENVIRONMENTS))}"
         )
+    if "\\operatorname" in latex:
+        raise EquationError(r"GitHub does not allow \operatorname: write \mathrm{name}")
     if not display and (marks := PUNCTUATION.search(latex)):
         raise EquationError(
             f"GitHub's Markdown takes the backslash from {marks[0]} in $...$: use a fence `math`, or a word"
         )
     try:
-        text = convert(latex.strip().replace("{aligned}", "{align*}"), display="block" if display else "inline")
+        known = NAME.sub(r"\\operatorname{\1}", latex.strip().replace("{aligned}", "{align*}"))  # there a word, here letters
+        text = convert(known, display="block" if display else "inline")
         root = ElementTree.fromstring(re.sub(r' xmlns="[^"]*"', "", text))  # in HTML the element's name says it
     except Exception as error:  # its own kinds, and what its parser runs into
         raise EquationError(f"{type(error).__name__} {error}".strip()) from error
