@@ -43,7 +43,8 @@ def mathml(latex: str, display: bool) -> str:
             f"GitHub's Markdown takes the backslash from {marks[0]} in $...$: use a fence `math`, or a word"
         )
     try:
-        known = NAME.sub(r"\\operatorname{\1}", latex.strip().replace("{aligned}", "{align*}"))  # there a word, here letters
+        # to latex2mathml mathrm is letter by letter
+        known = NAME.sub(r"\\operatorname{\1}", latex.strip().replace("{aligned}", "{align*}"))
         text = convert(known, display="block" if display else "inline")
         root = ElementTree.fromstring(re.sub(r' xmlns="[^"]*"', "", text))  # in HTML the element's name says it
     except Exception as error:  # its own kinds, and what its parser runs into

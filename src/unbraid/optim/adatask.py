@@ -24,8 +24,8 @@ makes this torch's optimiser (`unbraid.optim.rows` for the rows of lazy tables).
 every method that balances losses by weights, does nothing to shared parameters.  So weights stand behind the division.
 
 **Steps are longer.**  Tasks that agree move a parameter up to K times as far as one optimiser would: compare at step sizes
-that were tuned for each, or with ``scale = "mean"``.  And the sum of the steps need not descend: the first step of Adam
-on gradients (1, 1, 1, -4) has size 2 lr against the sign of their sum, -1.
+that were tuned for each, or with ``scale = "mean"``.  And the sum of the steps need not descend: the first step with
+Adam on gradients (1, 1, 1, -4) is -2 lr, and as their sum is -1, a step down would be positive.
 
 How this differs from the paper and its code:
 

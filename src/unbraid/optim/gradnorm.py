@@ -12,7 +12,8 @@ How this differs.  `GradNorm.constraint` "softmax" (w = K softmax of free number
 which all weights are 1, are those of the code released with ForkMerge (Jiang et al., NeurIPS 2023), whose alpha is 1.5.  The
 original, from memory, renormalises w after every step (`constraint` "renormalise") and takes L(0) from the first step
 (`initial` "step").  The step uses the weights before they move.  g_k is the gradient on all shared parameters, not on one chosen
-layer.  In a batch without some task the others' weights keep their sum, and its own stays.  Losses should be positive.
+layer.  In a batch without some task the others' weights sum to their number ("softmax") or keep their sum, and its own stays.
+Losses should be positive.
 """
 
 from __future__ import annotations
