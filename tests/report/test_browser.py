@@ -45,12 +45,14 @@ def show(one: Any) -> None:
 
 
 def draw_all(page: Any) -> int:
-    """Scroll to every plot, so that it is drawn; how many there are."""
+    """Scroll to every plot, so that it is drawn, about where its place was kept; how many there are."""
     page.evaluate("document.querySelectorAll('details.plots').forEach((each) => { each.open = true; })")
     plots = page.locator(".plot")
     for i in range(plots.count()):
+        kept = plots.nth(i).bounding_box()["height"]
         show(plots.nth(i))
         page.wait_for_selector(f"#{plots.nth(i).get_attribute('id')}[data-drawn] svg")
+        assert plots.nth(i).bounding_box()["height"] - kept < 100, "what is read would jump"
     page.evaluate("scrollTo(0, 0)")
     return int(plots.count())
 
@@ -192,6 +194,7 @@ def test_dark_follows_the_system_and_the_button(browser: Any, files: dict[str, P
 
 def test_keyboard_and_words(browser: Any, files: dict[str, Path]) -> None:
     with opened(browser, files["report"]) as page:
+        draw_all(page)
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.className") == "skip"
         page.keyboard.press("Enter")

@@ -127,7 +127,7 @@ def test_importances_need_enough_trials_and_find_what_matters(tmp_path: Path) ->
 def test_another_search_is_refused_with_what_differs(tmp_path: Path) -> None:
     with study(tmp_path) as one:
         go(one, 1)
-    with pytest.raises(JobError, match="of another search: its seeds differ"), study(tmp_path, {**ABOUT, "seeds": 2}):
+    with pytest.raises(JobError, match="of another search: seeds not the same"), study(tmp_path, {**ABOUT, "seeds": 2}):
         pass
     (tmp_path / FILE).write_bytes(b"no database at all, but some text that is longer than a header" * 100)
     with pytest.raises(JobError, match="cannot be read as a study"), study(tmp_path):

@@ -135,7 +135,7 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_been(tmp_path: Path, mo
     assert [(t["params"], t["value"]) for t in found["trials"]] == [(t["params"], t["value"]) for t in whole["trials"]]
     more = go(tmp_path / "b", resume=True, trials=4)
     assert len(calls) == 5 and more["trials"][:3] == found["trials"]
-    with pytest.raises(JobError, match="of another search: its objective differ"):
+    with pytest.raises(JobError, match="of another search: objective not the same"):
         go(tmp_path / "b", resume=True, metric="click.auc")
     assert len(go(tmp_path / "b", overwrite=True, metric="click.auc")["trials"]) == 3
 

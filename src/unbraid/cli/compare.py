@@ -38,8 +38,8 @@ def compare(
 ) -> None:
     """Train several runs with several seeds and print which differences are more than chance.
 
-    Runs are told apart by `name`; they need the same test rows and the same training budget.  Target encoding always
-    takes part.
+    Runs are told apart by `name`; they need the same test rows and the same training budget.  Target encoding takes
+    part wherever a run has an id feature, a user or a domain.
     """
     from unbraid import config, recipes
     from unbraid.compare import compare as job

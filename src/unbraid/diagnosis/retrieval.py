@@ -9,7 +9,8 @@ that need no model::
 Above 0 attention is worse than a trivial order.  K is 20, and at most half the history's length.  The levels are set by hand.
 
 Counts from few rows are noise that every order meets alike: it draws the difference towards 0.  So a row counts only if its value
-has ``rows`` training rows, and at most half of its events stand in cells that fewer than ``support`` rows of either label have.
+has ``rows`` training rows, and at most so many of its events as half the history's length stand in cells that fewer than
+``support`` rows of either label have.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class Retrieval:
             most = ", ".join(f"{n:,} by `{name}`" for name, n in thin.items())
             raise NotApplicable(
                 f"counts are too thin: {self.least:,} validation rows are needed whose own value has {self.rows:,} training "
-                f"rows, and most of whose events {self.support} rows of each label. Found {most}"
+                f"rows, and of whose events at most half the history's length lack {self.support} rows of either label. "
+                f"Found {most}"
             )
         return sorted(found, key=lambda d: -d.value)[:5]
 

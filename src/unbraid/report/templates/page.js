@@ -35,12 +35,12 @@
     };
   };
   const drawn = new Map(); // element -> its view
+  const specOf = (box) => JSON.parse(document.getElementById(box.dataset.spec).textContent);
   const draw = async (box) => {
     if (!window.vegaEmbed) return;
-    const spec = JSON.parse(document.getElementById(box.dataset.spec).textContent);
     drawn.get(box)?.finalize();
     // ast: expressions are interpreted, so that the page's policy need not allow code from text
-    const view = await window.vegaEmbed(box, spec, { actions: false, renderer: "svg", ast: true, logLevel: 1, config: config(dark()) });
+    const view = await window.vegaEmbed(box, specOf(box), { actions: false, renderer: "svg", ast: true, logLevel: 1, config: config(dark()) });
     drawn.set(box, view);
     box.dataset.drawn = dark() ? "dark" : "light";
   };
@@ -48,7 +48,10 @@
   const watch = new IntersectionObserver((seen) => {
     for (const { target, isIntersecting } of seen) if (isIntersecting) { watch.unobserve(target); draw(target); }
   }, { rootMargin: "800px" });
-  plots.forEach((box) => watch.observe(box));
+  plots.forEach((box) => {
+    box.style.minHeight = `${specOf(box).height + 45}px`; // with its axis: what lies below moves little when it is drawn
+    watch.observe(box);
+  });
   addEventListener("beforeprint", () => plots.filter((box) => !drawn.has(box)).forEach(draw));
 
   const themed = () => { toggle.setAttribute("aria-pressed", String(dark())); drawn.forEach((_, box) => draw(box)); };
