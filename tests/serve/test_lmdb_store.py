@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -246,6 +247,14 @@ def test_files_that_were_removed_are_noticed(tmp_path: Path) -> None:
     fresh.ready()
     fresh.close()
     store.close()
+
+
+def test_a_store_whose_folder_was_removed_closes(tmp_path: Path) -> None:
+    store = LmdbStore(tmp_path / "s")
+    store.append([(1, event("a"))])
+    shutil.rmtree(tmp_path / "s")
+    store.close()
+    assert all(one.folder != tmp_path / "s" for one in lmdb_env._shared)
 
 
 # ----------------------------------------------------------------------------------------------- one environment, forks

@@ -123,7 +123,8 @@ class Histories:
             found = [(i, record) for i, page in enumerate(pages) for record in page.records if record.table == name]
             owners = np.array([i for i, _ in found], dtype=np.int64)
             for part in table.encode([record for _, record in found]) if found or nobody else ():
-                parts.append({**part, "owner": owners[part.pop("record")]})
+                part["owner"] = owners[part.pop("record")]
+                parts.append(part)
         if not parts:  # of tables that the run does not read
             return [self._nothing.events for _ in pages]
         whole = _joined(parts)

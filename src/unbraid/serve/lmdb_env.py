@@ -291,7 +291,7 @@ def release(environment: Environment) -> None:
             with environment.committing, environment.exclusive():
                 environment.closed = True
                 if environment.env is not None:
-                    with contextlib.suppress(library().Error), environment.env.begin(write=True):
+                    with contextlib.suppress(library().Error, OSError), environment.env.begin(write=True):
                         lengthen(environment.env, environment.folder)
                 environment._close()
 
