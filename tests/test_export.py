@@ -374,6 +374,8 @@ def every_choice() -> dict[tuple[str, str], tuple[ModelChoice, Any]]:
     for schedule in members(config.ScheduleChoice):
         for by in ("domain", "task") if hasattr(schedule, "module") else ():
             found["schedule", f"{schedule().kind}, by {by}"] = ModelChoice(tables=plain), schedule(by=by)
+    refusing = config.Individual(by="domain", unknown="error")
+    found["schedule", "individual, by domain, unknown `error`"] = ModelChoice(tables=plain), refusing
     return found
 
 

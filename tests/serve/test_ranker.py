@@ -193,7 +193,9 @@ def test_late_and_repeated_events_give_what_a_store_read_at_once_gives(
     past = Ranker(bundles["dare"], alone).histories.of([events[0][0]])[0]  # type: ignore[arg-type, union-attr]
     assert past.events["time"].tolist() == sorted(r.time for _, r in held)
     fields = {name for name in past.events if not name.startswith("where.")}
-    assert fields == {"time", "place", *(field.name for field in bundles["dare"].run.data.fields)}, "nothing else is kept"
+    assert fields == {"time", "place", *(field.name for field in bundles["dare"].run.data.fields)}, (
+        "nothing else is kept"
+    )
 
 
 def test_live_events_are_those_of_an_import(bundles: dict[str, Bundle], imported: Memory) -> None:

@@ -122,7 +122,8 @@ class Study:
         if kept is not None and kept != about:
             differ = [name for name in about if kept.get(name) != about[name]]
             raise JobError(
-                f"{self.path} is of another search: {', '.join(differ)} not the same. Give the same ones, or choose another --out."
+                f"{self.path} is of another search: {', '.join(differ)} not the same. "
+                "Give the same ones, or choose another --out."
             )
         if kept is None:  # new, or killed before it had begun
             if first is not None:
