@@ -6,7 +6,7 @@ Multi-task Learning*.  ICLR 2021, https://openreview.net/forum?id=IMPnRXEWpvr.
 Idea.  Replace every loss by ``exp(s_k) L_k - s_k`` with a learned s_k that starts at 0.  For a fixed model exp(s_k) L_k is 1 at
 the best s_k: the scaled losses, and not the losses, are equal.
 
-    loss = sum_k  exp(s_k) L_k - s_k
+    loss = sum_k (exp(s_k) L_k - s_k)
 
 How this differs.  The formula and its start are those of the code that was released with ForkMerge (Jiang et al., NeurIPS
 2023), where the gradients' balancing IMTL-G follows; here IMTL-G is an aggregator of its own and not run behind.  The bound on
@@ -72,7 +72,7 @@ class BoundIMTLL:
         """Nothing to look at."""
 
     def total(self, losses: Losses) -> Tensor:
-        """sum_k exp(s_k) L_k - s_k."""
+        """sum_k (exp(s_k) L_k - s_k)."""
         logs = self.logs.of(losses)
         return (torch.stack(list(losses.values())) * logs.exp() - logs).sum()
 
