@@ -291,6 +291,7 @@ def release(environment: Environment) -> None:
             with environment.committing, environment.exclusive():
                 environment.closed = True
                 if environment.env is not None:
+                    # a file that is gone needs no length
                     with contextlib.suppress(library().Error, OSError), environment.env.begin(write=True):
                         lengthen(environment.env, environment.folder)
                 environment._close()
